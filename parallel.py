@@ -1,0 +1,239 @@
+"""Mesh axes, parameter declarations, and every collective that the model uses.
+
+All of the model runs inside one `jax.shard_map`. Two conventions make its gradients right:
+
+1.  Inside, every value counts as *varying* over every mesh axis. Parameters are made so once per
+    step (`varying`), and each verb below returns a varying value again.
+2.  Each device returns its *share* of the loss; the shares of all devices add up to the loss.
+
+Then the transpose of each verb is another verb of this file, with `check_vma` on and off, and the
+gradient of a parameter is the sum of the local gradients over the axes that do not shard it
+(`sum_gradients`, once per step).
+"""
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+PP = 'pp'  # pipeline stages
+DP = 'dp'  # replicas
+FSDP = 'fsdp'  # shards of the batch and of the parameters
+EP = 'ep'  # shards of the batch and of the experts
+TP = 'tp'  # shards of heads, feed-forward and vocabulary; between them, of the sequence
+AXES = (PP, DP, FSDP, EP, TP)
+BATCH = (DP, FSDP, EP)  # the axes that batch rows are spread over
+
+Array = jax.Array
+Tree = Any  # nested dicts
+Axis = str | tuple[str, ...]
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with all five axes; an axis that `sizes` does not name has size 1.
+
+    The axes are Auto: `shard_map` takes ordinary arrays on those only.
+    """
+    shape = tuple(sizes.get(axis, 1) for axis in AXES)
+    if devices is None:
+        devices = jax.devices()[: math.prod(shape)]
+    return jax.make_mesh(shape, AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+# ---------------------------------------------------------------------------------------------
+# Parameters
+# ---------------------------------------------------------------------------------------------
+
+Initializer = Callable[[Array, tuple[int, ...]], Array]
+
+
+def normal(std: float) -> Initializer:
+    return lambda key, shape: std * jax.random.normal(key, shape, jnp.float32)
+
+
+def ones(_: Array, shape: tuple[int, ...]) -> Array:
+    return jnp.ones(shape, jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Param:
+    """One parameter, declared once: arrays, shardings, counts and optimizer state follow from it.
+
+    `shape` is the global shape, `spec` says which mesh axes shard which dimension. `matrix` tells
+    weights from gains: weights are decayed, and cast to the compute type where they are used.
+    """
+
+    shape: tuple[int, ...]
+    spec: P
+    init: Initializer
+    matrix: bool = True
+
+
+def is_param(x: Any) -> bool:
+    return isinstance(x, Param)
+
+
+def map_params(f: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
+    """`jax.tree.map` over a tree of `Param`; `rest` are trees of the same structure."""
+    return jax.tree.map(f, tree, *rest, is_leaf=is_param)
+
+
+def stacked(tree: Tree, n: int) -> Tree:
+    """`n` layers' parameters in one tree: a leading dimension, sharded over `pp`.
+
+    Layer i is drawn from a key of its own, so its values do not depend on the number of layers.
+    """
+
+    def stack(p: Param) -> Param:
+        def init(key: Array, shape: tuple[int, ...]) -> Array:
+            keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(shape[0]))
+            return jax.vmap(lambda k: p.init(k, shape[1:]))(keys)
+
+        return dataclasses.replace(p, shape=(n, *p.shape), spec=P(PP, *p.spec), init=init)
+
+    return map_params(stack, tree)
+
+
+def specs(tree: Tree) -> Tree:
+    return map_params(lambda p: p.spec, tree)
+
+
+def shardings(tree: Tree, mesh: Mesh) -> Tree:
+    return map_params(lambda p: NamedSharding(mesh, p.spec), tree)
+
+
+def count(tree: Tree) -> int:
+    """Number of parameters in the tree."""
+    return sum(math.prod(p.shape) for p in jax.tree.leaves(tree, is_leaf=is_param))
+
+
+def init_params(key: Array, tree: Tree, mesh: Mesh) -> Tree:
+    """Float32 arrays for a tree of `Param`, made in place on their devices.
+
+    The key of each is folded in from its path, so the values depend neither on the mesh nor on
+    what else the tree holds.
+    """
+
+    def init(key: Array) -> Tree:
+        def leaf(path: tuple, p: Param) -> Array:
+            name = '/'.join(str(entry.key) for entry in path)
+            return p.init(jax.random.fold_in(key, zlib.crc32(name.encode())), p.shape)
+
+        return jax.tree_util.tree_map_with_path(leaf, tree, is_leaf=is_param)
+
+    return jax.jit(init, out_shardings=shardings(tree, mesh))(key)
+
+
+def spec_axes(spec: P) -> tuple[str, ...]:
+    """The mesh axes that a spec names, in its order."""
+    entries = [e if isinstance(e, tuple) else (e,) for e in spec if e is not None]
+    return tuple(axis for entry in entries for axis in entry)
+
+
+def free_axes(spec: P) -> tuple[str, ...]:
+    """The mesh axes that a spec does not name: over these the array is replicated."""
+    return tuple(axis for axis in AXES if axis not in spec_axes(spec))
+
+
+# ---------------------------------------------------------------------------------------------
+# Collectives, for use inside shard_map. n is the size of the axis; bytes are those that one
+# device sends, with `size` the bytes of the larger of input and output.
+# ---------------------------------------------------------------------------------------------
+
+
+def varying(x: Array, axes: Axis) -> Array:
+    """Lets a value that is alike on all devices of `axes` be used as if it differed.
+
+    Layout: unchanged. Forward: nothing moves. Backward: nothing moves, since the model's own
+    gradients are taken *with respect to* varying values (see `sum_gradients`).
+    """
+    axes = (axes,) if isinstance(axes, str) else tuple(axes)
+    return lax.pcast(x, axes, to='varying') if axes else x
+
+
+def all_gather(x: Array, axis: Axis, dim: int) -> Array:
+    """Layout: dim/n -> dim, the same on all devices of the axis.
+
+    Forward: all-gather, size·(n-1)/n bytes. Backward: reduce-scatter of the cotangents, as many.
+    """
+    return lax.all_gather(x, axis, axis=dim, tiled=True)
+
+
+def reduce_scatter(x: Array, axis: Axis, dim: int) -> Array:
+    """Layout: partial sums of dim -> the sum, dim/n.
+
+    Forward: reduce-scatter, size·(n-1)/n bytes. Backward: all-gather of the cotangents, as many.
+    """
+    return lax.psum_scatter(x, axis, scatter_dimension=dim, tiled=True)
+
+
+def psum(x: Array, axis: Axis) -> Array:
+    """Layout: partial sums -> the sum, on every device of the axis.
+
+    Forward: all-reduce, 2·size·(n-1)/n bytes. Backward: all-reduce of the cotangents, as many:
+    each device's share of the loss may depend on the sum in its own way.
+    """
+    return varying(lax.psum(x, axis), axis)
+
+
+def pmax(x: Array, axis: Axis) -> Array:
+    """Layout: unchanged; the elementwise maximum over the axis. Not differentiable.
+
+    Forward: all-reduce, 2·size·(n-1)/n bytes. Backward: none.
+    """
+    return varying(lax.pmax(lax.stop_gradient(x), axis), axis)
+
+
+def local_slice(x: Array, axis: Axis, dim: int) -> Array:
+    """Layout: dim, the same on all devices of the axis -> dim/n. Nothing moves."""
+    size = x.shape[dim] // lax.axis_size(axis)
+    return lax.dynamic_slice_in_dim(x, lax.axis_index(axis) * size, size, dim)
+
+
+def unshard(params: Tree, declared: Tree, dtype: jnp.dtype) -> Tree:
+    """One layer's weights, ready for use: cast to the compute type, *then* gathered over `fsdp`.
+
+    Layout: the dimension that `fsdp` shards, D/fsdp -> D; shards over `tp` and `ep` stay.
+    Forward: all-gather over fsdp in `dtype`, size·(n-1)/n bytes, half of what float32 takes.
+    Backward: reduce-scatter of the gradients in `dtype`, as many. Gains stay float32.
+    """
+
+    def leaf(p: Param, x: Array) -> Array:
+        if p.matrix:
+            x = x.astype(dtype)
+        for dim, entry in enumerate(p.spec):
+            if entry is not None and FSDP in (entry if isinstance(entry, tuple) else (entry,)):
+                x = all_gather(x, FSDP, dim)
+        return x
+
+    return map_params(leaf, declared, params)
+
+
+def sum_gradients(grads: Tree, declared: Tree) -> Tree:
+    """Sums each gradient over the axes that do not shard its parameter; once per step.
+
+    Layout: each device's own -> the sum, alike on all devices of those axes.
+    Moves: one all-reduce a leaf, 2·size·(n-1)/n bytes. Not differentiated.
+    """
+    return map_params(lambda p, g: lax.psum(g, free_axes(p.spec)), declared, grads)
+
+
+def global_sum_of_squares(tree: Tree, declared: Tree) -> Array:
+    """The sum of squares over a whole sharded tree: float32 scalar, alike on all devices.
+
+    Each device adds its shards, a replicated leaf at 1/copies, so that one all-reduce of a single
+    number does.
+    """
+
+    def leaf(p: Param, x: Array) -> Array:
+        free = free_axes(p.spec)
+        return varying(jnp.sum(jnp.square(x)) / lax.axis_size(free), free)
+
+    return lax.psum(sum(jax.tree.leaves(map_params(leaf, declared, tree))), AXES)
