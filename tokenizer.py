@@ -1,0 +1,310 @@
+"""Tokenizers: tiktoken encodings by name, and a command that trains a vocabulary of your own.
+
+    enc = get_encoding('cl100k_base')                   # any name that tiktoken knows
+    enc = get_encoding('bytes')                         # the 256 bytes and <|endoftext|>
+    enc = get_encoding('vocab/stdlib-4096.tiktoken')    # a local file with its sidecar
+
+    python tokenizer.py --input='corpus/**/*.txt' --vocab_size=4096 --output=NAME.tiktoken
+
+A vocabulary of your own is two files: NAME.tiktoken, a line `base64(token) rank` for each token,
+and NAME.json with the pattern that splits text into pieces and the special tokens.
+"""
+
+import base64
+import binascii
+import glob
+import hashlib
+import json
+import os
+import sys
+import sysconfig
+from collections.abc import Iterable
+
+import numpy as np
+import tiktoken
+from absl import app, flags
+
+END_OF_TEXT = '<|endoftext|>'
+
+# cl100k's pattern, without possessive quantifiers, which the trainer's regex engine reads
+# differently, and without the rule for contractions, which tears 'self' into 's and elf.
+PATTERN = (
+    r'[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
+)
+
+_SIDECAR_HELP = (
+    'a JSON object like {"pattern": "\\\\p{L}+|\\\\p{N}{1,3}|[^\\\\p{L}\\\\p{N}]+", '
+    '"special_tokens": {"<|endoftext|>": 100257}}: the regular expression that cuts text into '
+    'pieces, and the id of each special token'
+)
+
+
+def get_encoding(name: str) -> tiktoken.Encoding:
+    """The encoding called `name`: 'bytes', a path to a .tiktoken file, or a name of tiktoken's.
+
+    A relative path is looked up from the working directory, then beside this file.
+    Raises ValueError if there is no such encoding, or if its files are missing or corrupt.
+    """
+    if name == 'bytes':
+        return tiktoken.Encoding(
+            name,
+            pat_str=r'[\s\S]{1,256}',
+            mergeable_ranks={bytes([i]): i for i in range(256)},
+            special_tokens={END_OF_TEXT: 256},
+        )
+    if name.endswith('.tiktoken'):
+        return _local_encoding(name)
+    if name not in tiktoken.list_encoding_names():
+        known = ', '.join(sorted(tiktoken.list_encoding_names()))
+        raise ValueError(
+            f'no encoding is called {name!r}: use bytes, the path of a .tiktoken file, '
+            f'or one of {known}'
+        )
+    try:
+        return tiktoken.get_encoding(name)
+    except (OSError, ValueError) as error:  # no network, or a download with a wrong checksum
+        raise ValueError(
+            f'tiktoken could not fetch the vocabulary of {name!r} ({type(error).__name__}: '
+            f'{error}). Without network, set TIKTOKEN_CACHE_DIR to a cache folder of tiktoken '
+            'that holds it, filled on a machine with network, or name a local .tiktoken file'
+        ) from error
+
+
+def token_bytes(enc: tiktoken.Encoding) -> np.ndarray:
+    """int32 [n_vocab]: the bytes of text that each id stands for; 0 for special and unused ids."""
+    out = np.zeros(enc.n_vocab, np.int32)
+    for i, token in _tokens(enc):
+        out[i] = len(token)
+    return out
+
+
+def fingerprint(enc: tiktoken.Encoding) -> str:
+    """32 hex digits over all that determines the ids: pattern, tokens and special tokens."""
+    special = sorted((enc.encode_single_token(s), s) for s in enc.special_tokens_set)
+    tokens = [(i, token.hex()) for i, token in _tokens(enc)]
+    content = json.dumps([enc._pat_str, special, tokens])
+    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+
+
+def _tokens(enc: tiktoken.Encoding) -> list[tuple[int, bytes]]:
+    """Id and bytes of every token that is not special, by id; ids in use may have gaps."""
+    return sorted((enc.encode_single_token(token), token) for token in enc.token_byte_values())
+
+
+def _local_encoding(name: str) -> tiktoken.Encoding:
+    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), name)
+    path = name if os.path.exists(name) else beside
+    if not os.path.exists(path):
+        raise ValueError(
+            f'there is no vocabulary {name!r}, neither in {os.getcwd()} nor in '
+            f'{os.path.dirname(os.path.abspath(__file__))}: give the path of a .tiktoken file, '
+            'or train one with python tokenizer.py'
+        )
+    pattern, special_tokens = _read_sidecar(path)
+    ranks = _read_ranks(path)
+    taken = {i: s for s, i in special_tokens.items() if i in set(ranks.values())}
+    if taken or len(set(special_tokens.values())) < len(special_tokens):
+        raise ValueError(
+            f'{path}: special tokens need ids of their own, but {special_tokens} repeats an id '
+            f'or takes one of the vocabulary: use ids from {max(ranks.values()) + 1} up'
+        )
+    try:
+        return tiktoken.Encoding(
+            name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens
+        )
+    except ValueError as error:  # what the regex engine says of a bad pattern
+        raise ValueError(f'{path}: tiktoken refuses the vocabulary: {error}') from error
+
+
+def _read_sidecar(path: str) -> tuple[str, dict[str, int]]:
+    sidecar = path.removesuffix('.tiktoken') + '.json'
+    try:
+        with open(sidecar, encoding='utf-8') as f:
+            content = json.load(f)
+        pattern, special_tokens = content['pattern'], content['special_tokens']
+        if not isinstance(pattern, str) or not all(
+            isinstance(i, int) and i >= 0 for i in special_tokens.values()
+        ):
+            raise TypeError('the pattern is a string, the ids are integers from 0 up')
+    except FileNotFoundError as error:
+        raise ValueError(f'{path} needs {sidecar} beside it, {_SIDECAR_HELP}') from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f'{sidecar} is not valid ({type(error).__name__}: {error}): write {_SIDECAR_HELP}'
+        ) from error
+    return pattern, special_tokens
+
+
+def _read_ranks(path: str) -> dict[bytes, int]:
+    ranks: dict[bytes, int] = {}
+    with open(path, 'rb') as f:
+        for number, line in enumerate(f, 1):
+            if not line.strip():
+                continue
+            try:
+                token, rank = line.split()
+                ranks[base64.b64decode(token, validate=True)] = int(rank)
+            except (ValueError, binascii.Error) as error:
+                raise ValueError(
+                    f'{path}, line {number}: a line is `base64(token) rank`, not {line!r}: '
+                    'fetch or write the file again'
+                ) from error
+            if len(ranks) <= number - 1 and len(set(ranks.values())) < len(ranks):
+                raise ValueError(f'{path}, line {number}: token or rank {line!r} stands there twice')
+    missing = [i for i in range(256) if bytes([i]) not in ranks]
+    if missing:
+        raise ValueError(
+            f'{path}: a byte-level vocabulary holds all 256 single bytes, here {len(missing)} are '
+            f'missing, first {missing[0]:#04x}: the file is cut short or of another kind'
+        )
+    return ranks
+
+
+# ---------------------------------------------------------------------------------------------
+# Training a vocabulary
+# ---------------------------------------------------------------------------------------------
+
+
+def stdlib_files() -> tuple[list[tuple[str, str]], int]:
+    """The source of the running Python's standard library, without its tests.
+
+    Returns (name, path) pairs in the order of their names, which are paths relative to the
+    library with '/', and the number of files left out because they are not UTF-8.
+    """
+    root = sysconfig.get_path('stdlib')
+    skip = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '__pycache__'}
+    found, skipped = [], 0
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in skip]
+        for name in names:
+            path = os.path.join(folder, name)
+            if not name.endswith('.py'):
+                continue
+            try:
+                _read_text(path)
+            except ValueError:
+                skipped += 1
+                continue
+            found.append((os.path.relpath(path, root).replace(os.sep, '/'), path))
+    if not found:
+        raise ValueError(f'this Python has no source of its standard library in {root}')
+    return sorted(found), skipped
+
+
+def train(texts: Iterable[str], vocab_size: int, output: str) -> tiktoken.Encoding:
+    """Trains a byte-level BPE of `vocab_size` ids (with <|endoftext|>) and writes `output`.
+
+    tiktoken merges any neighbours that together are a token, the trainer only the pairs that it
+    learned. The two agree all the same: when a token was learned, its text stood split in just
+    that pair after all earlier merges, and merges inside a stretch of text do not depend on what
+    lies outside, so no other split of it ever occurs. This holds for merges and ranks as the
+    trainer orders them, unfiltered; the end of this function checks it on the texts.
+    """
+    try:
+        from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+    except ImportError as error:
+        raise ImportError(
+            'training a vocabulary needs tokenizers: pip install -r requirements-tokenizer.txt'
+        ) from error
+
+    if not output.endswith('.tiktoken'):
+        raise ValueError(f'the output ends in .tiktoken, but is {output!r}')
+    if vocab_size < 257:
+        raise ValueError(f'vocab_size holds 256 bytes and {END_OF_TEXT}: {vocab_size} is below 257')
+    if os.path.exists(output):
+        raise ValueError(f'{output} exists: remove it or choose another name')
+    texts = list(texts)
+    trainer_tokenizer = Tokenizer(models.BPE())
+    trainer_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PATTERN), behavior='isolated'),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer_tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False
+        ),
+    )
+    vocab = trainer_tokenizer.get_vocab()
+    if len(vocab) < vocab_size - 1:
+        raise ValueError(
+            f'the text has no more pairs to merge after {len(vocab) + 1} of {vocab_size} tokens: '
+            'give more text or a smaller vocab_size'
+        )
+    byte_of = _byte_of_character()
+    ranks = {bytes(byte_of[c] for c in token): rank for token, rank in vocab.items()}
+    _write_vocabulary(output, ranks, {END_OF_TEXT: vocab_size - 1})
+
+    enc = get_encoding(output)
+    for text in texts:
+        if enc.encode_ordinary(text) != trainer_tokenizer.encode(text).ids:
+            raise ValueError(
+                f'tiktoken and the trainer encode the text {text[:60]!r}... differently with '
+                f'{output}: do not use it, and report the two versions and the text'
+            )
+    return enc
+
+
+def _byte_of_character() -> dict[str, int]:
+    """The byte behind each character that byte-level BPE writes it as.
+
+    Printable Latin-1 stands for itself; the other bytes, in order, for the characters from 256.
+    """
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+def _write_vocabulary(path: str, ranks: dict[bytes, int], special_tokens: dict[str, int]) -> None:
+    with open(path.removesuffix('.tiktoken') + '.json', 'w', encoding='utf-8') as f:
+        json.dump({'pattern': PATTERN, 'special_tokens': special_tokens}, f, indent=2)
+        f.write('\n')
+    with open(path, 'wb') as f:
+        for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+            f.write(base64.b64encode(token) + b' %d\n' % rank)
+
+
+def _read_text(path: str) -> str:
+    with open(path, 'rb') as f:
+        content = f.read()
+    try:
+        return content.decode('utf-8')
+    except UnicodeDecodeError as error:
+        raise ValueError(f'{path} is not UTF-8 text: {error}') from error
+
+
+def _define_flags() -> None:
+    flags.DEFINE_list('input', None, "globs of text files, or 'stdlib' for Python's own source")
+    flags.DEFINE_integer('vocab_size', 4096, f'ids in all, with the 256 bytes and {END_OF_TEXT}')
+    flags.DEFINE_string('output', None, 'the .tiktoken file to write; its sidecar goes beside it')
+    flags.mark_flags_as_required(['input', 'output'])
+
+
+def main(_: list[str]) -> None:
+    args = flags.FLAGS
+    paths: dict[str, None] = {}
+    for pattern in args.input:
+        if pattern == 'stdlib':
+            matches = [path for _, path in stdlib_files()[0]]
+        else:
+            matches = [p for p in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(p)]
+        if not matches:
+            raise ValueError(f'no file matches --input={pattern}: check the pattern')
+        paths.update(dict.fromkeys(matches))
+    texts = [_read_text(path) for path in paths]
+    enc = train(texts, args.vocab_size, args.output)
+    size = sum(len(text.encode()) for text in texts)
+    tokens = sum(len(enc.encode_ordinary(text)) for text in texts)
+    print(
+        f'{args.output}: {enc.n_vocab} ids from {len(texts)} files, {size / 1e6:.1f} MB, '
+        f'{size / tokens:.2f} bytes a token',
+        file=sys.stderr,
+    )
+
+
+if __name__ == '__main__':
+    _define_flags()
+    app.run(main)
