@@ -225,6 +225,14 @@ def sum_gradients(grads: Tree, declared: Tree) -> Tree:
     return map_params(lambda p, g: lax.psum(g, free_axes(p.spec)), declared, grads)
 
 
+def global_sum(x: Array) -> Array:
+    """Layout: each device's share -> the sum of all devices', alike on all of them.
+
+    Moves: an all-reduce over the mesh, 2·size bytes. Not differentiated: it ends the step.
+    """
+    return lax.psum(x, AXES)
+
+
 def global_sum_of_squares(tree: Tree, declared: Tree) -> Array:
     """The sum of squares over a whole sharded tree: float32 scalar, alike on all devices.
 
@@ -236,4 +244,4 @@ def global_sum_of_squares(tree: Tree, declared: Tree) -> Array:
         free = free_axes(p.spec)
         return varying(jnp.sum(jnp.square(x)) / lax.axis_size(free), free)
 
-    return lax.psum(sum(jax.tree.leaves(map_params(leaf, declared, tree))), AXES)
+    return global_sum(sum(jax.tree.leaves(map_params(leaf, declared, tree))))

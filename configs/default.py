@@ -1,0 +1,69 @@
+"""Every field that there is, with its meaning. The other configs start here and set only what
+differs; a flag overrides any of them: --config.optimizer.peak_lr=3e-4
+
+An `every` of 0 switches the thing off.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    c = ConfigDict()
+    c.seed = 0  # of parameters, order of the data and dropout
+    c.steps = 1000  # optimizer steps
+    c.batch_size = 32  # sequences an optimizer step, over all devices
+    c.seq_len = 256  # tokens a sequence
+    c.microbatches = 1  # parts of a batch, one after the other, gradients accumulated
+    c.compute_dtype = 'float32'  # of matmuls and residual stream: 'float32' | 'bfloat16'
+    c.check_vma = True  # let shard_map check replication; kernels without types need it off
+
+    c.model = m = ConfigDict()
+    m.vocab_size = 4096  # at least the tokenizer's, and divisible by tp
+    m.d_model = 256
+    m.n_layers = 4
+    m.block = ('dense',)  # kinds of the layers of a block; blocks are stacked and scanned
+    m.d_ff = 768  # hidden size of the SwiGLU
+    m.attention = 'mla'  # 'mla' | 'gqa'
+    m.n_heads = 4
+    m.n_kv_heads = 4  # gqa: n_heads is multi-head, 1 is multi-query attention
+    m.head_dim = 64  # gqa
+    m.qk_norm = False  # gqa: RMSNorm of queries and keys
+    m.q_rank = 0  # mla: query latent; 0 leaves the query whole
+    m.kv_rank = 64  # mla: key/value latent
+    m.nope_dim = 32  # mla: head size of the part without position
+    m.rope_dim = 32  # mla: head size of the rotary part
+    m.v_dim = 64  # mla: head size of the value
+    m.rope_base = 10000.0
+    m.rope_scaling = 'none'  # 'none' | 'linear' | 'yarn'
+    m.rope_factor = 1.0  # context length over the original one
+    m.rope_original_len = 256  # yarn: the context length that was trained first
+    m.attention_block = 128  # scores exist for a block of queries x keys at a time
+    m.tie_embeddings = True  # head and embedding share one matrix
+    m.norm_eps = 1e-6
+    m.dropout = 0.0  # of embedding, attention and feed-forward outputs
+    m.z_loss = 0.0  # weight of logsumexp squared in the loss
+    m.loss_chunk = 1024  # tokens whose logits exist at a time, on a device
+    m.remat = 'none'  # what backward recomputes: 'none' | 'dots' (all but matmuls) | 'full'
+
+    c.mesh = ConfigDict({'pp': 1, 'dp': 1, 'fsdp': 1, 'ep': 1, 'tp': 1})
+
+    c.data = d = ConfigDict()
+    d.path = ''  # folder that data.py wrote; 'stdlib' prepares the Python standard library
+    d.tokenizer = 'vocab/stdlib-4096.tiktoken'  # for 'stdlib'; a folder brings its own
+
+    c.optimizer = o = ConfigDict()
+    o.schedule = 'cosine'  # 'cosine' | 'wsd'
+    o.peak_lr = 1e-3
+    o.final_lr = 1e-4
+    o.warmup_steps = 100
+    o.decay_steps = 200  # wsd: the last steps, over which the rate falls
+    o.b1 = 0.9
+    o.b2 = 0.95
+    o.eps = 1e-8
+    o.weight_decay = 0.1  # of matrices
+    o.clip_norm = 1.0  # of the gradient of the whole model; 0 never clips
+
+    c.eval = ConfigDict({'every': 200, 'batches': 0})  # batches 0: all of the validation split
+    c.log = ConfigDict({'every': 10})
+    c.peak_flops = 0.0  # of one device, for MFU; 0 looks the device up, or measures a CPU
+    return c.lock()

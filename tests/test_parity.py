@@ -1,0 +1,198 @@
+"""Every mesh gives the numbers of one device: loss, each gradient leaf, updated parameters.
+
+All in float32, by relative error of each leaf's norm; replicas must be bit-identical.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from configs import default
+from model import model_params
+from parallel import BATCH, P, Tree, make_mesh, specs
+from train import gradients, init_state, make_train_step, model_config, put_batch, validate
+
+TOLERANCE = 2e-5
+MESHES = [(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 2), (1, 4, 2), (1, 1, 8), (2, 1, 4), (8, 1, 1)]
+FAST_MESHES = [(2, 1, 1), (1, 2, 1), (2, 2, 2), (1, 1, 8)]
+
+
+def small_config(attention: str = 'mla', tied: bool = True, microbatches: int = 1) -> ConfigDict:
+    c = default.get_config()
+    c.batch_size, c.seq_len, c.steps, c.microbatches = 16, 16, 10, microbatches
+    c.data.path = 'none'
+    c.model.update(
+        vocab_size=64, d_model=32, n_layers=4, block=('dense', 'dense'), d_ff=48,
+        attention=attention, n_heads=8, n_kv_heads=8, head_dim=8, qk_norm=True, q_rank=16,
+        kv_rank=16, nope_dim=4, rope_dim=4, v_dim=8, attention_block=8, tie_embeddings=tied,
+        loss_chunk=16, z_loss=1e-2,
+    )  # fmt: skip
+    c.optimizer.update(warmup_steps=2, clip_norm=0.1, peak_lr=1e-3)
+    return c
+
+
+def on_mesh(config: ConfigDict, sizes: tuple[int, int, int]) -> ConfigDict:
+    config = config.copy_and_resolve_references()
+    config.mesh.update(dp=sizes[0], fsdp=sizes[1], tp=sizes[2])
+    return config
+
+
+def batch_at(step: int, rows: slice) -> np.ndarray:
+    """Random tokens, with some targets left out, and not as many in each row."""
+    rng = np.random.default_rng(step)
+    tokens = rng.integers(0, 64, (16, 17))
+    tokens[np.arange(17) > 8 + np.arange(16)[:, None]] = -1
+    return tokens.astype(np.int32)[rows]
+
+
+def run(config: ConfigDict) -> dict[str, Tree]:
+    """Loss and gradients at the start, then parameters and metrics after three steps."""
+    validate(config, 8)
+    mesh = make_mesh(config.mesh)
+    cfg = model_config(config)
+    declared = model_params(cfg)
+    put = lambda i: put_batch(batch_at, i, config, mesh)  # noqa: E731
+    state = init_state(config, mesh)
+    key = jax.random.key(1)
+    sharded = jax.shard_map(
+        lambda params, tokens: gradients(params, tokens, key, declared, cfg),
+        mesh=mesh,
+        in_specs=(specs(declared), P(None, BATCH)),
+        out_specs=(specs(declared), P()),
+        check_vma=config.check_vma,
+    )
+    grads, metrics = jax.jit(sharded)(state['params'], put(0))
+    step, norms = make_train_step(config, mesh), []
+    for i in range(3):
+        state, step_metrics = step(state, put(i))
+        norms.append(float(step_metrics['grad_norm']))
+    return {
+        'loss': float(metrics['loss']),
+        'grads': grads,
+        'params': state['params'],
+        'grad_norms': norms,
+    }
+
+
+_reference: dict[str, dict] = {}
+
+
+def reference(config: ConfigDict) -> dict[str, Tree]:
+    name = config.to_json()
+    if name not in _reference:
+        _reference[name] = run(config)
+    return _reference[name]
+
+
+def assert_trees_close(got: Tree, want: Tree, tolerance: float) -> None:
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True
+    ):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        error = np.linalg.norm(a - b) / np.linalg.norm(b)
+        assert error < tolerance, f'{jax.tree_util.keystr(path)}: relative error {error:.2e}'
+
+
+def assert_replicas_identical(tree: Tree) -> None:
+    for path, x in jax.tree_util.tree_leaves_with_path(tree):
+        first: dict[str, np.ndarray] = {}
+        for shard in x.addressable_shards:
+            data = np.asarray(shard.data)
+            same = first.setdefault(str(shard.index), data)
+            assert np.array_equal(same, data), f'{jax.tree_util.keystr(path)} differs'
+
+
+def check(config: ConfigDict, sizes: tuple[int, int, int], tolerance: float = TOLERANCE) -> None:
+    want = reference(config)
+    got = run(on_mesh(config, sizes))
+    assert got['loss'] == pytest.approx(want['loss'], rel=tolerance)
+    assert min(want['grad_norms']) > config.optimizer.clip_norm, 'clipping is not active'
+    assert got['grad_norms'] == pytest.approx(want['grad_norms'], rel=tolerance)
+    assert_trees_close(got['grads'], want['grads'], tolerance)
+    assert_trees_close(got['params'], want['params'], tolerance)
+    assert_replicas_identical(got['params'])
+    for path, g in jax.tree_util.tree_leaves_with_path(got['grads']):
+        assert np.abs(np.asarray(g)).max() > 0, f'{jax.tree_util.keystr(path)} has no gradient'
+
+
+@pytest.mark.parametrize('sizes', FAST_MESHES, ids=str)
+@pytest.mark.parametrize('attention', ['mla', 'gqa'])
+def test_mesh_matches_one_device(sizes, attention):
+    check(small_config(attention, tied=attention == 'mla'), sizes)
+
+
+@pytest.mark.parametrize('attention', ['mla', 'gqa'])
+def test_mesh_matches_with_accumulation(attention):
+    check(small_config(attention, tied=attention == 'gqa', microbatches=2), (2, 2, 2))
+
+
+@pytest.mark.parametrize('attention', ['mla', 'gqa'])
+def test_mesh_matches_without_check_vma(attention):
+    config = small_config(attention)
+    config.check_vma = False
+    check(config, (2, 2, 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('check_vma', [True, False], ids=['vma', 'no_vma'])
+@pytest.mark.parametrize('microbatches', [1, 2])
+@pytest.mark.parametrize('tied', [True, False], ids=['tied', 'untied'])
+@pytest.mark.parametrize('attention', ['mla', 'gqa'])
+@pytest.mark.parametrize('sizes', MESHES, ids=str)
+def test_complete_grid(sizes, attention, tied, microbatches, check_vma):
+    if sizes[0] * sizes[1] * microbatches > 16:
+        pytest.skip('fewer rows than shards')
+    config = small_config(attention, tied, microbatches)
+    want = reference(config)  # the check changes no number: one reference serves both
+    config.check_vma = check_vma
+    _reference[config.to_json()] = want
+    check(config, sizes)
+
+
+def test_accumulation_matches_one_large_batch():
+    check(small_config(microbatches=1), (1, 1, 1))
+    whole, parts = reference(small_config()), reference(small_config(microbatches=4))
+    assert_trees_close(parts['grads'], whole['grads'], TOLERANCE)
+
+
+def test_multi_query_matches():
+    config = small_config('gqa')
+    config.model.n_kv_heads = 1
+    check(config, (1, 2, 4))
+
+
+def test_whole_query_matches():
+    config = small_config('mla')
+    config.model.q_rank = 0
+    check(config, (2, 1, 4))
+
+
+def test_dropout_matches():
+    config = small_config()
+    config.model.dropout = 0.3
+    assert reference(config)['loss'] != reference(small_config())['loss']
+    check(config, (2, 2, 2))
+
+
+@pytest.mark.parametrize('remat', ['dots', 'full'])
+def test_remat_matches(remat):
+    config = small_config()
+    plain = reference(config)
+    config.model.remat = remat
+    check(config, (2, 2, 2))
+    assert_trees_close(reference(config)['grads'], plain['grads'], TOLERANCE)
+
+
+@pytest.mark.parametrize('sizes', [(2, 2, 2), (1, 1, 8)], ids=str)
+def test_bfloat16_matches(sizes):
+    config = small_config()
+    config.compute_dtype = 'bfloat16'
+    want, got = reference(config), run(on_mesh(config, sizes))
+    exact = reference(small_config())
+    assert got['loss'] == pytest.approx(exact['loss'], rel=5e-3)
+    assert_trees_close(got['grads'], want['grads'], 5e-2)
+    assert_trees_close(got['grads'], exact['grads'], 8e-2)
+    assert all(g.dtype == jnp.float32 for g in jax.tree.leaves(got['grads']))
+    assert_replicas_identical(got['params'])
