@@ -11,7 +11,6 @@ and NAME.json with the pattern that splits text into pieces and the special toke
 """
 
 import base64
-import binascii
 import glob
 import hashlib
 import json
@@ -19,18 +18,20 @@ import os
 import sys
 import sysconfig
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import tiktoken
 from absl import app, flags
 
+if TYPE_CHECKING:
+    import tokenizers
+
 END_OF_TEXT = '<|endoftext|>'
 
 # cl100k's pattern, without possessive quantifiers, which the trainer's regex engine reads
 # differently, and without the rule for contractions, which tears 'self' into 's and elf.
-PATTERN = (
-    r'[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
-)
+PATTERN = r'[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
 
 _SIDECAR_HELP = (
     'a JSON object like {"pattern": "\\\\p{L}+|\\\\p{N}{1,3}|[^\\\\p{L}\\\\p{N}]+", '
@@ -102,8 +103,8 @@ def _local_encoding(name: str) -> tiktoken.Encoding:
         )
     pattern, special_tokens = _read_sidecar(path)
     ranks = _read_ranks(path)
-    taken = {i: s for s, i in special_tokens.items() if i in set(ranks.values())}
-    if taken or len(set(special_tokens.values())) < len(special_tokens):
+    ids = [*ranks.values(), *special_tokens.values()]
+    if len(set(ids)) < len(ids):
         raise ValueError(
             f'{path}: special tokens need ids of their own, but {special_tokens} repeats an id '
             f'or takes one of the vocabulary: use ids from {max(ranks.values()) + 1} up'
@@ -137,20 +138,26 @@ def _read_sidecar(path: str) -> tuple[str, dict[str, int]]:
 
 def _read_ranks(path: str) -> dict[bytes, int]:
     ranks: dict[bytes, int] = {}
+    taken: set[int] = set()
     with open(path, 'rb') as f:
         for number, line in enumerate(f, 1):
             if not line.strip():
                 continue
             try:
-                token, rank = line.split()
-                ranks[base64.b64decode(token, validate=True)] = int(rank)
-            except (ValueError, binascii.Error) as error:
+                encoded, digits = line.split()
+                token, rank = base64.b64decode(encoded, validate=True), int(digits)
+            except ValueError as error:
                 raise ValueError(
                     f'{path}, line {number}: a line is `base64(token) rank`, not {line!r}: '
                     'fetch or write the file again'
                 ) from error
-            if len(ranks) <= number - 1 and len(set(ranks.values())) < len(ranks):
-                raise ValueError(f'{path}, line {number}: token or rank {line!r} stands there twice')
+            if token in ranks or rank in taken or rank < 0:
+                raise ValueError(
+                    f'{path}, line {number}: tokens and ranks (from 0 up) are distinct, but '
+                    f'{line!r} is not: fetch or write the file again'
+                )
+            ranks[token] = rank
+            taken.add(rank)
     missing = [i for i in range(256) if bytes([i]) not in ranks]
     if missing:
         raise ValueError(
@@ -200,6 +207,30 @@ def train(texts: Iterable[str], vocab_size: int, output: str) -> tiktoken.Encodi
     lies outside, so no other split of it ever occurs. This holds for merges and ranks as the
     trainer orders them, unfiltered; the end of this function checks it on the texts.
     """
+    if not output.endswith('.tiktoken'):
+        raise ValueError(f'the output ends in .tiktoken, but is {output!r}')
+    if os.path.exists(output):
+        raise ValueError(f'{output} exists: remove it or choose another name')
+    texts = list(texts)
+    trained = learn_merges(texts, vocab_size)
+    byte_of = _byte_of_character()
+    ranks = {bytes(byte_of[c] for c in token): rank for token, rank in trained.get_vocab().items()}
+    _write_vocabulary(output, ranks, {END_OF_TEXT: vocab_size - 1})
+
+    enc = get_encoding(output)
+    for text in texts:
+        if enc.encode_ordinary(text) != trained.encode(text).ids:
+            raise ValueError(
+                f'tiktoken and the trainer encode the text {text[:60]!r}... differently with '
+                f'{output}: do not use it, and report the two versions and the text'
+            )
+    return enc
+
+
+def learn_merges(texts: list[str], vocab_size: int) -> 'tokenizers.Tokenizer':
+    """The trainer's own tokenizer, with vocab_size - 1 ids: the bytes and the merges in order."""
+    if vocab_size < 257:
+        raise ValueError(f'vocab_size holds 256 bytes and {END_OF_TEXT}: {vocab_size} is below 257')
     try:
         from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
     except ImportError as error:
@@ -207,45 +238,25 @@ def train(texts: Iterable[str], vocab_size: int, output: str) -> tiktoken.Encodi
             'training a vocabulary needs tokenizers: pip install -r requirements-tokenizer.txt'
         ) from error
 
-    if not output.endswith('.tiktoken'):
-        raise ValueError(f'the output ends in .tiktoken, but is {output!r}')
-    if vocab_size < 257:
-        raise ValueError(f'vocab_size holds 256 bytes and {END_OF_TEXT}: {vocab_size} is below 257')
-    if os.path.exists(output):
-        raise ValueError(f'{output} exists: remove it or choose another name')
-    texts = list(texts)
-    trainer_tokenizer = Tokenizer(models.BPE())
-    trainer_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(PATTERN), behavior='isolated'),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer_tokenizer.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False
-        ),
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
-    vocab = trainer_tokenizer.get_vocab()
-    if len(vocab) < vocab_size - 1:
+    tokenizer.train_from_iterator(texts, trainer)
+    if tokenizer.get_vocab_size() < vocab_size - 1:
         raise ValueError(
-            f'the text has no more pairs to merge after {len(vocab) + 1} of {vocab_size} tokens: '
-            'give more text or a smaller vocab_size'
+            f'the text has no more pairs to merge after {tokenizer.get_vocab_size() + 1} of '
+            f'{vocab_size} tokens: give more text or a smaller vocab_size'
         )
-    byte_of = _byte_of_character()
-    ranks = {bytes(byte_of[c] for c in token): rank for token, rank in vocab.items()}
-    _write_vocabulary(output, ranks, {END_OF_TEXT: vocab_size - 1})
-
-    enc = get_encoding(output)
-    for text in texts:
-        if enc.encode_ordinary(text) != trainer_tokenizer.encode(text).ids:
-            raise ValueError(
-                f'tiktoken and the trainer encode the text {text[:60]!r}... differently with '
-                f'{output}: do not use it, and report the two versions and the text'
-            )
-    return enc
+    return tokenizer
 
 
 def _byte_of_character() -> dict[str, int]:

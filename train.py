@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tiktoken
 from absl import app, flags
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
@@ -54,7 +55,7 @@ from parallel import (
     sum_gradients,
     varying,
 )
-from tokenizer import get_encoding, token_bytes
+from tokenizer import token_bytes
 
 # Dense bfloat16 FLOP/s of one jax device, by device_kind: the vendors' data sheets.
 PEAK_FLOPS = {
@@ -370,9 +371,8 @@ def evaluate(
     return {'eval_loss': nats / targets, 'eval_bits_per_byte': nats / np.log(2) / n_bytes}
 
 
-def zlib_bits_per_byte(batches: data.EvaluationSet, tokenizer: str) -> float:
+def zlib_bits_per_byte(batches: data.EvaluationSet, encoding: tiktoken.Encoding) -> float:
     """What zlib at level 9 makes of the very text that evaluation predicts."""
-    encoding = get_encoding(tokenizer)
     targets = np.concatenate(
         [batches.batch_at(i)[:, 1:].reshape(-1) for i in range(batches.n_batches)]
     )
@@ -392,7 +392,7 @@ def open_data(config: ConfigDict) -> tuple[data.Split, data.Split]:
     if path == 'stdlib':
         path = data.stdlib_corpus(config.data.tokenizer)
     train, validation = data.Split(path, 'train'), data.Split(path, 'validation')
-    n_vocab = get_encoding(train.tokenizer).n_vocab
+    n_vocab = train.encoding().n_vocab
     if n_vocab > config.model.vocab_size:
         raise ValueError(
             f'model.vocab_size={config.model.vocab_size} is below the {n_vocab} tokens of '
@@ -426,7 +426,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     train_step = make_train_step(config, mesh).lower(state, first).compile()
     writer.say(f'compiled in {time.perf_counter() - compile_start:.1f} s')
     eval_step = make_eval_step(config, mesh)
-    encoding = get_encoding(train_split.tokenizer)
+    encoding = train_split.encoding()
     bytes_V = np.zeros(config.model.vocab_size, np.int32)
     bytes_V[: encoding.n_vocab] = token_bytes(encoding)
     bytes_V = jax.device_put(bytes_V, NamedSharding(mesh, P()))
@@ -482,7 +482,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
         **evaluation,
     }
     if evaluation and writer.active:
-        summary['zlib_bits_per_byte'] = zlib_bits_per_byte(eval_set, train_split.tokenizer)
+        summary['zlib_bits_per_byte'] = zlib_bits_per_byte(eval_set, encoding)
     writer.say('\n'.join(f'{name:>22}  {value:,.4g}' for name, value in summary.items()))
     return summary
 

@@ -1,0 +1,228 @@
+"""Encodings by name, their errors, and that tiktoken encodes as the trainer does."""
+
+import base64
+import json
+import os
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tiktoken
+
+import tokenizer
+from tokenizer import END_OF_TEXT, fingerprint, get_encoding, learn_merges, token_bytes, train
+
+SHIPPED = 'vocab/stdlib-4096.tiktoken'
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+AWKWARD = [
+    '',
+    'a',
+    'hello world',
+    "don't, 'self' and 'SELF'",
+    'a' * 1000,
+    'ab' * 500 + 'b' * 77,
+    ' ' * 300 + 'x' + ' ' * 13,
+    '\n\n\n\t\t  \r\n \r \n x\n',
+    '=' * 201 + '\n' + '-' * 99,
+    '1234567890' * 20,
+    'naïve Ångström 東京 🙂🙂🙂 \U0001f468\u200d\U0001f469 \u0301\u0301 ﷽',
+    '\x00\x01\x7f\x80\x85\xa0\u2028\u3000\ufeff',
+    END_OF_TEXT,
+]
+
+
+def corpus(seed: int = 0) -> list[str]:
+    rng = random.Random(seed)
+    words = [''.join(rng.choices('aabbcde', k=rng.randint(1, 9))) for _ in range(300)]
+    texts = [' '.join(rng.choices(words, k=200)) for _ in range(20)]
+    return [*texts, 'aaaa' * 60, 'é' * 50 + '=' * 90, *(['x = [1, 2]\n    return x\n'] * 9)]
+
+
+def random_texts(n: int) -> list[str]:
+    """Few letters, so that pieces repeat and overlap; and any code point that is not private."""
+    rng = random.Random(1)
+    few = [''.join(rng.choices('aab =(\n\té1', k=rng.randint(1, 400))) for _ in range(n)]
+    ranges = [(0, 0x250), (0x370, 0x600), (0x3040, 0x30FF), (0x4E00, 0x9FFF), (0x1F300, 0x1F5FF)]
+    many = []
+    for _ in range(n):
+        low, high = rng.choice(ranges)
+        many.append(''.join(chr(rng.randint(low, high)) for _ in range(60)))
+    return few + many
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """An encoding that `train` wrote and its path."""
+    pytest.importorskip('tokenizers')
+    path = str(tmp_path_factory.mktemp('vocab') / 'tiny.tiktoken')
+    return train(corpus(), 600, path), path
+
+
+def test_shipped_vocabulary():
+    enc = get_encoding(SHIPPED)
+    assert enc.n_vocab == 4096
+    assert enc.eot_token == 4095
+    with open(os.path.join(ROOT, 'tokenizer.py'), encoding='utf-8') as f:
+        text = f.read()
+    ids = enc.encode_ordinary(text)
+    assert enc.decode(ids) == text
+    assert len(text.encode()) / len(ids) > 2.5
+
+
+def test_relative_path_falls_back_to_the_folder_of_the_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert get_encoding(SHIPPED).n_vocab == 4096
+
+
+@pytest.mark.parametrize('name', ['bytes', SHIPPED])
+def test_every_text_survives_the_round_trip(name):
+    enc = get_encoding(name)
+    for text in AWKWARD + random_texts(50):
+        assert enc.decode_bytes(enc.encode_ordinary(text)) == text.encode()
+
+
+def test_bytes():
+    enc = get_encoding('bytes')
+    assert enc.n_vocab == 257
+    assert enc.encode_ordinary('aé') == list('aé'.encode())
+    assert enc.encode(END_OF_TEXT, allowed_special='all') == [256]
+
+
+@pytest.mark.parametrize('name', ['bytes', SHIPPED])
+def test_token_bytes(name):
+    enc = get_encoding(name)
+    sizes = token_bytes(enc)
+    assert sizes.dtype == np.int32
+    assert sizes.shape == (enc.n_vocab,)
+    assert sizes[enc.eot_token] == 0
+    text = ''.join(AWKWARD)
+    assert sizes[enc.encode_ordinary(text)].sum() == len(text.encode())
+
+
+def test_token_bytes_of_unused_ids_is_zero(tmp_path):
+    write(tmp_path / 'gap.tiktoken', special={END_OF_TEXT: 300})
+    sizes = token_bytes(get_encoding(str(tmp_path / 'gap.tiktoken')))
+    assert sizes.tolist() == [1] * 256 + [0] * 45
+
+
+def test_fingerprint_follows_content_alone(tmp_path):
+    for name, pattern in [('a', '.'), ('b', '.'), ('c', '..?')]:
+        write(tmp_path / f'{name}.tiktoken', pattern=pattern)
+    a, b, c = (fingerprint(get_encoding(str(tmp_path / f'{n}.tiktoken'))) for n in 'abc')
+    assert a == b != c
+
+
+def test_tiktoken_encodes_as_the_trainer(trained):
+    enc, _ = trained
+    trainer = learn_merges(corpus(), 600)
+    for text in AWKWARD + corpus() + corpus(7) + random_texts(300):
+        assert enc.encode_ordinary(text) == trainer.encode(text).ids, repr(text)
+
+
+def test_training_sizes_and_order(trained):
+    enc, path = trained
+    assert enc.n_vocab == 600
+    assert enc.eot_token == 599
+    assert sorted(len(enc.decode_single_token_bytes(i)) for i in range(256)) == [1] * 256
+    with pytest.raises(ValueError, match='exists'):
+        train(corpus(), 600, path)
+
+
+def test_training_errors(tmp_path):
+    pytest.importorskip('tokenizers')
+    with pytest.raises(ValueError, match='below 257'):
+        train(corpus(), 256, str(tmp_path / 'a.tiktoken'))
+    with pytest.raises(ValueError, match='more text'):
+        train(['abc'], 1000, str(tmp_path / 'a.tiktoken'))
+    with pytest.raises(ValueError, match=r'ends in \.tiktoken'):
+        train(corpus(), 300, str(tmp_path / 'a'))
+    assert not list(tmp_path.iterdir())
+
+
+def test_training_checks_its_result(monkeypatch, tmp_path):
+    pytest.importorskip('tokenizers')
+    monkeypatch.setattr(tokenizer, 'get_encoding', lambda _: get_encoding('bytes'))
+    with pytest.raises(ValueError, match='differently'):
+        train(corpus(), 600, str(tmp_path / 'a.tiktoken'))
+
+
+def test_training_without_the_library_names_the_requirements(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, 'tokenizers', None)
+    with pytest.raises(ImportError, match=r'pip install -r requirements-tokenizer\.txt'):
+        train(corpus(), 600, str(tmp_path / 'a.tiktoken'))
+
+
+def test_command(tmp_path):
+    pytest.importorskip('tokenizers')
+    for i, text in enumerate(corpus()):
+        (tmp_path / f'{i}.txt').write_text(text, encoding='utf-8')
+    out = tmp_path / 'own.tiktoken'
+    command = [sys.executable, os.path.join(ROOT, 'tokenizer.py'), '--vocab_size=400']
+    subprocess.run([*command, f'--input={tmp_path}/*.txt', f'--output={out}'], check=True)
+    assert get_encoding(str(out)).n_vocab == 400
+
+
+def write(path, pattern: str = '.', special: dict | None = None, extra: bytes = b''):
+    lines = [base64.b64encode(bytes([i])) + b' %d\n' % i for i in range(256)]
+    path.write_bytes(b''.join(lines) + extra)
+    sidecar = {'pattern': pattern, 'special_tokens': special or {END_OF_TEXT: 256}}
+    path.with_suffix('.json').write_text(json.dumps(sidecar))
+
+
+def test_unknown_name_lists_the_known():
+    with pytest.raises(ValueError, match=r"'cl200k'.*bytes.*cl100k_base"):
+        get_encoding('cl200k')
+
+
+def test_missing_file_and_sidecar(tmp_path):
+    path = tmp_path / 'own.tiktoken'
+    with pytest.raises(ValueError, match='there is no vocabulary'):
+        get_encoding(str(path))
+    write(path)
+    (tmp_path / 'own.json').unlink()
+    with pytest.raises(ValueError, match=r'own\.json.*"pattern".*"special_tokens"'):
+        get_encoding(str(path))
+
+
+@pytest.mark.parametrize(
+    'sidecar', ['{', '[]', '{"pattern": "."}', '{"pattern": 3, "special_tokens": {}}']
+)
+def test_bad_sidecar(tmp_path, sidecar):
+    write(tmp_path / 'own.tiktoken')
+    (tmp_path / 'own.json').write_text(sidecar)
+    with pytest.raises(ValueError, match=r'own\.json is not valid'):
+        get_encoding(str(tmp_path / 'own.tiktoken'))
+
+
+@pytest.mark.parametrize('line', [b'YWI=', b'YWI= x', b'Y!I= 256', b'YWI= 255', b'YQ== 256'])
+def test_corrupt_line_is_named(tmp_path, line):
+    write(tmp_path / 'own.tiktoken', extra=line + b'\n')
+    with pytest.raises(ValueError, match=r'own\.tiktoken, line 257'):
+        get_encoding(str(tmp_path / 'own.tiktoken'))
+
+
+def test_incomplete_or_clashing_vocabularies(tmp_path):
+    path = tmp_path / 'own.tiktoken'
+    write(path)
+    path.write_bytes(b''.join(path.read_bytes().splitlines(keepends=True)[:99]))
+    with pytest.raises(ValueError, match='157 are missing, first 0x63'):
+        get_encoding(str(path))
+    write(path, special={END_OF_TEXT: 255})
+    with pytest.raises(ValueError, match='use ids from 256 up'):
+        get_encoding(str(path))
+    write(path, pattern='(')
+    with pytest.raises(ValueError, match='refuses'):
+        get_encoding(str(path))
+
+
+def test_no_network_says_how_to_supply_the_file(monkeypatch, tmp_path):
+    def offline(path: str) -> bytes:
+        raise ConnectionError(f'no route to {path}')
+
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path))
+    monkeypatch.setattr(tiktoken.load, 'read_file', offline)
+    monkeypatch.setattr(tiktoken.registry, 'ENCODINGS', {})
+    with pytest.raises(ValueError, match=r'cl100k_base.*TIKTOKEN_CACHE_DIR.*\.tiktoken'):
+        get_encoding('cl100k_base')

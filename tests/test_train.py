@@ -1,0 +1,193 @@
+"""The command from end to end, what it writes, and what it refuses."""
+
+import importlib
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from test_parity import batch_at, small_config
+
+import train
+from parallel import make_mesh
+
+ROOT = pathlib.Path(train.__file__).parent
+CONFIGS = sorted(p.stem for p in (ROOT / 'configs').glob('*.py') if p.stem != '__init__')
+
+
+def errors(**changes) -> str:
+    config = importlib.import_module('configs.tiny').get_config()
+    for name, value in changes.items():
+        group, _, field = name.rpartition('__')
+        (config[group] if group else config)[field] = value
+    with pytest.raises(ValueError, match='the config cannot run') as caught:
+        train.validate(config, 8)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_every_config_loads_and_evaluates_its_shapes(name):
+    config = importlib.import_module(f'configs.{name}').get_config()
+    config.data.path = config.data.path or 'somewhere'
+    train.validate(config, 4096)
+    mesh = make_mesh({})
+    state = jax.eval_shape(lambda: train.init_state(config, mesh))
+    step = train.make_train_step(config, mesh)
+    tokens = jax.ShapeDtypeStruct((1, config.batch_size, config.seq_len + 1), np.int32)
+    new_state, metrics = jax.eval_shape(step, state, tokens)
+    shape = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
+    assert shape(new_state) == shape(state)
+    assert set(metrics) == {'loss', 'grad_norm', 'lr'}
+    assert all(m.shape == () for m in metrics.values())
+
+
+@pytest.mark.parametrize('tp', [1, 2, 4])
+@pytest.mark.parametrize('fsdp', [1, 2, 4, 8])
+@pytest.mark.parametrize('dp', [1, 2, 4, 8])
+def test_tiny_divides_on_every_mesh(dp, fsdp, tp):
+    if dp * fsdp * tp > 8:
+        pytest.skip('more than 8 devices')
+    config = importlib.import_module('configs.tiny').get_config()
+    config.mesh.update(dp=dp, fsdp=fsdp, tp=tp)
+    train.validate(config, 8)
+    assert config.model.n_layers % 4 == 0
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (
+            {'model__n_heads': 12, 'mesh__tp': 8},
+            'model.n_heads=12 is not divisible by mesh.tp=8; use a tp of 1, 2, 3, 4, 6 or 12',
+        ),
+        ({'batch_size': 30, 'mesh__dp': 4}, 'batch_size=30'),
+        ({'seq_len': 200}, 'seq_len=200 is not a multiple of model.attention_block=128'),
+        ({'model__attention': 'mha'}, "model.attention='mha' is unknown; use one of mla, gqa"),
+        ({'model__block': ('sparse',)}, "unknown kind 'sparse'"),
+        ({'model__block': ('dense',) * 3}, 'model.n_layers=4 is not a multiple of the 3 layers'),
+        ({'model__rope_dim': 7}, 'model.rope_dim=7 is odd'),
+        ({'model__kv_rank': 60, 'mesh__fsdp': 8}, 'model.kv_rank=60'),
+        ({'model__attention': 'gqa', 'model__n_kv_heads': 3}, 'model.n_kv_heads=3'),
+        ({'mesh__dp': 16}, '--cpu_devices=16'),
+        ({'mesh__pp': 2}, 'mesh.pp=2'),
+        ({'optimizer__schedule': 'step'}, 'cosine, wsd'),
+        ({'optimizer__peak_lr': -1.0}, 'optimizer.peak_lr=-1.0 is negative'),
+        ({'steps': 0}, 'steps=0 is below 1'),
+        ({'data__path': ''}, 'data.path is empty'),
+        ({'compute_dtype': 'float16'}, 'float32, bfloat16'),
+        ({'model__dropout': 1.0}, 'model.dropout=1.0'),
+    ],
+    ids=lambda x: x if isinstance(x, str) else '',
+)
+def test_bad_values_are_refused_with_a_remedy(change, message):
+    assert message in errors(**change)
+
+
+def test_all_errors_come_at_once():
+    text = errors(model__n_heads=6, mesh__tp=4, batch_size=31, mesh__dp=2)
+    assert text.count('\n  - ') == 2
+
+
+def test_unknown_keys_are_errors():
+    config = importlib.import_module('configs.tiny').get_config()
+    with pytest.raises(KeyError):
+        config.model.n_head = 3
+
+
+def test_masked_rows_change_nothing():
+    """Rows without tokens leave loss and gradients as they are: no mean of means."""
+    config = small_config()
+    mesh = make_mesh({'dp': 2})
+    step = train.make_train_step(config, mesh)
+
+    def norm_and_loss(read):
+        state = train.init_state(config, mesh)
+        _, metrics = step(state, train.put_batch(read, 0, config, mesh))
+        return float(metrics['loss']), float(metrics['grad_norm'])
+
+    def half(step, rows):
+        tokens = batch_at(step, slice(None))
+        tokens[8:] = -1
+        return tokens[rows]
+
+    def half_twice(step, rows):
+        tokens = batch_at(step, slice(None))
+        tokens[8:] = tokens[:8]
+        return tokens[rows]
+
+    assert norm_and_loss(half) == pytest.approx(norm_and_loss(half_twice), rel=1e-5)
+
+
+@pytest.fixture(scope='module')
+def corpus(tmp_path_factory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp('corpus')
+    for i in range(40):
+        (folder / f'{i}.txt').write_text(f'The number {i} follows {i - 1}. ' * 40)
+    prepared = folder / 'tokens'
+    command = [sys.executable, 'data.py', f'--input={folder}/*.txt', '--tokenizer=bytes']
+    subprocess.run(
+        [*command, f'--output={prepared}', '--validation_share=0.2'], cwd=ROOT, check=True
+    )
+    return prepared
+
+
+def run_command(corpus: pathlib.Path, workdir: pathlib.Path, *more: str):
+    command = [
+        sys.executable, 'train.py', '--config=configs/tiny.py', f'--workdir={workdir}',
+        f'--config.data.path={corpus}', '--config.steps=20', '--config.log.every=5',
+        '--config.eval.every=10', '--config.model.n_layers=2', '--config.model.d_model=64',
+        '--config.seq_len=64', '--config.model.vocab_size=264', '--config.model.attention_block=64',
+        '--config.optimizer.warmup_steps=2', *more,
+    ]  # fmt: skip
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def read_metrics(workdir: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+
+
+def test_command_trains_alike_on_one_and_on_eight_devices(corpus, tmp_path):
+    one = run_command(corpus, tmp_path / 'one')
+    assert one.returncode == 0, one.stderr
+    eight = run_command(
+        corpus, tmp_path / 'eight', '--cpu_devices=8', '--config.mesh.dp=2',
+        '--config.mesh.fsdp=2', '--config.mesh.tp=2', '--config.microbatches=2',
+    )  # fmt: skip
+    assert eight.returncode == 0, eight.stderr
+    a, b = read_metrics(tmp_path / 'one'), read_metrics(tmp_path / 'eight')
+    steps = [r for r in a if 'loss' in r]
+    assert [r['step'] for r in steps] == [5, 10, 15, 20]
+    names = {'step', 'loss', 'grad_norm', 'lr', 'tokens', 'tokens_per_second', 'mfu'}
+    assert set(steps[0]) == names
+    assert steps[-1]['tokens'] == 20 * 32 * 64
+    assert steps[-1]['loss'] < steps[0]['loss'] - 0.5
+    evals = [r for r in a if 'eval_loss' in r]
+    assert [r['step'] for r in evals] == [10, 20]
+    assert evals[-1]['eval_bits_per_byte'] == pytest.approx(
+        evals[-1]['eval_loss'] / np.log(2), rel=0.01
+    )  # a byte is a token; only end-of-text is none
+    for x, y in zip(a, b, strict=True):
+        for name in ('loss', 'grad_norm', 'eval_loss'):
+            assert x.get(name) == pytest.approx(y.get(name), rel=1e-3)
+    saved = json.loads((tmp_path / 'one' / 'config.json').read_text())
+    assert saved['model']['d_model'] == 64
+    assert 'zlib_bits_per_byte' in one.stdout
+
+    again = run_command(corpus, tmp_path / 'one')
+    assert again.returncode != 0
+    assert 'holds a run already' in again.stderr
+
+
+def test_command_refuses_unknown_flags_and_bad_values(corpus, tmp_path):
+    bad = run_command(corpus, tmp_path / 'x', '--config.model.n_heads=3', '--config.mesh.tp=2')
+    assert bad.returncode != 0
+    assert 'model.n_heads=3 is not divisible by mesh.tp=2' in bad.stderr
+    assert 'Traceback' not in bad.stderr
+    unknown = run_command(corpus, tmp_path / 'y', '--config.model.n_head=3')
+    assert unknown.returncode != 0
+    small = run_command(corpus, tmp_path / 'z', '--config.model.vocab_size=256')
+    assert small.returncode != 0
+    assert 'model.vocab_size=256 is below the 257 tokens of bytes; use 384' in small.stderr
