@@ -21,13 +21,18 @@ from model import (
     rope_frequencies,
     rope_table,
 )
-from parallel import P, count, init_params, make_mesh
+from parallel import AXES, P, count, global_sum, init_params, make_mesh, varying
 from train import model_config
 
 
-def one_device(f, *args):
-    """Runs a function that uses collectives on a mesh of one device."""
-    return jax.jit(jax.shard_map(f, mesh=make_mesh({}), in_specs=P(), out_specs=P()))(*args)
+def on_one_device(f):
+    """f, whose arguments and results are varying as within the model, on a mesh of one device."""
+
+    def body(*args):
+        args = jax.tree.map(lambda x: varying(x, AXES), args)
+        return jax.tree.map(global_sum, f(*args))
+
+    return jax.jit(jax.shard_map(body, mesh=make_mesh({}), in_specs=P(), out_specs=P()))
 
 
 def plain_attention(q, k, v, scale):
@@ -83,7 +88,7 @@ def test_cross_entropy_is_the_plain_formula(z_loss):
     def ours(x, w):
         return cross_entropy(x, w, labels, z_loss, 7)  # 7 does not divide 24: 6 is used
 
-    got = one_device(jax.value_and_grad(ours, argnums=(0, 1), has_aux=True), x, w)
+    got = on_one_device(jax.value_and_grad(ours, argnums=(0, 1), has_aux=True))(x, w)
     want = jax.value_and_grad(plain, argnums=(0, 1), has_aux=True)(x, w)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
@@ -99,9 +104,10 @@ def test_logits_never_exist_at_once():
 
     def temp_bytes(chunk):
         c = dataclasses.replace(cfg, loss_chunk=chunk)
-        grad = jax.grad(lambda p: model.loss(p, tokens, c, jax.random.key(0))[0])
-        f = jax.shard_map(grad, mesh=make_mesh({}), in_specs=P(), out_specs=P())
-        return jax.jit(f).lower(params).compile().memory_analysis().temp_size_in_bytes
+        grad = jax.grad(lambda p, t: model.loss(p, t, c, jax.random.key(0))[0])
+        return (
+            on_one_device(grad).lower(params, tokens).compile().memory_analysis().temp_size_in_bytes
+        )
 
     all_logits = 8 * 128 * 4096 * 4
     assert temp_bytes(1024) - temp_bytes(128) > all_logits // 2
@@ -152,16 +158,18 @@ def test_causality_by_gradient(attention):
     params = init_params(jax.random.key(0), model_params(cfg), make_mesh({}))
     ids = jnp.arange(16)[None]  # each token once: its embedding row stands for its position
 
-    def row_gradients(t):
+    def row_gradients(w, t):
         def f(w):
-            changed = params | {'embed': {'w_VD': w}, 'head': params['embed']}
+            fixed = jax.tree.map(lambda x: varying(x, AXES), params)
+            changed = fixed | {'embed': {'w_VD': w}, 'head': fixed['embed']}
             c = dataclasses.replace(cfg, tie_embeddings=False)
             return jnp.sum(jnp.square(logits(changed, ids, c)[0, t]))
 
-        return jnp.abs(one_device(jax.grad(f), params['embed']['w_VD'])).sum(axis=1)
+        return jnp.abs(jax.grad(f)(w)).sum(axis=1)
 
+    row_gradients = on_one_device(row_gradients)
     for t in (0, 6, 7, 8, 15):  # around the border of a block of 8
-        reached = np.asarray(row_gradients(t)) > 0
+        reached = np.asarray(row_gradients(params['embed']['w_VD'], t)) > 0
         assert reached[: t + 1].all()
         assert not reached[t + 1 :].any()
 
@@ -176,17 +184,16 @@ def test_flops_count_the_compilers():
     cfg = model_config(config)
     params = init_params(jax.random.key(0), model_params(cfg), make_mesh({}))
     tokens = jnp.zeros((4, 65), jnp.int32)
-    grad = jax.grad(lambda p: model.loss(p, tokens, cfg, jax.random.key(0))[0])
-    f = jax.shard_map(grad, mesh=make_mesh({}), in_specs=P(), out_specs=P())
-    flops = jax.jit(f).lower(params).compile().cost_analysis()['flops']
+    grad = jax.grad(lambda p, t: model.loss(p, t, cfg, jax.random.key(0))[0])
+    flops = on_one_device(grad).lower(params, tokens).compile().cost_analysis()['flops']
     assert flops / (4 * 64) == pytest.approx(flops_per_token(cfg, 64), rel=0.15)
 
 
 def test_dropout_keeps_the_mean_and_differs_by_layer_and_key():
     x = jnp.ones((4, 8, 512))
-    drop = lambda seed: one_device(  # noqa: E731
-        lambda x: model.dropout(x, 0.25, jax.random.key(seed)), x
-    )
+    drop = lambda seed: on_one_device(  # noqa: E731
+        lambda x: model.dropout(x, 0.25, jax.random.key(seed))
+    )(x)
     a = np.asarray(drop(0))
     assert a.mean() == pytest.approx(1, abs=0.03)
     assert set(np.unique(a)) == {0, np.float32(1 / 0.75)}
@@ -217,9 +224,8 @@ def test_compile_does_not_grow_with_depth():
         declared = model_params(cfg)
         params = jax.eval_shape(lambda: init_params(jax.random.key(0), declared, make_mesh({})))
         grad = jax.grad(lambda p, t: model.loss(p, t, cfg, jax.random.key(0))[0])
-        f = jax.shard_map(grad, mesh=make_mesh({}), in_specs=P(), out_specs=P())
         tokens = jax.ShapeDtypeStruct((4, 17), jnp.int32)
-        return jax.jit(f).lower(params, tokens).as_text().count('\n')
+        return on_one_device(grad).lower(params, tokens).as_text().count('\n')
 
     assert program_size(4) == program_size(16)
 
