@@ -61,7 +61,13 @@ def _store(path: str) -> ts.KvStore:
 
 
 def _array_spec(store: ts.KvStore, path: str) -> dict[str, Any]:
-    return {'driver': 'zarr3', 'kvstore': (store / f'{path}/').spec().to_json()}
+    return {
+        'driver': 'zarr3',
+        'kvstore': (store / f'{path}/').spec().to_json(),
+        # A lost chunk must not read as a run of token 0: all are written, all must be there.
+        'store_data_equal_to_fill_value': True,
+        'fill_missing_data_reads': False,
+    }
 
 
 # ---------------------------------------------------------------------------------------------
@@ -202,7 +208,13 @@ def _write_part(job: Job, index: int, files: list[File]) -> dict[str, dict[str, 
     for file in files:
         for document, text in _documents(file, job.text_field):
             split = split_of(document, job.validation_share)
-            ids = enc.encode_to_numpy(text, disallowed_special=())  # markers in text are text
+            try:
+                ids = enc.encode_to_numpy(text, disallowed_special=())  # markers in text are text
+            except ValueError as error:  # such as a megabyte of spaces, too long for the regex
+                raise ValueError(
+                    f'{file.path}, document {document}: the tokenizer cannot encode it ({error}): '
+                    'shorten or remove it'
+                ) from error
             tokens.setdefault(split, []).extend((ids.astype(dtype), end))
             size[split] += len(text.encode())
     store = _store(job.output)
@@ -325,9 +337,11 @@ def stdlib_corpus(tokenizer: str, validation_share: float = 0.03) -> str:
         left_out = f', without {skipped} files that are not UTF-8' if skipped else ''
         print(f'preparing the standard library of Python {version} in {folder}{left_out}')
         files = [File(name, path) for name, path in named]
-        prepare(files, Job(building, tokenizer, validation_share))
+        # Not in `building` itself, which mkdtemp closes to other users of the cache.
+        tokens = os.path.join(building, 'tokens')
+        prepare(files, Job(tokens, tokenizer, validation_share))
         try:
-            os.rename(building, folder)
+            os.rename(tokens, folder)
         except OSError:
             # Another process was first. Its folder is complete: it, too, appeared by a rename.
             if not os.path.exists(os.path.join(folder, MANIFEST)):

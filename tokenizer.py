@@ -7,7 +7,8 @@
     python tokenizer.py --input='corpus/**/*.txt' --vocab_size=4096 --output=NAME.tiktoken
 
 A vocabulary of your own is two files: NAME.tiktoken, a line `base64(token) rank` for each token,
-and NAME.json with the pattern that splits text into pieces and the special tokens.
+and NAME.json with the pattern that splits text into pieces, the special tokens, and the number
+of lines, by which a file that was cut short is known.
 """
 
 import base64
@@ -101,8 +102,13 @@ def _local_encoding(name: str) -> tiktoken.Encoding:
             f'{os.path.dirname(os.path.abspath(__file__))}: give the path of a .tiktoken file, '
             'or train one with python tokenizer.py'
         )
-    pattern, special_tokens = _read_sidecar(path)
+    pattern, special_tokens, n_tokens = _read_sidecar(path)
     ranks = _read_ranks(path)
+    if n_tokens is not None and len(ranks) != n_tokens:
+        raise ValueError(
+            f'{path} ends at line {len(ranks)}, but its sidecar counts {n_tokens} tokens: fetch '
+            'or write both files again'
+        )
     ids = [*ranks.values(), *special_tokens.values()]
     if len(set(ids)) < len(ids):
         raise ValueError(
@@ -117,12 +123,14 @@ def _local_encoding(name: str) -> tiktoken.Encoding:
         raise ValueError(f'{path}: tiktoken refuses the vocabulary: {error}') from error
 
 
-def _read_sidecar(path: str) -> tuple[str, dict[str, int]]:
+def _read_sidecar(path: str) -> tuple[str, dict[str, int], int | None]:
+    """Pattern, special tokens, and the number of other tokens if the sidecar gives it."""
     sidecar = path.removesuffix('.tiktoken') + '.json'
     try:
         with open(sidecar, encoding='utf-8') as f:
             content = json.load(f)
         pattern, special_tokens = content['pattern'], content['special_tokens']
+        n_tokens = content.get('n_tokens')
         if not isinstance(pattern, str) or not all(
             isinstance(i, int) and i >= 0 for i in special_tokens.values()
         ):
@@ -133,7 +141,7 @@ def _read_sidecar(path: str) -> tuple[str, dict[str, int]]:
         raise ValueError(
             f'{sidecar} is not valid ({type(error).__name__}: {error}): write {_SIDECAR_HELP}'
         ) from error
-    return pattern, special_tokens
+    return pattern, special_tokens, n_tokens
 
 
 def _read_ranks(path: str) -> dict[bytes, int]:
@@ -271,7 +279,12 @@ def _byte_of_character() -> dict[str, int]:
 
 def _write_vocabulary(path: str, ranks: dict[bytes, int], special_tokens: dict[str, int]) -> None:
     with open(path.removesuffix('.tiktoken') + '.json', 'w', encoding='utf-8') as f:
-        json.dump({'pattern': PATTERN, 'special_tokens': special_tokens}, f, indent=2)
+        sidecar = {
+            'pattern': PATTERN,
+            'special_tokens': special_tokens,
+            'n_tokens': len(ranks),
+        }
+        json.dump(sidecar, f, indent=2)
         f.write('\n')
     with open(path, 'wb') as f:
         for token, rank in sorted(ranks.items(), key=lambda item: item[1]):

@@ -224,6 +224,25 @@ def test_damaged_shard_is_an_error(tmp_path):
         Split(str(tmp_path / 'tokens'), 'train').read(0, 500)
 
 
+def test_lost_chunk_is_an_error(tmp_path):
+    split_of_length(tmp_path, 500)
+    (tmp_path / 'tokens/train/00000/c/0').unlink()
+    with pytest.raises(ValueError, match=r'train/00000.*is missing'):
+        Split(str(tmp_path / 'tokens'), 'train').read(0, 500)
+
+
+def test_chunks_of_the_fill_value_are_written(tmp_path):
+    split = Split(prepared(tmp_path, {'a.txt': '\0' * (data.CHUNK_TOKENS + 9)}), 'train')
+    assert not split.read(0, split.n_tokens - 1).any()
+
+
+def test_text_that_the_tokenizer_refuses_is_named(tmp_path):
+    lines = '{"text": "x"}\n' + json.dumps({'text': ' ' * 1_000_000 + 'x'})
+    (tmp_path / 'a.jsonl').write_text(lines)
+    with pytest.raises(ValueError, match=r'/a\.jsonl, document a\.jsonl:2: the tokenizer cannot'):
+        prepare(find_files([f'{tmp_path}/*.jsonl']), Job(str(tmp_path / 'out'), SHIPPED))
+
+
 @pytest.mark.parametrize(
     ('name', 'content', 'message'),
     [
@@ -326,6 +345,9 @@ def test_stdlib_corpus(tmp_path, monkeypatch, capsys):
     assert len(set(folders)) == 1
     assert len(folders) == 2
     assert os.listdir(tmp_path / 'cache') == [os.path.basename(folders[0])]
+    # As open to other users as any folder that is made here.
+    (tmp_path / 'plain').mkdir()
+    assert os.stat(folders[0]).st_mode == os.stat(tmp_path / 'plain').st_mode
     capsys.readouterr()
     assert data.stdlib_corpus(SHIPPED) == folders[0]
     assert capsys.readouterr().out == ''
@@ -334,7 +356,7 @@ def test_stdlib_corpus(tmp_path, monkeypatch, capsys):
     assert 5 <= validation.n_documents < 0.1 * train.n_documents
     text = inspect.getsource(dataclasses)
     name = 'dataclasses.py'
-    split = train if data.split_of(name, 0.02) == 'train' else validation
+    split = train if data.split_of(name, 0.03) == 'train' else validation
     assert text in split.encoding().decode(split.read(0, split.n_tokens))
 
 

@@ -196,7 +196,7 @@ def test_bad_sidecar(tmp_path, sidecar):
         get_encoding(str(tmp_path / 'own.tiktoken'))
 
 
-@pytest.mark.parametrize('line', [b'YWI=', b'YWI= x', b'Y!I= 256', b'YWI= 255', b'YQ== 256'])
+@pytest.mark.parametrize('line', [b'YWI=', b'YWI= x', b'YW!I= 256', b'YWI= 255', b'YQ== 256'])
 def test_corrupt_line_is_named(tmp_path, line):
     write(tmp_path / 'own.tiktoken', extra=line + b'\n')
     with pytest.raises(ValueError, match=r'own\.tiktoken, line 257'):
@@ -215,6 +215,17 @@ def test_incomplete_or_clashing_vocabularies(tmp_path):
     write(path, pattern='(')
     with pytest.raises(ValueError, match='refuses'):
         get_encoding(str(path))
+
+
+def test_cut_at_a_line_border_is_known_by_the_sidecar(trained, tmp_path):
+    _, path = trained
+    with open(path, 'rb') as f:
+        lines = f.readlines()
+    (tmp_path / 'cut.tiktoken').write_bytes(b''.join(lines[:400]))
+    with open(path.removesuffix('.tiktoken') + '.json', 'rb') as f:
+        (tmp_path / 'cut.json').write_bytes(f.read())
+    with pytest.raises(ValueError, match=r'cut\.tiktoken ends at line 400.* counts 599 tokens'):
+        get_encoding(str(tmp_path / 'cut.tiktoken'))
 
 
 def test_no_network_says_how_to_supply_the_file(monkeypatch, tmp_path):
