@@ -5,7 +5,7 @@
 
 The model: D 256, 4 heads, 8 layers, T 256, vocabulary 8192, tied head; 4,096 tokens a step.
 FLOP/s are the model's useful ones (model.flops_per_token); compile time and program size are
-also shown for twice and four times the blocks. On glibc, try it under MALLOC_MMAP_THRESHOLD_=...
+also shown for twice and four times the blocks.
 """
 
 import json
@@ -50,6 +50,8 @@ def compile_step(config, mesh):
 
 
 def main(_):
+    if FLAGS.keep_freed_memory:
+        train.keep_freed_memory()
     if FLAGS.cpu_devices:
         jax.config.update('jax_num_cpu_devices', FLAGS.cpu_devices)
     sizes = [int(x) for x in FLAGS.mesh.split(',')]
@@ -98,6 +100,7 @@ if __name__ == '__main__':
     flags.DEFINE_integer('d_ff', 688, 'SwiGLU width; 8/3 D costs what a GELU of 4 D does.')
     flags.DEFINE_integer('cpu_devices', 0, 'Simulated devices.')
     flags.DEFINE_integer('repeats', 4, 'Rounds of one matmul measurement and four steps.')
+    flags.DEFINE_boolean('keep_freed_memory', True, 'As train.py does; off to compare.')
     flags.DEFINE_boolean('depths', False, 'Also compile 4 and 16 blocks.')
     flags.DEFINE_boolean('json', False, 'The figures as one JSON object on the last line.')
     app.run(main)

@@ -4,7 +4,7 @@
     python train.py --config=configs/tiny.py --cpu_devices=8 \
         --config.mesh.dp=2 --config.mesh.fsdp=2 --config.mesh.tp=2
 
-32 sequences x 256 tokens = 8,192 tokens a step.
+16 sequences x 256 tokens = 4,096 tokens a step.
 """
 
 from ml_collections import ConfigDict
@@ -15,9 +15,10 @@ from configs import default
 def get_config() -> ConfigDict:
     c = default.get_config()
     c.data.path = 'stdlib'
-    c.steps = 600
+    c.steps = 500
+    c.batch_size = 16
     c.optimizer.peak_lr = 3e-3
     c.optimizer.final_lr = 1e-4
-    c.optimizer.warmup_steps = 40
-    c.eval.every = 200
+    c.optimizer.warmup_steps = 50
+    c.eval.every = 250
     return c
