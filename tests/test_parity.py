@@ -142,8 +142,8 @@ def test_mesh_matches_without_check_vma(attention):
 @pytest.mark.parametrize('attention', ['mla', 'gqa'])
 @pytest.mark.parametrize('sizes', MESHES, ids=str)
 def test_complete_grid(sizes, attention, tied, microbatches, check_vma):
-    if sizes[0] * sizes[1] * microbatches > 16:
-        pytest.skip('fewer rows than shards')
+    if not check_vma and sizes not in ((2, 2, 2), (1, 4, 2)):
+        pytest.skip('without the check, two meshes with all three collectives suffice')
     config = small_config(attention, tied, microbatches)
     want = reference(config)  # the check changes no number: one reference serves both
     config.check_vma = check_vma
