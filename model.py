@@ -88,11 +88,30 @@ def gain(size: int) -> Param:
 # ---------------------------------------------------------------------------------------------
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rms_norm(x: Array, gain: Array, eps: float) -> Array:
-    """x / rms(x) · gain over the last dimension, in float32 (Zhang & Sennrich 2019)."""
+    """x / rms(x) · gain over the last dimension, in float32 (Zhang & Sennrich 2019).
+
+    Saves its input and a number a row; autodiff would save three arrays of the input's size.
+    """
+    return _rms_norm_forward(x, gain, eps)[0]
+
+
+def _rms_norm_forward(x: Array, gain: Array, eps: float):
     x32 = x.astype(jnp.float32)
     scale = lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return (x32 * scale * gain).astype(x.dtype)
+    return (x32 * scale * gain).astype(x.dtype), (x, scale, gain)
+
+
+def _rms_norm_backward(eps: float, saved: tuple, dy: Array):
+    x, scale, gain = saved
+    normed, dy = x.astype(jnp.float32) * scale, dy.astype(jnp.float32)
+    d_normed = dy * gain
+    dx = scale * (d_normed - normed * jnp.mean(d_normed * normed, axis=-1, keepdims=True))
+    return dx.astype(x.dtype), jnp.sum(dy * normed, axis=tuple(range(x.ndim - 1)))
+
+
+rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
 def rope_frequencies(cfg: ModelConfig) -> np.ndarray:
@@ -401,6 +420,22 @@ ATTENTION: dict[str, tuple[Callable, Callable]] = {
 # ---------------------------------------------------------------------------------------------
 
 
+@jax.custom_vjp
+def gated(gate: Array, up: Array) -> Array:
+    """silu(gate) · up. Saves its inputs only; autodiff would save three more arrays like them."""
+    return jax.nn.silu(gate) * up
+
+
+def _gated_backward(saved: tuple[Array, Array], d_out: Array):
+    gate, up = saved
+    sigmoid = jax.nn.sigmoid(gate)
+    silu = gate * sigmoid
+    return d_out * up * (sigmoid + silu * (1 - sigmoid)), d_out * silu
+
+
+gated.defvjp(lambda gate, up: (gated(gate, up), (gate, up)), _gated_backward)
+
+
 def swiglu_params(cfg: ModelConfig) -> Tree:
     D, F = cfg.d_model, cfg.d_ff
     return {
@@ -416,7 +451,7 @@ def swiglu(params: Tree, x_BTD: Array, cfg: ModelConfig) -> Array:
     x_BTD = all_gather(x_BTD, TP, 1)  # B T/tp D -> B T D
     gate_BTF = linear(x_BTD, w['w_gate'])
     up_BTF = linear(x_BTD, w['w_up'])
-    out_BTD = linear(jax.nn.silu(gate_BTF) * up_BTF, w['w_down'])
+    out_BTD = linear(gated(gate_BTF, up_BTF), w['w_down'])
     return reduce_scatter(out_BTD, TP, 1)
 
 
