@@ -30,7 +30,7 @@ FLAGS = flags.FLAGS
 def configure(n_layers: int, mesh: list[int]):
     c = default.get_config()
     c.batch_size, c.seq_len, c.data.path = 16, 256, 'none'
-    c.compute_dtype = FLAGS.dtype
+    c.compute_dtype, c.microbatches = FLAGS.dtype, FLAGS.microbatches
     c.model.update(vocab_size=8192, d_model=256, n_layers=n_layers, d_ff=FLAGS.d_ff)
     c.model.update(attention=FLAGS.attention, remat=FLAGS.remat)
     c.model.update(attention_block=FLAGS.attention_block, loss_chunk=FLAGS.loss_chunk)
@@ -93,6 +93,7 @@ def main(_):
 if __name__ == '__main__':
     flags.DEFINE_string('attention', 'gqa', 'gqa or mla.')
     flags.DEFINE_string('dtype', 'float32', 'Compute type.')
+    flags.DEFINE_integer('microbatches', 1, 'Gradient accumulation.')
     flags.DEFINE_string('remat', 'none', 'none, dots or full.')
     flags.DEFINE_string('mesh', '1,1,1', 'dp,fsdp,tp.')
     flags.DEFINE_integer('attention_block', 128, 'model.attention_block.')
