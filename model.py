@@ -287,7 +287,7 @@ def _attention_backward(scale: float, block: int, saved: tuple, d_out: Array):
     q, k, v, out, logsumexp = saved
     block, pairs = _lower_triangle(q.shape[-2], block)
     f32 = {'preferred_element_type': jnp.float32}
-    delta = jnp.sum(out.astype(jnp.float32) * d_out, axis=-1, keepdims=True)
+    delta = jnp.einsum('...h,...h->...', out, d_out, **f32)[..., None]
 
     def step(carry: tuple, pair: Array):
         dq, dk, dv = carry
@@ -568,7 +568,9 @@ def _cross_entropy(x_TD, w_VD, labels_T, z_loss: float, chunk: int, with_grads: 
         is_label_TV = labels_T[:, None] == rows_V
         top_T = pmax(jnp.max(logits_TV, axis=-1), TP)
         exp_TV = jnp.exp(logits_TV - top_T[:, None])
-        label_logit_T = jnp.sum(jnp.where(is_label_TV, logits_TV, 0), axis=-1)
+        row_T = jnp.clip(labels_T - first_row, 0, w_VD.shape[0] - 1)
+        label_logit_T = jnp.take_along_axis(logits_TV, row_T[:, None], axis=1)[:, 0]
+        label_logit_T = jnp.where(rows_V[row_T] == labels_T, label_logit_T, 0)
         sum_T, label_logit_T = psum(jnp.stack((jnp.sum(exp_TV, axis=-1), label_logit_T)), TP)
         logsumexp_T = top_T + jnp.log(sum_T)
         valid_T = labels_T >= 0
