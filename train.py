@@ -15,7 +15,7 @@ import platform
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,18 +28,10 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict, config_flags
 
 import data
-from model import (
-    ATTENTION,
-    FEED_FORWARD,
-    REMAT,
-    ModelConfig,
-    flops_per_token,
-    loss,
-    model_params,
-)
-from optimizer import OptimizerConfig, adamw, adamw_init, clip_by_global_norm, learning_rate
+from layers import ModelConfig
+from model import flops_per_token, loss, model_params
+from optimizer import adamw, adamw_init, clip_by_global_norm, learning_rate
 from parallel import (
-    AXES,
     BATCH,
     PP,
     TP,
@@ -58,6 +50,7 @@ from parallel import (
     varying,
 )
 from tokenizer import token_bytes
+from validation import model_config, optimizer_config, validate
 
 # Dense bfloat16 FLOP/s of one jax device, by device_kind: the vendors' data sheets.
 PEAK_FLOPS = {
@@ -70,125 +63,6 @@ PEAK_FLOPS = {
     'NVIDIA H100 80GB HBM3': 989e12,
     'NVIDIA H200': 989e12,
 }
-
-
-# ---------------------------------------------------------------------------------------------
-# Configuration
-# ---------------------------------------------------------------------------------------------
-
-
-def model_config(config: ConfigDict) -> ModelConfig:
-    return ModelConfig(compute_dtype=config.compute_dtype, **config.model)
-
-
-def optimizer_config(config: ConfigDict) -> OptimizerConfig:
-    return OptimizerConfig(steps=config.steps, **config.optimizer)
-
-
-def divisors(n: int) -> str:
-    small = [str(d) for d in range(1, min(n, 64) + 1) if n % d == 0]
-    return ', '.join(small[:-1]) + (' or ' if small[:-1] else '') + small[-1]
-
-
-def division_errors(config: ConfigDict) -> Iterator[str]:
-    """What does not divide, with what would."""
-    m, mesh = config.model, config.mesh
-    tp = {'model.n_heads': m.n_heads, 'model.d_ff': m.d_ff, 'model.vocab_size': m.vocab_size}
-    fsdp = {'model.d_model': m.d_model}
-    if m.attention == 'mla':
-        fsdp |= {'model.kv_rank': m.kv_rank} | ({'model.q_rank': m.q_rank} if m.q_rank else {})
-    elif m.n_kv_heads > 1:
-        tp['model.n_kv_heads'] = m.n_kv_heads
-    for axis, sizes in (('tp', tp | {'seq_len': config.seq_len}), ('fsdp', fsdp)):
-        for name, size in sizes.items():
-            if size % mesh[axis]:
-                yield (
-                    f'{name}={size} is not divisible by mesh.{axis}={mesh[axis]}; '
-                    f'use a {axis} of {divisors(size)}'
-                )
-    shards = mesh.dp * mesh.fsdp * mesh.ep * config.microbatches
-    if config.batch_size % shards:
-        yield (
-            f'batch_size={config.batch_size} is not divisible by mesh.dp * mesh.fsdp * mesh.ep * '
-            f'microbatches={shards}; use a multiple of {shards}'
-        )
-    if m.n_layers % len(m.block):
-        yield (
-            f'model.n_layers={m.n_layers} is not a multiple of the {len(m.block)} layers of '
-            f'model.block={tuple(m.block)}; use a multiple of {len(m.block)}'
-        )
-    if m.attention == 'gqa' and m.n_heads % m.n_kv_heads:
-        yield (
-            f'model.n_heads={m.n_heads} is not divisible by model.n_kv_heads={m.n_kv_heads}; '
-            f'use {divisors(m.n_heads)} key/value heads'
-        )
-    if config.seq_len % min(m.attention_block, config.seq_len):
-        yield (
-            f'seq_len={config.seq_len} is not a multiple of model.attention_block='
-            f'{m.attention_block}; use a block of {divisors(config.seq_len)}'
-        )
-    rotary = 'rope_dim' if m.attention == 'mla' else 'head_dim'
-    if m[rotary] % 2:
-        yield f'model.{rotary}={m[rotary]} is odd, but rotation takes pairs; use {m[rotary] + 1}'
-
-
-def value_errors(config: ConfigDict) -> Iterator[str]:
-    """Values out of range and names that do not exist."""
-    may_be_zero = {
-        'seed', 'eval.every', 'eval.batches', 'log.every', 'optimizer.warmup_steps',
-        'optimizer.decay_steps', 'model.q_rank',
-    }  # fmt: skip
-    flat = dict(config)
-    for group in ('model', 'mesh', 'data', 'optimizer', 'eval', 'log'):
-        flat |= {f'{group}.{k}': v for k, v in flat.pop(group).items()}
-    for name, value in flat.items():
-        least = 0 if name in may_be_zero else 1
-        if isinstance(value, int) and not isinstance(value, bool) and value < least:
-            yield f'{name}={value} is below {least}; use {least} or more'
-        if isinstance(value, float) and value < 0:
-            yield f'{name}={value} is negative; use 0 or more'
-    choices = {
-        'compute_dtype': ('float32', 'bfloat16'),
-        'model.attention': ATTENTION,
-        'model.remat': REMAT,
-        'model.rope_scaling': ('none', 'linear', 'yarn'),
-        'optimizer.schedule': ('cosine', 'wsd'),
-    }
-    for name, allowed in choices.items():
-        if flat[name] not in allowed:
-            yield f'{name}={flat[name]!r} is unknown; use one of {", ".join(allowed)}'
-    for kind in flat['model.block']:
-        if kind not in FEED_FORWARD:
-            yield f'model.block has the unknown kind {kind!r}; use {", ".join(FEED_FORWARD)}'
-    if not flat['model.block']:
-        yield "model.block=() is empty; use at least one kind of layer, as in ('dense',)"
-    if flat['model.dropout'] >= 1:
-        yield f'model.dropout={flat["model.dropout"]} drops everything; use a share below 1'
-    if flat['model.rope_factor'] < 1:
-        yield f'model.rope_factor={flat["model.rope_factor"]} shortens the context; use 1 or more'
-    for name in ('optimizer.b1', 'optimizer.b2'):
-        if flat[name] >= 1:
-            yield f'{name}={flat[name]} never forgets; use a value below 1'
-    if not flat['data.path']:
-        yield "data.path is empty; use a folder that data.py wrote, or 'stdlib'"
-    for axis in ('pp', 'ep'):
-        if flat[f'mesh.{axis}'] > 1:
-            yield f'mesh.{axis}={flat[f"mesh.{axis}"]}: this axis is not built yet; use 1'
-
-
-def validate(config: ConfigDict, n_devices: int) -> None:
-    """Raises one ValueError with all that is wrong: each rule, its values, and the remedy."""
-    errors = list(value_errors(config))
-    if not errors:
-        errors += division_errors(config)
-        needed = int(np.prod([config.mesh[axis] for axis in AXES]))
-        if needed > n_devices:
-            errors.append(
-                f'the mesh takes {needed} devices and {n_devices} are there; use a smaller mesh, '
-                f'or --cpu_devices={needed} to simulate them'
-            )
-    if errors:
-        raise ValueError('the config cannot run:\n' + '\n'.join(f'  - {e}' for e in errors))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -362,15 +236,24 @@ class Writer:
             print(text, flush=True)
 
 
-def evaluate(
-    step: Callable, params: Tree, batches: data.EvaluationSet, put: Callable, bytes_V: Array
-) -> dict[str, float]:
-    """Mean loss (nats a token) and bits a byte of text over the fixed evaluation set."""
-    sums = [step(params, put(batches.batch_at, i), bytes_V) for i in range(batches.n_batches)]
-    nats, targets, n_bytes = (
-        sum(float(s[name]) for s in sums) for name in ('nats', 'targets', 'bytes')
-    )
-    return {'eval_loss': nats / targets, 'eval_bits_per_byte': nats / np.log(2) / n_bytes}
+def make_evaluation(
+    config: ConfigDict, mesh: Mesh, batches: data.EvaluationSet, encoding: tiktoken.Encoding
+) -> Callable[[Tree], dict[str, float]]:
+    """params -> mean loss (nats a token) and bits a byte of text over the fixed evaluation set."""
+    step = make_eval_step(config, mesh)
+    bytes_V = np.zeros(config.model.vocab_size, np.int32)
+    bytes_V[: encoding.n_vocab] = token_bytes(encoding)
+    bytes_V = jax.device_put(bytes_V, NamedSharding(mesh, P()))
+
+    def evaluate(params: Tree) -> dict[str, float]:
+        put = functools.partial(put_batch, config=config, mesh=mesh)
+        sums = [step(params, put(batches.batch_at, i), bytes_V) for i in range(batches.n_batches)]
+        nats, targets, n_bytes = (
+            sum(float(s[name]) for s in sums) for name in ('nats', 'targets', 'bytes')
+        )
+        return {'eval_loss': nats / targets, 'eval_bits_per_byte': nats / np.log(2) / n_bytes}
+
+    return evaluate
 
 
 def zlib_bits_per_byte(batches: data.EvaluationSet, encoding: tiktoken.Encoding) -> float:
@@ -403,6 +286,53 @@ def open_data(config: ConfigDict) -> tuple[data.Split, data.Split]:
     return train, validation
 
 
+class Progress:
+    """Speed and metrics of the run, to the terminal and metrics.jsonl."""
+
+    def __init__(self, config: ConfigDict, mesh: Mesh, writer: Writer):
+        self.config, self.writer = config, writer
+        self.step_tokens = config.batch_size * config.seq_len
+        self.step_flops = self.step_tokens * flops_per_token(model_config(config), config.seq_len)
+        self.peak, source = peak_flops(config, mesh)
+        writer.say(f'mesh {dict(config.mesh)} · peak {self.peak / 1e12:.3g} TFLOP/s: {source}')
+        self.start(0)
+
+    def start(self, step: int) -> None:
+        self.last_time, self.last_step = time.perf_counter(), step
+
+    def logs(self, step: int) -> bool:
+        every, last = self.config.log.every, step == self.config.steps
+        return bool(every) and (step % every == 0 or last)
+
+    def evaluates(self, step: int) -> bool:
+        every, last = self.config.eval.every, step == self.config.steps
+        return bool(every) and (step % every == 0 or last)
+
+    def log(self, step: int, metrics: dict[str, Array]) -> None:
+        """Fetches the metrics of a finished step, while the next one runs."""
+        values = {name: float(value) for name, value in metrics.items()}
+        rate = (step - self.last_step) / (time.perf_counter() - self.last_time)
+        self.start(step)
+        speed = {
+            'tokens_per_second': rate * self.step_tokens,
+            'mfu': rate * self.step_flops / self.peak,
+        }
+        self.writer.write(step=step, tokens=step * self.step_tokens, **values, **speed)
+        self.writer.say(
+            f'step {step}/{self.config.steps}  loss {values["loss"]:.4f}  '
+            f'grad norm {values["grad_norm"]:.3f}  {speed["tokens_per_second"]:,.0f} tokens/s  '
+            f'MFU {speed["mfu"]:.1%}  ETA {hours((self.config.steps - step) / rate)}'
+        )
+
+    def log_evaluation(self, step: int, evaluation: dict[str, float], seconds: float) -> None:
+        self.last_time += seconds
+        self.writer.write(step=step, tokens=step * self.step_tokens, **evaluation)
+        self.writer.say(
+            f'step {step}/{self.config.steps}  eval loss {evaluation["eval_loss"]:.4f}  '
+            f'{evaluation["eval_bits_per_byte"]:.4f} bits/byte'
+        )
+
+
 def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     """The whole run; returns its summary."""
     validate(config, jax.device_count())
@@ -415,71 +345,41 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     mesh = make_mesh(config.mesh)
     writer = Writer(workdir, config)
     n_params = count(model_params(model_config(config)))
-    peak, peak_source = peak_flops(config, mesh)
-    step_tokens = config.batch_size * config.seq_len
-    step_flops = step_tokens * flops_per_token(model_config(config), config.seq_len)
     writer.say(f'{n_params:,} parameters · {train_split.n_tokens:,} tokens · workdir {workdir}')
-    writer.say(f'mesh {dict(config.mesh)} · peak {peak / 1e12:.3g} TFLOP/s: {peak_source}')
+    progress = Progress(config, mesh, writer)
 
-    put = lambda batch_at, i: put_batch(batch_at, i, config, mesh)  # noqa: E731
+    put = functools.partial(put_batch, config=config, mesh=mesh)
     state = init_state(config, mesh)
     compile_start = time.perf_counter()
-    first = put(loader.batch_at, 0)
-    train_step = make_train_step(config, mesh).lower(state, first).compile()
+    train_step = make_train_step(config, mesh).lower(state, put(loader.batch_at, 0)).compile()
     writer.say(f'compiled in {time.perf_counter() - compile_start:.1f} s')
-    eval_step = make_eval_step(config, mesh)
     encoding = train_split.encoding()
-    bytes_V = np.zeros(config.model.vocab_size, np.int32)
-    bytes_V[: encoding.n_vocab] = token_bytes(encoding)
-    bytes_V = jax.device_put(bytes_V, NamedSharding(mesh, P()))
+    evaluate = make_evaluation(config, mesh, eval_set, encoding)
 
     evaluation: dict[str, float] = {}
-    last_time, last_step = time.perf_counter(), 0
-
-    def log(step: int, metrics: dict[str, Array]) -> None:
-        """Fetches the metrics of a finished step, while the next one runs."""
-        nonlocal last_time, last_step
-        values = {name: float(metrics[name]) for name in ('loss', 'grad_norm', 'lr')}
-        rate = (step - last_step) / (time.perf_counter() - last_time)
-        last_time, last_step = time.perf_counter(), step
-        speed = {'tokens_per_second': rate * step_tokens, 'mfu': rate * step_flops / peak}
-        writer.write(step=step, tokens=step * step_tokens, **values, **speed)
-        writer.say(
-            f'step {step}/{config.steps}  loss {values["loss"]:.4f}  '
-            f'grad norm {values["grad_norm"]:.3f}  {speed["tokens_per_second"]:,.0f} tokens/s  '
-            f'MFU {speed["mfu"]:.1%}  ETA {hours((config.steps - step) / rate)}'
-        )
-
-    pending = None
+    pending = None  # the metrics of the step before, fetched while the present one runs
+    progress.start(0)
     batches = data.prefetch(lambda i: put(loader.batch_at, i), 0, config.steps)
     for step, batch in enumerate(batches, start=1):
         state, metrics = train_step(state, batch)
         if pending:
-            log(*pending)
-            pending = None
-        last = step == config.steps
-        if config.log.every and (step % config.log.every == 0 or last):
-            pending = (step, metrics)
-        if config.eval.every and (step % config.eval.every == 0 or last):
+            progress.log(*pending)
+        pending = (step, metrics) if progress.logs(step) else None
+        if progress.evaluates(step):
             if pending:
-                log(*pending)
+                progress.log(*pending)
                 pending = None
             jax.block_until_ready(state)
             paused = time.perf_counter()
-            evaluation = evaluate(eval_step, state['params'], eval_set, put, bytes_V)
-            last_time += time.perf_counter() - paused
-            writer.write(step=step, tokens=step * step_tokens, **evaluation)
-            writer.say(
-                f'step {step}/{config.steps}  eval loss {evaluation["eval_loss"]:.4f}  '
-                f'{evaluation["eval_bits_per_byte"]:.4f} bits/byte'
-            )
+            evaluation = evaluate(state['params'])
+            progress.log_evaluation(step, evaluation, time.perf_counter() - paused)
     if pending:
-        log(*pending)
+        progress.log(*pending)
     jax.block_until_ready(state)
     summary = {
         'parameters': n_params,
         'active_parameters': n_params,
-        'tokens': config.steps * step_tokens,
+        'tokens': config.steps * progress.step_tokens,
         'seconds': time.perf_counter() - started,
         **evaluation,
     }

@@ -20,6 +20,7 @@ import numpy as np
 from absl import app, flags
 
 import train
+import validation
 from configs import default
 from model import flops_per_token, model_params
 from parallel import count, make_mesh
@@ -35,7 +36,7 @@ def configure(n_layers: int, mesh: list[int]):
     c.model.update(attention=FLAGS.attention, remat=FLAGS.remat)
     c.model.update(attention_block=FLAGS.attention_block, loss_chunk=FLAGS.loss_chunk)
     c.mesh.update(dp=mesh[0], fsdp=mesh[1], tp=mesh[2])
-    train.validate(c, jax.device_count())
+    validation.validate(c, jax.device_count())
     return c
 
 
@@ -66,7 +67,7 @@ def main(_):
             state, metrics = step(state, batch)
             jax.block_until_ready(metrics)
             seconds.append(time.perf_counter() - start)
-    cfg = train.model_config(config)
+    cfg = validation.model_config(config)
     best = min(seconds)
     rate = 4096 * flops_per_token(cfg, 256) / best
     result = {

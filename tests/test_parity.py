@@ -7,44 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from common import batch_at, on_mesh, small_config
 from ml_collections import ConfigDict
 
-from configs import default
 from model import model_params
 from parallel import BATCH, P, Tree, make_mesh, specs
-from train import gradients, init_state, make_train_step, model_config, put_batch, validate
+from train import gradients, init_state, make_train_step, put_batch
+from validation import model_config, validate
 
 TOLERANCE = 2e-5
 MESHES = [(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 2), (1, 4, 2), (1, 1, 8), (2, 1, 4), (8, 1, 1)]
 FAST_MESHES = [(2, 1, 1), (1, 2, 1), (2, 2, 2), (1, 1, 8)]
-
-
-def small_config(attention: str = 'mla', tied: bool = True, microbatches: int = 1) -> ConfigDict:
-    c = default.get_config()
-    c.batch_size, c.seq_len, c.steps, c.microbatches = 16, 16, 10, microbatches
-    c.data.path = 'none'
-    c.model.update(
-        vocab_size=64, d_model=32, n_layers=4, block=('dense', 'dense'), d_ff=48,
-        attention=attention, n_heads=8, n_kv_heads=8, head_dim=8, qk_norm=True, q_rank=16,
-        kv_rank=16, nope_dim=4, rope_dim=4, v_dim=8, attention_block=8, tie_embeddings=tied,
-        loss_chunk=16, z_loss=1e-2,
-    )  # fmt: skip
-    c.optimizer.update(warmup_steps=2, clip_norm=0.1, peak_lr=1e-3)
-    return c
-
-
-def on_mesh(config: ConfigDict, sizes: tuple[int, int, int]) -> ConfigDict:
-    config = config.copy_and_resolve_references()
-    config.mesh.update(dp=sizes[0], fsdp=sizes[1], tp=sizes[2])
-    return config
-
-
-def batch_at(step: int, rows: slice) -> np.ndarray:
-    """Random tokens, with some targets left out, and not as many in each row."""
-    rng = np.random.default_rng(step)
-    tokens = rng.integers(0, 64, (16, 17))
-    tokens[np.arange(17) > 8 + np.arange(16)[:, None]] = -1
-    return tokens.astype(np.int32)[rows]
 
 
 def run(config: ConfigDict) -> dict[str, Tree]:

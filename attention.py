@@ -1,0 +1,272 @@
+"""Attention: rotary positions, blockwise causal softmax, and the two layers built on them.
+
+Dimension letters as in layers.py.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from layers import ModelConfig, gain, linear, rms_norm
+from parallel import FSDP, TP, Array, P, Param, Tree, all_gather, normal, reduce_scatter, unshard
+
+
+def rope_frequencies(cfg: ModelConfig) -> np.ndarray:
+    """Radians a position for each pair of rotary dimensions: float64 [rotary_dim / 2].
+
+    'linear' divides all by the factor (position interpolation, Chen et al. 2023). 'yarn' leaves
+    those that turn more than 32 times within the original context, divides those that turn less
+    than once, and blends linearly between (Peng et al. 2023, section 3.2).
+    """
+    half = cfg.rotary_dim // 2
+    freqs = cfg.rope_base ** (-np.arange(half) / half)
+    if cfg.rope_scaling == 'none':
+        return freqs
+    if cfg.rope_scaling == 'linear':
+        return freqs / cfg.rope_factor
+    turns = cfg.rope_original_len * freqs / (2 * np.pi)
+    kept = np.clip((turns - 1) / (32 - 1), 0, 1)
+    return freqs * kept + freqs / cfg.rope_factor * (1 - kept)
+
+
+def attention_scale(cfg: ModelConfig) -> float:
+    """1/√H; YaRN sharpens it by (0.1·ln(factor) + 1)² (Peng et al. 2023, section 3.4)."""
+    head_dim = cfg.nope_dim + cfg.rope_dim if cfg.attention == 'mla' else cfg.head_dim
+    sharpen = 0.1 * math.log(cfg.rope_factor) + 1 if cfg.rope_scaling == 'yarn' else 1.0
+    return sharpen**2 / math.sqrt(head_dim)
+
+
+def rope_table(cfg: ModelConfig, positions_T: Array) -> tuple[Array, Array]:
+    """cos and sin of the rotation angles: float32 [T, rotary_dim / 2] each."""
+    angles = positions_T[:, None].astype(jnp.float32) * rope_frequencies(cfg).astype(np.float32)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rope(x: Array, table: tuple[Array, Array]) -> Array:
+    """Rotates the pairs (i, i + H/2) of [..., T, H] by their position's angles (Su et al. 2021)."""
+    cos, sin = table
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate((a * cos - b * sin, b * cos + a * sin), axis=-1).astype(x.dtype)
+
+
+def to_heads(x_BTI: Array, w_INH: Array) -> Array:
+    """A projection to heads: [B, T, I], [I, N, H] -> [B, N, T, H]."""
+    x_BTO = linear(x_BTI, w_INH.reshape(w_INH.shape[0], -1))
+    return x_BTO.reshape(*x_BTI.shape[:2], *w_INH.shape[1:]).swapaxes(1, 2)
+
+
+def from_heads(x_BNTH: Array, w_NHD: Array) -> Array:
+    """The output projection: [B, N, T, H], [N, H, D] -> [B, T, D]."""
+    B, N, T, H = x_BNTH.shape
+    return linear(x_BNTH.swapaxes(1, 2).reshape(B, T, N * H), w_NHD.reshape(N * H, -1))
+
+
+_MASKED = -1e30  # finite, so that a row without a visible key in one block yields no NaN
+
+
+def _lower_triangle(T: int, block: int) -> tuple[int, np.ndarray]:
+    """The pairs (query block, key block) on and below the diagonal: int32 [n(n+1)/2, 2]."""
+    block = min(block, T)
+    if T % block:
+        raise ValueError(
+            f'seq_len={T} is not a multiple of model.attention_block={block}; '
+            f'use an attention_block that divides it'
+        )
+    n = T // block
+    return block, np.array([(i, j) for i in range(n) for j in range(i + 1)], np.int32)
+
+
+def _block(x: Array, i: Array, size: int) -> Array:
+    return lax.dynamic_slice_in_dim(x, i * size, size, axis=-2)
+
+
+def _put(x: Array, i: Array, value: Array) -> Array:
+    return lax.dynamic_update_slice_in_dim(x, value, i * value.shape[-2], axis=-2)
+
+
+def _scores(q: Array, k: Array, i: Array, j: Array, scale: float) -> Array:
+    """Masked scores of one pair of blocks, float32 [B, K, G, block, block]."""
+    positions = jnp.arange(q.shape[-2])
+    visible = (i * q.shape[-2] + positions)[:, None] >= j * k.shape[-2] + positions
+    scores = jnp.einsum('bkgth,bksh->bkgts', q, k, preferred_element_type=jnp.float32)
+    return jnp.where(visible, scores * scale, _MASKED)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def causal_attention(
+    q_BKGTH: Array, k_BKSH: Array, v_BKSH: Array, scale: float, block: int
+) -> Array:
+    """softmax(scale · q kᵀ + causal mask) v -> [B, K, G, T, value head size].
+
+    Blockwise with a running maximum and sum (FlashAttention-2, Dao 2023): one scan over the pairs
+    of blocks on and below the diagonal, so the program does not grow with T, blocks above the
+    diagonal cost nothing, and no score array exceeds B·N·block². The backward pass recomputes the
+    scores from the saved log-sum-exp. Scores and softmax are float32 whatever the inputs are.
+    """
+    return _attention_forward(q_BKGTH, k_BKSH, v_BKSH, scale, block)[0]
+
+
+def _attention_forward(q: Array, k: Array, v: Array, scale: float, block: int):
+    block, pairs = _lower_triangle(q.shape[-2], block)
+
+    def step(carry: tuple, pair: Array):
+        out, top, total = carry
+        i, j = pair
+        scores = _scores(_block(q, i, block), _block(k, j, block), i, j, scale)
+        old_top = _block(top, i, block)
+        new_top = jnp.maximum(old_top, jnp.max(scores, axis=-1, keepdims=True))
+        p = jnp.exp(scores - new_top)
+        shrink = jnp.exp(old_top - new_top)
+        pv = jnp.einsum(
+            'bkgts,bksh->bkgth',
+            p.astype(v.dtype),
+            _block(v, j, block),
+            preferred_element_type=jnp.float32,
+        )
+        out = _put(out, i, _block(out, i, block) * shrink + pv)
+        total = _put(total, i, _block(total, i, block) * shrink + jnp.sum(p, -1, keepdims=True))
+        return (out, _put(top, i, new_top), total), None
+
+    rows = q.shape[:-1]
+    zeros = functools.partial(jnp.zeros_like, q, dtype=jnp.float32)
+    start = (zeros(shape=(*rows, v.shape[-1])), zeros(shape=(*rows, 1)) + _MASKED)
+    (out, top, total), _ = lax.scan(step, (*start, zeros(shape=(*rows, 1))), pairs)
+    out = (out / total).astype(q.dtype)
+    return out, (q, k, v, out, top + jnp.log(total))
+
+
+def _attention_backward(scale: float, block: int, saved: tuple, d_out: Array):
+    q, k, v, out, logsumexp = saved
+    block, pairs = _lower_triangle(q.shape[-2], block)
+    f32 = {'preferred_element_type': jnp.float32}
+    delta = jnp.einsum('...h,...h->...', out, d_out, **f32)[..., None]
+
+    def step(carry: tuple, pair: Array):
+        dq, dk, dv = carry
+        i, j = pair
+        q_i, k_j, v_j = _block(q, i, block), _block(k, j, block), _block(v, j, block)
+        do_i = _block(d_out, i, block)
+        p = jnp.exp(_scores(q_i, k_j, i, j, scale) - _block(logsumexp, i, block))
+        dp = jnp.einsum('bkgth,bksh->bkgts', do_i, v_j, **f32)
+        ds = (p * (dp - _block(delta, i, block)) * scale).astype(q.dtype)
+        p = p.astype(q.dtype)
+        dq_i = jnp.einsum('bkgts,bksh->bkgth', ds, k_j, **f32)
+        dk_j = jnp.einsum('bkgts,bkgth->bksh', ds, q_i, **f32)
+        dv_j = jnp.einsum('bkgts,bkgth->bksh', p, do_i, **f32)
+        dq = _put(dq, i, _block(dq, i, block) + dq_i)
+        dk = _put(dk, j, _block(dk, j, block) + dk_j)
+        dv = _put(dv, j, _block(dv, j, block) + dv_j)
+        return (dq, dk, dv), None
+
+    start = tuple(jnp.zeros_like(x, dtype=jnp.float32) for x in (q, k, v))
+    (dq, dk, dv), _ = lax.scan(step, start, pairs)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
+
+
+causal_attention.defvjp(_attention_forward, _attention_backward)
+
+
+def mla_params(cfg: ModelConfig) -> Tree:
+    D, N, R, Rq = cfg.d_model, cfg.n_heads, cfg.kv_rank, cfg.q_rank
+    Hn, Hr, Hv = cfg.nope_dim, cfg.rope_dim, cfg.v_dim
+    if Rq:
+        query = {
+            'w_q_down': Param((D, Rq), P(FSDP, None), normal(D**-0.5)),
+            'q_norm': gain(Rq),
+            'w_q_up': Param((Rq, N, Hn + Hr), P(FSDP, TP, None), normal(Rq**-0.5)),
+        }
+    else:
+        query = {'w_q': Param((D, N, Hn + Hr), P(FSDP, TP, None), normal(D**-0.5))}
+    return query | {
+        'w_kv_down': Param((D, R + Hr), P(FSDP, None), normal(D**-0.5)),
+        'kv_norm': gain(R),
+        'w_k_up': Param((R, N, Hn), P(FSDP, TP, None), normal(R**-0.5)),
+        'w_v_up': Param((R, N, Hv), P(FSDP, TP, None), normal(R**-0.5)),
+        'w_o': Param((N, Hv, D), P(TP, None, FSDP), normal((2 * cfg.n_layers * N * Hv) ** -0.5)),
+    }
+
+
+def mla(params: Tree, x_BTD: Array, table: tuple[Array, Array], cfg: ModelConfig) -> Array:
+    """Multi-head latent attention (DeepSeek-V2, section 2.1; q_rank = 0 leaves the query whole).
+
+    Keys and values rise from one latent of R numbers a token; position enters through H_rope
+    further ones, a single key shared by all heads. Latents are made on the local positions and
+    only then gathered over tp: R + H_rope (+ q_rank) numbers a token travel instead of D.
+    x_BTD: [B, T/tp, D] -> the same.
+    """
+    w = unshard(params, mla_params(cfg), x_BTD.dtype)
+    kv_BTR = linear(x_BTD, w['w_kv_down'])
+    latent_BTR, k_rope_BTH = jnp.split(kv_BTR, [cfg.kv_rank], axis=-1)
+    latent_BTR = rms_norm(latent_BTR, w['kv_norm'], cfg.norm_eps)
+    if cfg.q_rank:
+        q_BTR = linear(x_BTD, w['w_q_down'])
+        q_BTR = rms_norm(q_BTR, w['q_norm'], cfg.norm_eps)
+        w_q = w['w_q_up']
+    else:
+        q_BTR, w_q = x_BTD, w['w_q']
+    sizes = np.cumsum([cfg.kv_rank, cfg.rope_dim])
+    all_BTR = all_gather(jnp.concatenate((latent_BTR, k_rope_BTH, q_BTR), -1), TP, 1)
+    # B T/tp R -> B T R
+    latent_BSR, k_rope_BSH, q_BTR = jnp.split(all_BTR, sizes, axis=-1)
+
+    q_BNTH = to_heads(q_BTR, w_q)
+    q_nope_BNTH, q_rope_BNTH = jnp.split(q_BNTH, [cfg.nope_dim], axis=-1)
+    k_nope_BNSH = to_heads(latent_BSR, w['w_k_up'])
+    v_BNSH = to_heads(latent_BSR, w['w_v_up'])
+    k_rope_BNSH = jnp.broadcast_to(
+        rope(k_rope_BSH, table)[:, None], (*k_nope_BNSH.shape[:-1], cfg.rope_dim)
+    )
+    q_BNTH = jnp.concatenate((q_nope_BNTH, rope(q_rope_BNTH, table)), axis=-1)
+    k_BNSH = jnp.concatenate((k_nope_BNSH, k_rope_BNSH), axis=-1)
+    out_BNTH = causal_attention(
+        q_BNTH[:, :, None], k_BNSH, v_BNSH, attention_scale(cfg), cfg.attention_block
+    )[:, :, 0]
+    return reduce_scatter(from_heads(out_BNTH, w['w_o']), TP, 1)
+
+
+def gqa_params(cfg: ModelConfig) -> Tree:
+    D, N, K, H = cfg.d_model, cfg.n_heads, cfg.n_kv_heads, cfg.head_dim
+    heads = TP if K > 1 else None
+    norms = {'q_norm': gain(H), 'k_norm': gain(H)} if cfg.qk_norm else {}
+    return norms | {
+        'w_q': Param((D, N, H), P(FSDP, TP, None), normal(D**-0.5)),
+        'w_k': Param((D, K, H), P(FSDP, heads, None), normal(D**-0.5)),
+        'w_v': Param((D, K, H), P(FSDP, heads, None), normal(D**-0.5)),
+        'w_o': Param((N, H, D), P(TP, None, FSDP), normal((2 * cfg.n_layers * N * H) ** -0.5)),
+    }
+
+
+def gqa(params: Tree, x_BTD: Array, table: tuple[Array, Array], cfg: ModelConfig) -> Array:
+    """Grouped-query attention (Ainslie et al. 2023); n_kv_heads = n_heads is multi-head, 1 is
+    multi-query, whose single key and value are made on the local positions and then gathered.
+    x_BTD: [B, T/tp, D] -> the same.
+    """
+    w = unshard(params, gqa_params(cfg), x_BTD.dtype)
+    all_BTD = all_gather(x_BTD, TP, 1)  # B T/tp D -> B T D
+    q_BNTH = to_heads(all_BTD, w['w_q'])
+    if cfg.n_kv_heads > 1:
+        k_BKSH = to_heads(all_BTD, w['w_k'])
+        v_BKSH = to_heads(all_BTD, w['w_v'])
+    else:
+        k_BKSH = all_gather(to_heads(x_BTD, w['w_k']), TP, 2)
+        v_BKSH = all_gather(to_heads(x_BTD, w['w_v']), TP, 2)
+    if cfg.qk_norm:
+        q_BNTH = rms_norm(q_BNTH, w['q_norm'], cfg.norm_eps)
+        k_BKSH = rms_norm(k_BKSH, w['k_norm'], cfg.norm_eps)
+    q_BNTH, k_BKSH = rope(q_BNTH, table), rope(k_BKSH, table)
+    B, N, T, H = q_BNTH.shape
+    q_BKGTH = q_BNTH.reshape(B, k_BKSH.shape[1], -1, T, H)
+    out_BKGTH = causal_attention(q_BKGTH, k_BKSH, v_BKSH, attention_scale(cfg), cfg.attention_block)
+    out_BNTH = out_BKGTH.reshape(B, N, T, H)
+    return reduce_scatter(from_heads(out_BNTH, w['w_o']), TP, 1)
+
+
+ATTENTION: dict[str, tuple[Callable, Callable]] = {
+    'mla': (mla_params, mla),
+    'gqa': (gqa_params, gqa),
+}

@@ -1,0 +1,177 @@
+"""What every part of the model is made of: its sizes, norms, linear layers, SwiGLU.
+
+Dimensions, as suffixes of array names and in einsums. Inside shard_map they are one device's:
+    B batch    T position (query)    S position (key)    D model    V vocabulary
+    N query heads    K key/value heads    G query heads a key/value head (N = K·G)    H head size
+    R latent rank    F feed-forward    L layers    M microbatches
+The residual stream is sharded over positions: x_BTD is [B, T/tp, D].
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from parallel import (
+    BATCH,
+    FSDP,
+    TP,
+    Array,
+    P,
+    Param,
+    Tree,
+    all_gather,
+    normal,
+    ones,
+    reduce_scatter,
+    unshard,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and choices of one model; configs/default.py explains each field."""
+
+    vocab_size: int
+    d_model: int
+    n_layers: int
+    block: tuple[str, ...]
+    d_ff: int
+    attention: str
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    qk_norm: bool
+    q_rank: int
+    kv_rank: int
+    nope_dim: int
+    rope_dim: int
+    v_dim: int
+    rope_base: float
+    rope_scaling: str
+    rope_factor: float
+    rope_original_len: int
+    attention_block: int
+    tie_embeddings: bool
+    norm_eps: float
+    dropout: float
+    z_loss: float
+    loss_chunk: int
+    remat: str
+    compute_dtype: str
+
+    @property
+    def n_blocks(self) -> int:
+        return self.n_layers // len(self.block)
+
+    @property
+    def rotary_dim(self) -> int:
+        return self.rope_dim if self.attention == 'mla' else self.head_dim
+
+
+def gain(size: int) -> Param:
+    return Param((size,), P(None), ones, matrix=False)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def rms_norm(x: Array, gain: Array, eps: float) -> Array:
+    """x / rms(x) · gain over the last dimension, in float32 (Zhang & Sennrich 2019).
+
+    Saves its input and a number a row; autodiff would save three arrays of the input's size.
+    """
+    return _rms_norm_forward(x, gain, eps)[0]
+
+
+def _rms_norm_forward(x: Array, gain: Array, eps: float):
+    x32 = x.astype(jnp.float32)
+    scale = lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return (x32 * scale * gain).astype(x.dtype), (x, scale, gain)
+
+
+def _rms_norm_backward(eps: float, saved: tuple, dy: Array):
+    x, scale, gain = saved
+    normed, dy = x.astype(jnp.float32) * scale, dy.astype(jnp.float32)
+    d_normed = dy * gain
+    dx = scale * (d_normed - normed * jnp.mean(d_normed * normed, axis=-1, keepdims=True))
+    return dx.astype(x.dtype), jnp.sum(dy * normed, axis=tuple(range(x.ndim - 1)))
+
+
+rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
+
+
+@jax.custom_vjp
+def linear(x_BTI: Array, w_IO: Array) -> Array:
+    """x w. Its weight gradient is written so that the narrower operand is the one transposed:
+    XLA:CPU would else copy the wide one, a third of a SwiGLU's time."""
+    return jnp.einsum('bti,io->bto', x_BTI, w_IO)
+
+
+def _linear_forward(x_BTI: Array, w_IO: Array):
+    return linear(x_BTI, w_IO), (x_BTI, w_IO)
+
+
+def _linear_backward(saved: tuple[Array, Array], d_BTO: Array):
+    x_BTI, w_IO = saved
+    rows = (((0, 1), (0, 1)), ((), ()))
+    if w_IO.shape[0] <= w_IO.shape[1]:
+        dw_IO = lax.dot_general(x_BTI, d_BTO, rows)
+    else:
+        dw_IO = lax.dot_general(d_BTO, x_BTI, rows).T
+    return jnp.einsum('bto,io->bti', d_BTO, w_IO), dw_IO
+
+
+linear.defvjp(_linear_forward, _linear_backward)
+
+
+def dropout(x_BTD: Array, rate: float, key: Array) -> Array:
+    """Inverted dropout. Every token draws from a key of its own row and position in the global
+    microbatch, so that the mask is the same on every mesh; this costs a hash a token more."""
+    if rate == 0.0:
+        return x_BTD
+    B, T, D = x_BTD.shape
+    rows_B = lax.axis_index(BATCH) * B + jnp.arange(B)
+    positions_T = lax.axis_index(TP) * T + jnp.arange(T)
+
+    def keep(row: Array, position: Array) -> Array:
+        token_key = jax.random.fold_in(jax.random.fold_in(key, row), position)
+        return jax.random.bernoulli(token_key, 1.0 - rate, (D,))
+
+    keep_BTD = jax.vmap(lambda row: jax.vmap(lambda t: keep(row, t))(positions_T))(rows_B)
+    return jnp.where(keep_BTD, x_BTD / (1.0 - rate), 0).astype(x_BTD.dtype)
+
+
+@jax.custom_vjp
+def gated(gate: Array, up: Array) -> Array:
+    """silu(gate) · up. Saves its inputs only; autodiff would save three more arrays like them."""
+    return jax.nn.silu(gate) * up
+
+
+def _gated_backward(saved: tuple[Array, Array], d_out: Array):
+    gate, up = saved
+    sigmoid = jax.nn.sigmoid(gate)
+    silu = gate * sigmoid
+    return d_out * up * (sigmoid + silu * (1 - sigmoid)), d_out * silu
+
+
+gated.defvjp(lambda gate, up: (gated(gate, up), (gate, up)), _gated_backward)
+
+
+def swiglu_params(cfg: ModelConfig) -> Tree:
+    D, F = cfg.d_model, cfg.d_ff
+    return {
+        'w_gate': Param((D, F), P(FSDP, TP), normal(D**-0.5)),
+        'w_up': Param((D, F), P(FSDP, TP), normal(D**-0.5)),
+        'w_down': Param((F, D), P(TP, FSDP), normal((2 * cfg.n_layers * F) ** -0.5)),
+    }
+
+
+def swiglu(params: Tree, x_BTD: Array, cfg: ModelConfig) -> Array:
+    """(silu(x W_gate) · x W_up) W_down (Shazeer 2020). x_BTD: [B, T/tp, D] -> the same."""
+    w = unshard(params, swiglu_params(cfg), x_BTD.dtype)
+    x_BTD = all_gather(x_BTD, TP, 1)  # B T/tp D -> B T D
+    gate_BTF = linear(x_BTD, w['w_gate'])
+    up_BTF = linear(x_BTD, w['w_up'])
+    out_BTD = linear(gated(gate_BTF, up_BTF), w['w_down'])
+    return reduce_scatter(out_BTD, TP, 1)

@@ -1,0 +1,46 @@
+"""A small model, and ways to run it, that several test files share."""
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from configs import default
+from parallel import AXES, P, global_sum, make_mesh, varying
+
+
+def small_config(attention: str = 'mla', tied: bool = True, microbatches: int = 1) -> ConfigDict:
+    c = default.get_config()
+    c.batch_size, c.seq_len, c.steps, c.microbatches = 16, 16, 10, microbatches
+    c.data.path = 'none'
+    c.model.update(
+        vocab_size=64, d_model=32, n_layers=4, block=('dense', 'dense'), d_ff=48,
+        attention=attention, n_heads=8, n_kv_heads=8, head_dim=8, qk_norm=True, q_rank=16,
+        kv_rank=16, nope_dim=4, rope_dim=4, v_dim=8, attention_block=8, tie_embeddings=tied,
+        loss_chunk=16, z_loss=1e-2,
+    )  # fmt: skip
+    c.optimizer.update(warmup_steps=2, clip_norm=0.1, peak_lr=1e-3)
+    return c
+
+
+def on_mesh(config: ConfigDict, sizes: tuple[int, int, int]) -> ConfigDict:
+    config = config.copy_and_resolve_references()
+    config.mesh.update(dp=sizes[0], fsdp=sizes[1], tp=sizes[2])
+    return config
+
+
+def batch_at(step: int, rows: slice) -> np.ndarray:
+    """Random tokens, with some targets left out, and not as many in each row."""
+    rng = np.random.default_rng(step)
+    tokens = rng.integers(0, 64, (16, 17))
+    tokens[np.arange(17) > 8 + np.arange(16)[:, None]] = -1
+    return tokens.astype(np.int32)[rows]
+
+
+def on_one_device(f):
+    """f, whose arguments and results are varying as within the model, on a mesh of one device."""
+
+    def body(*args):
+        args = jax.tree.map(lambda x: varying(x, AXES), args)
+        return jax.tree.map(global_sum, f(*args))
+
+    return jax.jit(jax.shard_map(body, mesh=make_mesh({}), in_specs=P(), out_specs=P()))

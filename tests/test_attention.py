@@ -1,0 +1,78 @@
+"""Blockwise attention against the plain formula; rotary positions."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from common import small_config
+
+from attention import attention_scale, causal_attention, rope, rope_frequencies, rope_table
+from validation import model_config
+
+
+def plain_attention(q, k, v, scale):
+    T = q.shape[-2]
+    scores = jnp.einsum('bkgth,bksh->bkgts', q, k) * scale
+    scores = jnp.where(np.tril(np.ones((T, T), bool)), scores, -jnp.inf)
+    return jnp.einsum('bkgts,bksh->bkgth', jax.nn.softmax(scores), v)
+
+
+@pytest.mark.parametrize('block', [4, 8, 16, 64])
+def test_blockwise_attention_is_softmax_attention(block):
+    keys = jax.random.split(jax.random.key(0), 4)
+    q = 3 * jax.random.normal(keys[0], (2, 2, 3, 16, 8))
+    k = 3 * jax.random.normal(keys[1], (2, 2, 16, 8))
+    v = jax.random.normal(keys[2], (2, 2, 16, 5))
+    d_out = jax.random.normal(keys[3], (2, 2, 3, 16, 5))
+    got, got_vjp = jax.vjp(lambda *x: causal_attention(*x, 0.3, block), q, k, v)
+    want, want_vjp = jax.vjp(lambda *x: plain_attention(*x, 0.3), q, k, v)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    for a, b in zip(got_vjp(d_out), want_vjp(d_out), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6)
+
+
+def test_attention_block_must_divide():
+    x = jnp.ones((1, 1, 1, 12, 4))
+    with pytest.raises(ValueError, match='attention_block=8'):
+        causal_attention(x, x[:, 0], x[:, 0], 1.0, 8)
+
+
+def test_attention_memory_grows_linearly():
+    def temp_bytes(T):
+        q = jax.ShapeDtypeStruct((1, 2, 1, T, 16), jnp.float32)
+        kv = jax.ShapeDtypeStruct((1, 2, T, 16), jnp.float32)
+        f = jax.grad(lambda q, k, v: causal_attention(q, k, v, 1.0, 64).sum(), argnums=(0, 1, 2))
+        return jax.jit(f).lower(q, kv, kv).compile().memory_analysis().temp_size_in_bytes
+
+    assert temp_bytes(2048) < 2.2 * temp_bytes(1024)
+
+
+@pytest.mark.parametrize('scaling', ['none', 'linear', 'yarn'])
+def test_rope_depends_on_relative_position_only(scaling):
+    config = small_config('gqa')
+    config.model.update(rope_scaling=scaling, rope_factor=4.0, head_dim=16)
+    cfg = model_config(config)
+    q, k = jax.random.normal(jax.random.key(0), (2, 1, 16))
+
+    def score(t, s):
+        at = lambda x, p: rope(x, rope_table(cfg, jnp.array([p])))  # noqa: E731
+        return float(jnp.sum(at(q, t) * at(k, s)))
+
+    assert score(7, 3) == pytest.approx(score(107, 103), abs=1e-4)
+    assert abs(score(7, 3) - score(7, 4)) > 1e-3
+
+
+def test_rope_scaling_keeps_fast_and_slows_slow_pairs():
+    config = small_config('gqa')
+    config.model.update(head_dim=64, rope_factor=8.0, rope_original_len=256)
+    plain = rope_frequencies(model_config(config))
+    config.model.rope_scaling = 'linear'
+    np.testing.assert_allclose(rope_frequencies(model_config(config)), plain / 8)
+    config.model.rope_scaling = 'yarn'
+    yarn = rope_frequencies(model_config(config))
+    assert yarn[0] == plain[0]
+    assert yarn[-1] == pytest.approx(plain[-1] / 8)
+    assert np.all(np.diff(yarn) < 0)
+    assert attention_scale(model_config(config)) == pytest.approx((0.1 * math.log(8) + 1) ** 2 / 8)
