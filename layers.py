@@ -37,6 +37,7 @@ class ModelConfig:
     vocab_size: int
     d_model: int
     n_layers: int
+    first_dense: int
     block: tuple[str, ...]
     d_ff: int
     attention: str
@@ -54,6 +55,20 @@ class ModelConfig:
     rope_factor: float
     rope_original_len: int
     attention_block: int
+    n_experts: int
+    experts_per_token: int
+    n_shared_experts: int
+    d_expert: int
+    router: str
+    normalize_weights: bool
+    routed_scale: float
+    n_expert_groups: int
+    n_top_groups: int
+    bias_rate: float
+    balance_loss: float
+    router_z_loss: float
+    capacity_factor: float
+    buffer_factor: float
     tie_embeddings: bool
     norm_eps: float
     dropout: float
@@ -64,7 +79,7 @@ class ModelConfig:
 
     @property
     def n_blocks(self) -> int:
-        return self.n_layers // len(self.block)
+        return (self.n_layers - self.first_dense) // len(self.block)
 
     @property
     def rotary_dim(self) -> int:
@@ -158,8 +173,8 @@ def _gated_backward(saved: tuple[Array, Array], d_out: Array):
 gated.defvjp(lambda gate, up: (gated(gate, up), (gate, up)), _gated_backward)
 
 
-def swiglu_params(cfg: ModelConfig) -> Tree:
-    D, F = cfg.d_model, cfg.d_ff
+def swiglu_params(cfg: ModelConfig, d_ff: int) -> Tree:
+    D, F = cfg.d_model, d_ff
     return {
         'w_gate': Param((D, F), P(FSDP, TP), normal(D**-0.5)),
         'w_up': Param((D, F), P(FSDP, TP), normal(D**-0.5)),
@@ -167,11 +182,14 @@ def swiglu_params(cfg: ModelConfig) -> Tree:
     }
 
 
-def swiglu(params: Tree, x_BTD: Array, cfg: ModelConfig) -> Array:
-    """(silu(x W_gate) · x W_up) W_down (Shazeer 2020). x_BTD: [B, T/tp, D] -> the same."""
-    w = unshard(params, swiglu_params(cfg), x_BTD.dtype)
+def swiglu_shards(w: Tree, x_BTD: Array) -> Array:
+    """(silu(x W_gate) · x W_up) W_down (Shazeer 2020) by this device's slice of F: summed over tp,
+    [B, T, D] is the result."""
+    return linear(gated(linear(x_BTD, w['w_gate']), linear(x_BTD, w['w_up'])), w['w_down'])
+
+
+def swiglu(params: Tree, x_BTD: Array, cfg: ModelConfig) -> tuple[Array, dict[str, Array]]:
+    """The dense feed-forward. x_BTD: [B, T/tp, D] -> the same, and no statistics."""
+    w = unshard(params, swiglu_params(cfg, cfg.d_ff), x_BTD.dtype)
     x_BTD = all_gather(x_BTD, TP, 1)  # B T/tp D -> B T D
-    gate_BTF = linear(x_BTD, w['w_gate'])
-    up_BTF = linear(x_BTD, w['w_up'])
-    out_BTD = linear(gated(gate_BTF, up_BTF), w['w_down'])
-    return reduce_scatter(out_BTD, TP, 1)
+    return reduce_scatter(swiglu_shards(w, x_BTD), TP, 1), {}

@@ -9,8 +9,10 @@ from jax import lax
 
 from attention import ATTENTION, rope_table
 from layers import ModelConfig, dropout, gain, rms_norm, swiglu, swiglu_params
+from moe import moe, moe_params
 from parallel import (
     FSDP,
+    PP,
     TP,
     Array,
     P,
@@ -18,6 +20,7 @@ from parallel import (
     Tree,
     all_gather,
     count,
+    is_param,
     local_slice,
     normal,
     pmax,
@@ -28,7 +31,10 @@ from parallel import (
 )
 
 # A layer's kind, as model.block names it, is its feed-forward part.
-FEED_FORWARD: dict[str, tuple[Callable, Callable]] = {'dense': (swiglu_params, swiglu)}
+FEED_FORWARD: dict[str, tuple[Callable, Callable]] = {
+    'dense': (lambda cfg: swiglu_params(cfg, cfg.d_ff), swiglu),
+    'moe': (moe_params, moe),
+}
 
 
 def layer_params(cfg: ModelConfig, kind: str) -> Tree:
@@ -42,20 +48,20 @@ def layer_params(cfg: ModelConfig, kind: str) -> Tree:
 
 def layer(
     params: Tree, x_BTD: Array, table: tuple[Array, Array], key: Array, cfg: ModelConfig, kind: str
-) -> Array:
-    """One pre-norm layer. x_BTD: [B, T/tp, D] -> the same."""
+) -> tuple[Array, dict[str, Array]]:
+    """One pre-norm layer. x_BTD: [B, T/tp, D] -> the same, and the feed-forward's statistics."""
     attention, ffn = ATTENTION[cfg.attention][1], FEED_FORWARD[kind][1]
     h_BTD = rms_norm(x_BTD, params['attention_norm'], cfg.norm_eps)
     h_BTD = attention(params['attention'], h_BTD, table, cfg)
     x_BTD = x_BTD + dropout(h_BTD, cfg.dropout, jax.random.fold_in(key, 0))
     h_BTD = rms_norm(x_BTD, params['ffn_norm'], cfg.norm_eps)
-    h_BTD = ffn(params['ffn'], h_BTD, cfg)
-    return x_BTD + dropout(h_BTD, cfg.dropout, jax.random.fold_in(key, 1))
+    h_BTD, stats = ffn(params['ffn'], h_BTD, cfg)
+    return x_BTD + dropout(h_BTD, cfg.dropout, jax.random.fold_in(key, 1)), stats
 
 
-def block_names(cfg: ModelConfig) -> list[str]:
-    """Names of the layers of a block, in order: '0_dense', '1_dense', ..."""
-    return [f'{i}_{kind}' for i, kind in enumerate(cfg.block)]
+def block_names(kinds: tuple[str, ...]) -> list[str]:
+    """Names of the layers of a block, in order: '0_dense', '1_moe', ..."""
+    return [f'{i}_{kind}' for i, kind in enumerate(kinds)]
 
 
 def _all_but_gathered_weights(prim, *_, **params) -> bool:
@@ -72,20 +78,30 @@ REMAT = {
 
 
 def run_blocks(
-    blocks: Tree, x_BTD: Array, table: tuple[Array, Array], key: Array, cfg: ModelConfig
-) -> Array:
-    """All blocks in a scan over their stacked parameters. x_BTD: [B, T/tp, D] -> the same."""
+    blocks: Tree,
+    x_BTD: Array,
+    table: tuple[Array, Array],
+    key: Array,
+    cfg: ModelConfig,
+    kinds: tuple[str, ...],
+    first_layer: Array | int = 0,
+) -> tuple[Array, Tree]:
+    """A scan over stacked blocks of layers of these kinds, the first of them being layer number
+    `first_layer` of the model. x_BTD: [B, T/tp, D] -> the same, and statistics by layer of the
+    block: {name: {statistic: [blocks, ...]}}."""
 
     def block(x_BTD: Array, scanned: tuple[Tree, Array]):
         params, index = scanned
-        for i, name in enumerate(block_names(cfg)):
-            layer_key = jax.random.fold_in(key, index * len(cfg.block) + i)
-            x_BTD = layer(params[name], x_BTD, table, layer_key, cfg, cfg.block[i])
-        return x_BTD, None
+        stats = {}
+        for i, name in enumerate(block_names(kinds)):
+            layer_key = jax.random.fold_in(key, first_layer + index * len(kinds) + i)
+            x_BTD, layer_stats = layer(params[name], x_BTD, table, layer_key, cfg, kinds[i])
+            stats |= {name: layer_stats} if layer_stats else {}
+        return x_BTD, stats
 
     block = jax.checkpoint(block, policy=REMAT[cfg.remat], prevent_cse=False)
     n_blocks = jax.tree.leaves(blocks)[0].shape[0]
-    return lax.scan(block, x_BTD, (blocks, jnp.arange(n_blocks)))[0]
+    return lax.scan(block, x_BTD, (blocks, jnp.arange(n_blocks)))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -188,27 +204,40 @@ cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 # ---------------------------------------------------------------------------------------------
 
 
+def block_params(cfg: ModelConfig, kinds: tuple[str, ...]) -> Tree:
+    names = block_names(kinds)
+    return {name: layer_params(cfg, kind) for name, kind in zip(names, kinds, strict=True)}
+
+
 def model_params(cfg: ModelConfig) -> Tree:
     """The declaration of every parameter of the model."""
-    block = {
-        name: layer_params(cfg, kind)
-        for name, kind in zip(block_names(cfg), cfg.block, strict=True)
-    }
-    head = {} if cfg.tie_embeddings else {'head': vocab_matrix(cfg, cfg.d_model**-0.5)}
-    return head | {
+    params = {
         'embed': vocab_matrix(cfg, 0.02),
-        'blocks': stacked(block, cfg.n_blocks),
+        'blocks': stacked(block_params(cfg, cfg.block), cfg.n_blocks, PP),
         'final_norm': gain(cfg.d_model),
     }
+    if cfg.first_dense:
+        params['first'] = stacked(block_params(cfg, ('dense',)), cfg.first_dense, None)
+    if not cfg.tie_embeddings:
+        params['head'] = vocab_matrix(cfg, cfg.d_model**-0.5)
+    return params
 
 
-def hidden_states(params: Tree, ids_BT: Array, cfg: ModelConfig, key: Array) -> Array:
-    """ids_BT: int32 [B, T], all positions -> the final normed x_BTD: [B, T/tp, D]."""
+def first_layers(params: Tree, ids_BT: Array, cfg: ModelConfig, key: Array) -> Array:
+    """Embedding and the dense layers before the blocks: int32 [B, T] -> x_BTD: [B, T/tp, D]."""
     x_BTD = embed(params['embed'], ids_BT, cfg)
     x_BTD = dropout(x_BTD, cfg.dropout, jax.random.fold_in(key, cfg.n_layers))
+    if cfg.first_dense:
+        table = rope_table(cfg, jnp.arange(ids_BT.shape[1]))
+        x_BTD, _ = run_blocks(params['first'], x_BTD, table, key, cfg, ('dense',))
+    return x_BTD
+
+
+def hidden_states(params: Tree, ids_BT: Array, cfg: ModelConfig, key: Array) -> tuple[Array, Tree]:
+    """ids_BT: int32 [B, T], all positions -> the last x_BTD: [B, T/tp, D], and statistics."""
+    x_BTD = first_layers(params, ids_BT, cfg, key)
     table = rope_table(cfg, jnp.arange(ids_BT.shape[1]))
-    x_BTD = run_blocks(params['blocks'], x_BTD, table, key, cfg)
-    return rms_norm(x_BTD, params['final_norm'], cfg.norm_eps)
+    return run_blocks(params['blocks'], x_BTD, table, key, cfg, cfg.block, cfg.first_dense)
 
 
 def head_weight(params: Tree, cfg: ModelConfig) -> Array:
@@ -217,41 +246,61 @@ def head_weight(params: Tree, cfg: ModelConfig) -> Array:
     return unshard(head, vocab_matrix(cfg, 0), jnp.dtype(cfg.compute_dtype))['w_VD']
 
 
-def loss(params: Tree, tokens_BT: Array, cfg: ModelConfig, key: Array) -> tuple[Array, Array]:
-    """This device's share of the summed loss over valid targets, and of its cross-entropy (nats).
+def token_loss(
+    params: Tree, x_BTD: Array, labels_BT: Array, cfg: ModelConfig
+) -> tuple[Array, Array]:
+    """`cross_entropy` of the last x_BTD: [B, T/tp, D] against labels_BT: int32 [B, T/tp]."""
+    x_BTD = rms_norm(x_BTD, params['final_norm'], cfg.norm_eps)
+    w_VD = head_weight(params, cfg)
+    x_TD, labels_T = x_BTD.reshape(-1, cfg.d_model), labels_BT.reshape(-1)
+    return cross_entropy(x_TD, w_VD, labels_T, cfg.z_loss, cfg.loss_chunk)
+
+
+def loss(
+    params: Tree, tokens_BT: Array, cfg: ModelConfig, key: Array
+) -> tuple[Array, tuple[Array, Array, Tree]]:
+    """This device's share of the summed loss over valid targets; of its cross-entropy (nats); of
+    the routers' losses, averaged over the microbatch; and the routers' statistics.
 
     tokens_BT: int32 [B, T + 1]; position t predicts t + 1, and a target of -1 is left out. `key`
     is for dropout: the same on all devices, different each step and microbatch.
     """
     ids_BT, labels_BT = jnp.maximum(tokens_BT[:, :-1], 0), tokens_BT[:, 1:]
-    x_BTD = hidden_states(params, ids_BT, cfg, key)
+    x_BTD, stats = hidden_states(params, ids_BT, cfg, key)
     labels_BT = local_slice(labels_BT, TP, 1)  # B T -> B T/tp
-    x_TD = x_BTD.reshape(-1, cfg.d_model)
-    w_VD = head_weight(params, cfg)
-    return cross_entropy(x_TD, w_VD, labels_BT.reshape(-1), cfg.z_loss, cfg.loss_chunk)
+    total, nll = token_loss(params, x_BTD, labels_BT, cfg)
+    router, stats = split_router_loss(stats)
+    return total, (nll, router, stats)
+
+
+def split_router_loss(stats: Tree) -> tuple[Array | float, Tree]:
+    """The sum of all layers' `loss`, and the other statistics."""
+    total = sum(jnp.sum(s['loss']) for s in stats.values())
+    others = {n: {k: v for k, v in s.items() if k != 'loss'} for n, s in stats.items()}
+    return total, lax.stop_gradient(others)
 
 
 def logits(params: Tree, ids_BT: Array, cfg: ModelConfig) -> Array:
     """Logits of all positions, float32 [B, T, V/tp]: for tests and small models."""
-    x_BTD = all_gather(hidden_states(params, ids_BT, cfg, jax.random.key(0)), TP, 1)
+    x_BTD, _ = hidden_states(params, ids_BT, cfg, jax.random.key(0))
+    x_BTD = all_gather(rms_norm(x_BTD, params['final_norm'], cfg.norm_eps), TP, 1)
     w_VD = head_weight(params, cfg)
     return jnp.einsum('btd,vd->btv', x_BTD, w_VD, preferred_element_type=jnp.float32)
 
 
 def flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
-    """Useful FLOPs of forward and backward for a token: 6 a weight, plus attention.
+    """Useful FLOPs of forward and backward for a token: 6 a weight that it meets, plus attention.
 
     The embedding lookup does no matmul, a tied head does. Causal attention counts half of T²:
     3 · 2 · N · (H_qk + H_v) · T/2 a layer. Recomputation is not counted (PaLM, appendix B).
     """
     params = model_params(cfg)
-    gains = cfg.d_model * (2 * cfg.n_layers + 1)
-    embedding = 0 if cfg.tie_embeddings else count(params['embed'])
+    if not cfg.tie_embeddings:
+        del params['embed']
+    matrices = [p for p in jax.tree.leaves(params, is_leaf=is_param) if p.matrix]
     if cfg.attention == 'mla':
         head_dims = cfg.nope_dim + cfg.rope_dim + cfg.v_dim
-        gains += cfg.n_layers * (cfg.q_rank + cfg.kv_rank)
     else:
         head_dims = 2 * cfg.head_dim
-        gains += cfg.n_layers * (2 * cfg.head_dim if cfg.qk_norm else 0)
     attention = 3 * cfg.n_layers * cfg.n_heads * head_dims * seq_len
-    return 6.0 * (count(params) - embedding - gains) + attention
+    return 6.0 * count(matrices, active=True) + attention

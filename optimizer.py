@@ -80,6 +80,8 @@ def adamw(
     v = jax.tree.map(lambda v, g: cfg.b2 * v + (1 - cfg.b2) * g * g, moments['v'], grads)
 
     def update(p, x: Array, m: Array, v: Array) -> Array:
+        if not p.trainable:
+            return x
         direction = m * m_scale / (jnp.sqrt(v * v_scale) + cfg.eps)
         decay = cfg.weight_decay if p.matrix else 0.0
         return x - lr * (direction + decay * x)

@@ -58,6 +58,10 @@ def normal(std: float) -> Initializer:
     return lambda key, shape: std * jax.random.normal(key, shape, jnp.float32)
 
 
+def zeros(_: Array, shape: tuple[int, ...]) -> Array:
+    return jnp.zeros(shape, jnp.float32)
+
+
 def ones(_: Array, shape: tuple[int, ...]) -> Array:
     return jnp.ones(shape, jnp.float32)
 
@@ -68,12 +72,16 @@ class Param:
 
     `shape` is the global shape, `spec` says which mesh axes shard which dimension. `matrix` tells
     weights from gains: weights are decayed, and cast to the compute type where they are used.
+    `trainable=False`: the optimizer leaves it alone. `use` is the share of it that a token meets,
+    experts per token / experts for a routed expert.
     """
 
     shape: tuple[int, ...]
     spec: P
     init: Initializer
     matrix: bool = True
+    trainable: bool = True
+    use: float = 1.0
 
 
 def is_param(x: Any) -> bool:
@@ -85,8 +93,8 @@ def map_params(f: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     return jax.tree.map(f, tree, *rest, is_leaf=is_param)
 
 
-def stacked(tree: Tree, n: int) -> Tree:
-    """`n` layers' parameters in one tree: a leading dimension, sharded over `pp`.
+def stacked(tree: Tree, n: int, axis: str | None) -> Tree:
+    """`n` layers' parameters in one tree: a leading dimension, sharded over `axis`.
 
     Layer i is drawn from a key of its own, so its values do not depend on the number of layers.
     """
@@ -96,7 +104,7 @@ def stacked(tree: Tree, n: int) -> Tree:
             keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(shape[0]))
             return jax.vmap(lambda k: p.init(k, shape[1:]))(keys)
 
-        return dataclasses.replace(p, shape=(n, *p.shape), spec=P(PP, *p.spec), init=init)
+        return dataclasses.replace(p, shape=(n, *p.shape), spec=P(axis, *p.spec), init=init)
 
     return map_params(stack, tree)
 
@@ -109,9 +117,10 @@ def shardings(tree: Tree, mesh: Mesh) -> Tree:
     return map_params(lambda p: NamedSharding(mesh, p.spec), tree)
 
 
-def count(tree: Tree) -> int:
-    """Number of parameters in the tree."""
-    return sum(math.prod(p.shape) for p in jax.tree.leaves(tree, is_leaf=is_param))
+def count(tree: Tree, active: bool = False) -> int:
+    """Number of parameters in the tree, or of those that one token meets."""
+    leaves = jax.tree.leaves(tree, is_leaf=is_param)
+    return round(sum(math.prod(p.shape) * (p.use if active else 1) for p in leaves))
 
 
 def init_params(key: Array, tree: Tree, mesh: Mesh) -> Tree:
@@ -174,6 +183,27 @@ def reduce_scatter(x: Array, axis: Axis, dim: int) -> Array:
     return lax.psum_scatter(x, axis, scatter_dimension=dim, tiled=True)
 
 
+def all_to_all(x: Array, axis: Axis, dim: int) -> Array:
+    """Layout: dim is n parts, one for each device of the axis -> n parts, one from each.
+
+    Forward: all-to-all, size·(n-1)/n bytes. Backward: the same all-to-all of the cotangents.
+    """
+    return lax.all_to_all(x, axis, split_axis=dim, concat_axis=dim, tiled=True)
+
+
+def ragged_all_to_all(
+    x: Array, rows: int, start: Array, sizes: Array, start_there: Array, received: Array, axis: str
+) -> Array:
+    """Layout: rows sorted by the device that they are for -> [rows, ...], each device's together.
+
+    The `sizes[p]` rows from `start[p]` go to device p, to its rows from `start_there[p]`;
+    `received[p]` rows come from it; int32 [n] each. Rows that nobody sends are zero.
+    Forward: an all-to-all of the real rows only. Backward: the same, the other way. TPU and GPU.
+    """
+    out = jnp.zeros_like(x, shape=(rows, *x.shape[1:]))
+    return lax.ragged_all_to_all(x, out, start, sizes, start_there, received, axis_name=axis)
+
+
 def psum(x: Array, axis: Axis) -> Array:
     """Layout: partial sums -> the sum, on every device of the axis.
 
@@ -223,6 +253,18 @@ def sum_gradients(grads: Tree, declared: Tree) -> Tree:
     Moves: one all-reduce a leaf, 2·size·(n-1)/n bytes. Not differentiated.
     """
     return map_params(lambda p, g: lax.psum(g, free_axes(p.spec)), declared, grads)
+
+
+def replicate(x: Array, axis: Axis, dim: int) -> Array:
+    """Layout: dim/n -> dim, alike on all devices of the axis, for results that leave the step.
+
+    Moves: an all-reduce, 2·size bytes, since that is what makes values count as replicated. Not
+    differentiated.
+    """
+    size, n = x.shape[dim], lax.axis_size(axis)
+    whole = jnp.zeros_like(x, shape=(*x.shape[:dim], n * size, *x.shape[dim + 1 :]))
+    start = lax.axis_index(axis) * size
+    return lax.psum(lax.dynamic_update_slice_in_dim(whole, x, start, dim), axis)
 
 
 def global_sum(x: Array) -> Array:

@@ -30,6 +30,7 @@ from ml_collections import ConfigDict, config_flags
 import data
 from layers import ModelConfig
 from model import flops_per_token, loss, model_params
+from moe import update_biases
 from optimizer import adamw, adamw_init, clip_by_global_norm, learning_rate
 from parallel import (
     BATCH,
@@ -37,6 +38,7 @@ from parallel import (
     TP,
     Array,
     P,
+    Param,
     Tree,
     count,
     free_axes,
@@ -45,6 +47,7 @@ from parallel import (
     make_mesh,
     map_params,
     psum,
+    replicate,
     specs,
     sum_gradients,
     varying,
@@ -95,19 +98,21 @@ def gradients(
     params = map_params(lambda p, x: varying(x, free_axes(p.spec)), declared, params)
     n_targets = psum(jnp.sum(tokens_MBT[..., 1:] >= 0), BATCH).astype(jnp.float32)
 
-    def loss_share(params: Tree, tokens_BT: Array, i: Array) -> tuple[Array, Array]:
-        total, nll = loss(params, tokens_BT, cfg, jax.random.fold_in(key, i))
-        return total / n_targets, nll / n_targets
+    n_microbatches = tokens_MBT.shape[0]
+
+    def loss_share(params: Tree, tokens_BT: Array, i: Array) -> tuple[Array, tuple]:
+        total, (nll, router, stats) = loss(params, tokens_BT, cfg, jax.random.fold_in(key, i))
+        return total / n_targets + router / n_microbatches, (nll / n_targets, stats)
 
     def accumulate(carry: tuple[Tree, Array], microbatch: tuple[Array, Array]):
         grads, nll_sum = carry
-        (_, nll), new = jax.value_and_grad(loss_share, has_aux=True)(params, *microbatch)
-        return (jax.tree.map(jnp.add, grads, new), nll_sum + nll), None
+        (_, (nll, stats)), new = jax.value_and_grad(loss_share, has_aux=True)(params, *microbatch)
+        return (jax.tree.map(jnp.add, grads, new), nll_sum + nll), stats
 
     start = (jax.tree.map(jnp.zeros_like, params), jnp.zeros_like(n_targets))
-    microbatches = (tokens_MBT, jnp.arange(tokens_MBT.shape[0]))
-    (grads, nll), _ = lax.scan(accumulate, start, microbatches)
-    return sum_gradients(grads, declared), {'loss': global_sum(nll)}
+    (grads, nll), stats = lax.scan(accumulate, start, (tokens_MBT, jnp.arange(n_microbatches)))
+    stats = jax.tree.map(lambda x: lax.psum(jnp.sum(x, axis=0), (*BATCH, TP)), stats)
+    return sum_gradients(grads, declared), {'loss': global_sum(nll), 'router': stats}
 
 
 def make_train_step(config: ConfigDict, mesh: Mesh) -> Callable[[Tree, Array], tuple[Tree, dict]]:
@@ -122,6 +127,8 @@ def make_train_step(config: ConfigDict, mesh: Mesh) -> Callable[[Tree, Array], t
         params, moments = adamw(
             state['params'], grads, state['moments'], state['step'], declared, optimizer
         )
+        params['blocks'] = update_biases(params['blocks'], metrics['router'], cfg.bias_rate)
+        metrics['router'] = jax.tree.map(lambda x: replicate(x, PP, 0), metrics['router'])
         metrics |= {'grad_norm': norm, 'lr': learning_rate(state['step'], optimizer)}
         return {'params': params, 'moments': moments, 'step': state['step'] + 1}, metrics
 
@@ -135,6 +142,22 @@ def make_train_step(config: ConfigDict, mesh: Mesh) -> Callable[[Tree, Array], t
     return jax.jit(sharded, donate_argnums=0)
 
 
+def lower_train_step(config: ConfigDict, mesh: Mesh) -> jax.stages.Lowered:
+    """The step, lowered for a mesh whose devices need not be there."""
+    declared = model_params(model_config(config))
+
+    def like(p: Param) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=NamedSharding(mesh, p.spec))
+
+    params = map_params(like, declared)
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
+    M, B = config.microbatches, config.batch_size // config.microbatches
+    sharding = NamedSharding(mesh, P(None, BATCH))
+    tokens = jax.ShapeDtypeStruct((M, B, config.seq_len + 1), jnp.int32, sharding=sharding)
+    state = {'params': params, 'moments': {'m': params, 'v': params}, 'step': step}
+    return make_train_step(config, mesh).lower(state, tokens)
+
+
 def make_eval_step(config: ConfigDict, mesh: Mesh) -> Callable[[Tree, Array, Array], dict]:
     """jitted (params, tokens_MBT, token_bytes_V) -> sums of nats, targets and text bytes."""
     cfg = ModelConfig(**(vars(model_config(config)) | {'dropout': 0.0}))
@@ -144,7 +167,7 @@ def make_eval_step(config: ConfigDict, mesh: Mesh) -> Callable[[Tree, Array, Arr
         tokens_MBT = varying(tokens_MBT, (PP, TP))
         params = map_params(lambda p, x: varying(x, free_axes(p.spec)), declared, params)
         key = jax.random.key(0)
-        nll_M = lax.map(lambda tokens_BT: loss(params, tokens_BT, cfg, key)[1], tokens_MBT)
+        nll_M = lax.map(lambda tokens_BT: loss(params, tokens_BT, cfg, key)[1][0], tokens_MBT)
         labels = tokens_MBT[..., 1:]
         n_bytes = jnp.where(labels >= 0, token_bytes_V[jnp.maximum(labels, 0)], 0)
         alike = lax.axis_size((PP, TP))  # devices that hold the same rows
@@ -286,6 +309,24 @@ def open_data(config: ConfigDict) -> tuple[data.Split, data.Split]:
     return train, validation
 
 
+def router_metrics(stats: Tree, config: ConfigDict, loads: bool) -> dict[str, Any]:
+    """Of each MoE layer, by its number in the model: the largest load over the mean one, the
+    share of choices dropped, the routers' mean entropy in nats; with `loads` each expert's share.
+    """
+    metrics: dict[str, Any] = {}
+    kinds, first = config.model.block, config.model.first_dense
+    for name, layer_stats in stats.items():
+        s = {k: np.asarray(v, np.float64) for k, v in layer_stats.items()}
+        for block, load in enumerate(s['load']):
+            layer = f'moe/{first + block * len(kinds) + int(name.partition("_")[0])}'
+            metrics[f'{layer}/load_max_over_mean'] = load.max() / load.mean()
+            metrics[f'{layer}/dropped'] = s['dropped'][block] / load.sum()
+            metrics[f'{layer}/entropy'] = s['entropy'][block] / s['tokens'][block]
+            if loads:
+                metrics[f'{layer}/load'] = (load / load.sum()).tolist()
+    return metrics
+
+
 class Progress:
     """Speed and metrics of the run, to the terminal and metrics.jsonl."""
 
@@ -310,7 +351,10 @@ class Progress:
 
     def log(self, step: int, metrics: dict[str, Array]) -> None:
         """Fetches the metrics of a finished step, while the next one runs."""
+        stats = metrics.pop('router')
         values = {name: float(value) for name, value in metrics.items()}
+        every = self.config.log.loads_every
+        values |= router_metrics(stats, self.config, loads=bool(every) and step % every == 0)
         rate = (step - self.last_step) / (time.perf_counter() - self.last_time)
         self.start(step)
         speed = {
@@ -351,7 +395,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     put = functools.partial(put_batch, config=config, mesh=mesh)
     state = init_state(config, mesh)
     compile_start = time.perf_counter()
-    train_step = make_train_step(config, mesh).lower(state, put(loader.batch_at, 0)).compile()
+    train_step = lower_train_step(config, mesh).compile()
     writer.say(f'compiled in {time.perf_counter() - compile_start:.1f} s')
     encoding = train_split.encoding()
     evaluate = make_evaluation(config, mesh, eval_set, encoding)
@@ -378,7 +422,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     jax.block_until_ready(state)
     summary = {
         'parameters': n_params,
-        'active_parameters': n_params,
+        'active_parameters': count(model_params(model_config(config)), active=True),
         'tokens': config.steps * progress.step_tokens,
         'seconds': time.perf_counter() - started,
         **evaluation,

@@ -29,12 +29,16 @@ def division_errors(config: ConfigDict) -> Iterator[str]:
     """What does not divide, with what would."""
     m, mesh = config.model, config.mesh
     tp = {'model.n_heads': m.n_heads, 'model.d_ff': m.d_ff, 'model.vocab_size': m.vocab_size}
-    fsdp = {'model.d_model': m.d_model}
+    fsdp, ep = {'model.d_model': m.d_model}, {}
+    if 'moe' in m.block:
+        tp['model.d_expert'] = m.d_expert
+        ep['model.n_experts'] = m.n_experts
+        yield from moe_errors(config)
     if m.attention == 'mla':
         fsdp |= {'model.kv_rank': m.kv_rank} | ({'model.q_rank': m.q_rank} if m.q_rank else {})
     elif m.n_kv_heads > 1:
         tp['model.n_kv_heads'] = m.n_kv_heads
-    for axis, sizes in (('tp', tp | {'seq_len': config.seq_len}), ('fsdp', fsdp)):
+    for axis, sizes in (('tp', tp | {'seq_len': config.seq_len}), ('fsdp', fsdp), ('ep', ep)):
         for name, size in sizes.items():
             if size % mesh[axis]:
                 yield (
@@ -47,10 +51,12 @@ def division_errors(config: ConfigDict) -> Iterator[str]:
             f'batch_size={config.batch_size} is not divisible by mesh.dp * mesh.fsdp * mesh.ep * '
             f'microbatches={shards}; use a multiple of {shards}'
         )
-    if m.n_layers % len(m.block):
+    in_blocks = m.n_layers - m.first_dense
+    if in_blocks <= 0 or in_blocks % len(m.block):
         yield (
-            f'model.n_layers={m.n_layers} is not a multiple of the {len(m.block)} layers of '
-            f'model.block={tuple(m.block)}; use a multiple of {len(m.block)}'
+            f'model.n_layers={m.n_layers} - model.first_dense={m.first_dense} is not a multiple of '
+            f'the {len(m.block)} layers of model.block={tuple(m.block)}; use a multiple of '
+            f'{len(m.block)}, and at least one'
         )
     if m.attention == 'gqa' and m.n_heads % m.n_kv_heads:
         yield (
@@ -67,11 +73,41 @@ def division_errors(config: ConfigDict) -> Iterator[str]:
         yield f'model.{rotary}={m[rotary]} is odd, but rotation takes pairs; use {m[rotary] + 1}'
 
 
+def moe_errors(config: ConfigDict) -> Iterator[str]:
+    m, ep = config.model, config.mesh.ep
+    if m.experts_per_token > m.n_experts:
+        yield (
+            f'model.experts_per_token={m.experts_per_token} is above model.n_experts='
+            f'{m.n_experts}; use {m.n_experts} or fewer'
+        )
+    if m.n_experts % m.n_expert_groups:
+        yield (
+            f'model.n_experts={m.n_experts} is not divisible by model.n_expert_groups='
+            f'{m.n_expert_groups}; use {divisors(m.n_experts)} groups'
+        )
+    elif m.n_top_groups > m.n_expert_groups:
+        yield (
+            f'model.n_top_groups={m.n_top_groups} is above model.n_expert_groups='
+            f'{m.n_expert_groups}; use {m.n_expert_groups} or fewer'
+        )
+    elif m.n_top_groups * (m.n_experts // m.n_expert_groups) < m.experts_per_token:
+        yield (
+            f'model.n_top_groups={m.n_top_groups} of {m.n_experts // m.n_expert_groups} experts '
+            f'cannot offer model.experts_per_token={m.experts_per_token}; use more groups'
+        )
+    if ep > 1 and m.buffer_factor and m.buffer_factor < 1:
+        yield (
+            f'model.buffer_factor={m.buffer_factor} has less room than an even spread takes; '
+            f'use 1 or more, or 0 for room for all'
+        )
+
+
 def value_errors(config: ConfigDict) -> Iterator[str]:
     """Values out of range and names that do not exist."""
     may_be_zero = {
         'seed', 'eval.every', 'eval.batches', 'log.every', 'optimizer.warmup_steps',
-        'optimizer.decay_steps', 'model.q_rank',
+        'optimizer.decay_steps', 'model.q_rank', 'model.first_dense', 'model.n_shared_experts',
+        'log.loads_every',
     }  # fmt: skip
     flat = dict(config)
     for group in ('model', 'mesh', 'data', 'optimizer', 'eval', 'log'):
@@ -86,6 +122,7 @@ def value_errors(config: ConfigDict) -> Iterator[str]:
         'compute_dtype': ('float32', 'bfloat16'),
         'model.attention': ATTENTION,
         'model.remat': REMAT,
+        'model.router': ('sigmoid', 'softmax'),
         'model.rope_scaling': ('none', 'linear', 'yarn'),
         'optimizer.schedule': ('cosine', 'wsd'),
     }
@@ -106,9 +143,8 @@ def value_errors(config: ConfigDict) -> Iterator[str]:
             yield f'{name}={flat[name]} never forgets; use a value below 1'
     if not flat['data.path']:
         yield "data.path is empty; use a folder that data.py wrote, or 'stdlib'"
-    for axis in ('pp', 'ep'):
-        if flat[f'mesh.{axis}'] > 1:
-            yield f'mesh.{axis}={flat[f"mesh.{axis}"]}: this axis is not built yet; use 1'
+    if flat['mesh.pp'] > 1:
+        yield f'mesh.pp={flat["mesh.pp"]}: this axis is not built yet; use 1'
 
 
 def validate(config: ConfigDict, n_devices: int) -> None:

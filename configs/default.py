@@ -21,8 +21,23 @@ def get_config() -> ConfigDict:
     m.vocab_size = 4096  # at least the tokenizer's, and divisible by tp
     m.d_model = 256
     m.n_layers = 4
-    m.block = ('dense',)  # kinds of the layers of a block; blocks are stacked and scanned
-    m.d_ff = 768  # hidden size of the SwiGLU
+    m.block = ('dense',)  # layers of a block, 'dense' | 'moe'; blocks are stacked and scanned
+    m.first_dense = 0  # dense layers before the first block
+    m.d_ff = 768  # hidden size of a dense layer's SwiGLU
+    m.n_experts = 8  # moe: routed experts
+    m.experts_per_token = 2
+    m.n_shared_experts = 1  # moe: experts that every token meets; 0 for none
+    m.d_expert = 256  # moe: hidden size of an expert's SwiGLU
+    m.router = 'sigmoid'  # 'sigmoid' (DeepSeek-V3) | 'softmax'
+    m.normalize_weights = True  # the chosen experts' scores are made to add up to 1
+    m.routed_scale = 1.0  # times the routed experts' output
+    m.n_expert_groups = 1  # a token's experts come from its best n_top_groups of these
+    m.n_top_groups = 1
+    m.bias_rate = 1e-3  # a step's move of the biases that balance the experts; 0 for none
+    m.balance_loss = 0.0  # weight of the balance loss of each sequence
+    m.router_z_loss = 0.0  # weight of the router's logsumexp squared
+    m.capacity_factor = 0.0  # choices an expert takes of a sequence, over an even spread; 0: all
+    m.buffer_factor = 0.0  # rows sent to an ep peer, over an even spread; 0: exact, room for all
     m.attention = 'mla'  # 'mla' | 'gqa'
     m.n_heads = 4
     m.n_kv_heads = 4  # gqa: n_heads is multi-head, 1 is multi-query attention
@@ -64,6 +79,6 @@ def get_config() -> ConfigDict:
     o.clip_norm = 1.0  # of the gradient of the whole model; 0 never clips
 
     c.eval = ConfigDict({'every': 200, 'batches': 0})  # batches 0: all of the validation split
-    c.log = ConfigDict({'every': 10})
+    c.log = ConfigDict({'every': 10, 'loads_every': 100})  # loads: each expert's share, for moe
     c.peak_flops = 0.0  # of one device, for MFU; 0 looks the device up, or measures a CPU
     return c.lock()

@@ -8,7 +8,9 @@ from configs import default
 from parallel import AXES, P, global_sum, make_mesh, varying
 
 
-def small_config(attention: str = 'mla', tied: bool = True, microbatches: int = 1) -> ConfigDict:
+def small_config(
+    attention: str = 'mla', tied: bool = True, microbatches: int = 1, moe: bool = False
+) -> ConfigDict:
     c = default.get_config()
     c.batch_size, c.seq_len, c.steps, c.microbatches = 16, 16, 10, microbatches
     c.data.path = 'none'
@@ -18,13 +20,20 @@ def small_config(attention: str = 'mla', tied: bool = True, microbatches: int = 
         kv_rank=16, nope_dim=4, rope_dim=4, v_dim=8, attention_block=8, tie_embeddings=tied,
         loss_chunk=16, z_loss=1e-2,
     )  # fmt: skip
+    if moe:
+        c.model.update(
+            n_layers=5, first_dense=1, block=('dense', 'moe'), n_experts=8, experts_per_token=3,
+            d_expert=16, n_expert_groups=4, n_top_groups=3, bias_rate=0.02, balance_loss=0.1,
+            router_z_loss=0.01, routed_scale=1.5,
+        )  # fmt: skip
     c.optimizer.update(warmup_steps=2, clip_norm=0.1, peak_lr=1e-3)
     return c
 
 
-def on_mesh(config: ConfigDict, sizes: tuple[int, int, int]) -> ConfigDict:
+def on_mesh(config: ConfigDict, sizes: tuple[int, ...]) -> ConfigDict:
+    """The config on a mesh of (dp, fsdp, tp) or (dp, fsdp, tp, ep)."""
     config = config.copy_and_resolve_references()
-    config.mesh.update(dp=sizes[0], fsdp=sizes[1], tp=sizes[2])
+    config.mesh.update(dict(zip(('dp', 'fsdp', 'tp', 'ep'), sizes, strict=False)))
     return config
 
 

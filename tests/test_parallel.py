@@ -89,7 +89,7 @@ def test_replication_is_checked():
 
 
 def test_stacked_layers_differ_and_are_sharded_over_pp():
-    p = stacked(Param((4, 2), P('fsdp', None), normal(1.0)), 3)
+    p = stacked(Param((4, 2), P('fsdp', None), normal(1.0)), 3, 'pp')
     assert p.shape == (3, 4, 2)
     assert p.spec == P('pp', 'fsdp', None)
     x = parallel.init_params(jax.random.key(0), {'p': p}, make_mesh({}))['p']

@@ -31,8 +31,8 @@ def test_every_config_loads_and_evaluates_its_shapes(name):
     new_state, metrics = jax.eval_shape(step, state, tokens)
     shape = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
     assert shape(new_state) == shape(state)
-    assert set(metrics) == {'loss', 'grad_norm', 'lr'}
-    assert all(m.shape == () for m in metrics.values())
+    assert set(metrics) == {'loss', 'grad_norm', 'lr', 'router'}
+    assert all(metrics[name].shape == () for name in ('loss', 'grad_norm', 'lr'))
 
 
 def test_masked_rows_change_nothing():
@@ -78,7 +78,8 @@ def run_command(corpus: pathlib.Path, workdir: pathlib.Path, *more: str):
         f'--config.data.path={corpus}', '--config.steps=20', '--config.log.every=5',
         '--config.eval.every=10', '--config.model.n_layers=2', '--config.model.d_model=64',
         '--config.seq_len=64', '--config.model.vocab_size=264', '--config.model.attention_block=64',
-        '--config.optimizer.warmup_steps=2', '--config.batch_size=32', *more,
+        '--config.optimizer.warmup_steps=2', '--config.batch_size=32', '--config.log.loads_every=10',
+        *more,
     ]  # fmt: skip
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
@@ -91,7 +92,7 @@ def test_command_trains_alike_on_one_and_on_eight_devices(corpus, tmp_path):
     one = run_command(corpus, tmp_path / 'one')
     assert one.returncode == 0, one.stderr
     eight = run_command(
-        corpus, tmp_path / 'eight', '--cpu_devices=8', '--config.mesh.dp=2',
+        corpus, tmp_path / 'eight', '--cpu_devices=8', '--config.mesh.ep=2',
         '--config.mesh.fsdp=2', '--config.mesh.tp=2', '--config.microbatches=2',
     )  # fmt: skip
     assert eight.returncode == 0, eight.stderr
@@ -99,7 +100,11 @@ def test_command_trains_alike_on_one_and_on_eight_devices(corpus, tmp_path):
     steps = [r for r in a if 'loss' in r]
     assert [r['step'] for r in steps] == [5, 10, 15, 20]
     names = {'step', 'loss', 'grad_norm', 'lr', 'tokens', 'tokens_per_second', 'mfu'}
-    assert set(steps[0]) == names
+    router = {f'moe/{i}/{s}' for i in (0, 1) for s in ('load_max_over_mean', 'dropped', 'entropy')}
+    assert set(steps[0]) == names | router
+    assert set(steps[1]) == names | router | {'moe/0/load', 'moe/1/load'}
+    assert steps[1]['moe/0/load_max_over_mean'] == pytest.approx(8 * max(steps[1]['moe/0/load']))
+    assert sum(steps[1]['moe/0/load']) == pytest.approx(1)
     assert steps[-1]['tokens'] == 20 * 32 * 64
     assert steps[-1]['loss'] < steps[0]['loss'] - 0.5
     evals = [r for r in a if 'eval_loss' in r]

@@ -1,6 +1,8 @@
 """What validation refuses, and that it names the remedy."""
 
 import importlib
+import itertools
+import math
 
 import pytest
 
@@ -17,14 +19,14 @@ def errors(**changes) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize('tp', [1, 2, 4])
-@pytest.mark.parametrize('fsdp', [1, 2, 4, 8])
-@pytest.mark.parametrize('dp', [1, 2, 4, 8])
-def test_tiny_divides_on_every_mesh(dp, fsdp, tp):
-    if dp * fsdp * tp > 8:
-        pytest.skip('more than 8 devices')
-    config = importlib.import_module('configs.tiny').get_config()
-    config.mesh.update(dp=dp, fsdp=fsdp, tp=tp)
+SIZES = [s for s in itertools.product((1, 2, 4, 8), repeat=4) if math.prod(s) <= 8 and s[3] <= 4]
+
+
+@pytest.mark.parametrize('name', ['tiny', 'tiny_dense'])
+@pytest.mark.parametrize('sizes', SIZES, ids=str)
+def test_tiny_divides_on_every_mesh(name, sizes):
+    config = importlib.import_module(f'configs.{name}').get_config()
+    config.mesh.update(dict(zip(('dp', 'fsdp', 'ep', 'tp'), sizes, strict=True)))
     validate(config, 8)
     assert config.model.n_layers % 4 == 0
 
@@ -40,7 +42,15 @@ def test_tiny_divides_on_every_mesh(dp, fsdp, tp):
         ({'seq_len': 200}, 'seq_len=200 is not a multiple of model.attention_block=128'),
         ({'model__attention': 'mha'}, "model.attention='mha' is unknown; use one of mla, gqa"),
         ({'model__block': ('sparse',)}, "unknown kind 'sparse'"),
-        ({'model__block': ('dense',) * 3}, 'model.n_layers=4 is not a multiple of the 3 layers'),
+        ({'model__block': ('dense',) * 3}, 'use a multiple of 3'),
+        ({'model__first_dense': 4}, 'model.first_dense=4'),
+        ({'model__n_experts': 6, 'mesh__ep': 4}, 'use a ep of 1, 2, 3 or 6'),
+        ({'model__experts_per_token': 9}, 'model.experts_per_token=9 is above'),
+        ({'model__n_expert_groups': 3}, 'model.n_expert_groups=3; use 1, 2, 4 or 8 groups'),
+        ({'model__n_expert_groups': 4, 'model__n_top_groups': 5}, 'n_top_groups=5 is above'),
+        ({'model__n_expert_groups': 8}, 'cannot offer model.experts_per_token=2'),
+        ({'model__buffer_factor': 0.5, 'mesh__ep': 2}, 'model.buffer_factor=0.5'),
+        ({'model__router': 'tanh'}, 'sigmoid, softmax'),
         ({'model__rope_dim': 7}, 'model.rope_dim=7 is odd'),
         ({'model__kv_rank': 60, 'mesh__fsdp': 8}, 'model.kv_rank=60'),
         ({'model__attention': 'gqa', 'model__n_kv_heads': 3}, 'model.n_kv_heads=3'),

@@ -1,0 +1,263 @@
+"""The MoE layer against a plain loop over tokens and experts; routing, capacity, dispatch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from common import batch_at, on_mesh, on_one_device, small_config
+
+import train
+from moe import (
+    BLOCK,
+    grouped_matmul,
+    inverted,
+    moe,
+    moe_params,
+    permute,
+    rank_within,
+    regroup,
+    update_biases,
+)
+from parallel import AXES, P, global_sum, init_params, make_mesh, varying
+from validation import model_config
+
+
+def layer_config(**changes):
+    config = small_config(moe=True)
+    config.model.update(changes)
+    return model_config(config)
+
+
+def layer_params(cfg):
+    params = init_params(jax.random.key(0), moe_params(cfg), make_mesh({}))
+    bias = 0.05 * jax.random.normal(jax.random.key(5), (cfg.n_experts,))
+    return params | {'bias': bias, 'router': 3 * params['router']}
+
+
+def swiglu(x, w_gate, w_up, w_down):
+    gate = x @ w_gate
+    return (gate / (1 + np.exp(-gate)) * (x @ w_up)) @ w_down
+
+
+def plain_choice(scores, bias, cfg):
+    groups = (scores + bias).reshape(cfg.n_expert_groups, -1)
+    best = np.sort(groups, axis=1)[:, -2:].sum(axis=1)
+    out = np.argsort(-best)[cfg.n_top_groups :]
+    groups[out] = -np.inf
+    return np.argsort(-groups.reshape(-1), kind='stable')[: cfg.experts_per_token]
+
+
+def plain_moe(params, x_BTD, cfg):
+    """A loop over tokens and their experts, in float64 -> output, load, dropped."""
+    params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    B, T, _ = x_BTD.shape
+    capacity = np.inf
+    if cfg.capacity_factor:
+        capacity = np.ceil(cfg.capacity_factor * cfg.experts_per_token * T / cfg.n_experts)
+    out, load, dropped = np.zeros_like(x_BTD), np.zeros(cfg.n_experts), 0
+    for b in range(B):
+        taken = np.zeros(cfg.n_experts)
+        for t in range(T):
+            x = x_BTD[b, t]
+            logits = x @ params['router']
+            if cfg.router == 'sigmoid':
+                scores = 1 / (1 + np.exp(-logits))
+            else:
+                scores = np.exp(logits) / np.exp(logits).sum()
+            chosen = plain_choice(scores, params['bias'], cfg)
+            weights = scores[chosen]
+            if cfg.normalize_weights:
+                weights = weights / weights.sum()
+            for e, weight in zip(chosen, weights * cfg.routed_scale, strict=True):
+                load[e] += 1
+                taken[e] += 1
+                if taken[e] > capacity:
+                    dropped += 1
+                    continue
+                w = {name: m[e] for name, m in params['experts'].items()}
+                out[b, t] += weight * swiglu(x, **w)
+            if cfg.n_shared_experts:
+                out[b, t] += swiglu(x, **params['shared'])
+    return out, load, dropped
+
+
+@pytest.mark.parametrize(
+    'changes',
+    [
+        {},
+        {'router': 'softmax', 'normalize_weights': False},
+        {'n_expert_groups': 1, 'n_top_groups': 1, 'n_shared_experts': 0},
+        {'n_shared_experts': 2, 'experts_per_token': 1},
+        {'capacity_factor': 0.5},
+    ],
+    ids=str,
+)
+def test_layer_is_a_loop_over_tokens_and_experts(changes):
+    cfg = layer_config(**changes)
+    params = layer_params(cfg)
+    x = np.random.default_rng(0).standard_normal((3, 16, cfg.d_model))
+    want, load, dropped = plain_moe(params, x, cfg)
+    got, stats = on_one_device(lambda p, x: moe(p, x, cfg))(params, jnp.float32(x))
+    np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-5)
+    np.testing.assert_array_equal(stats['load'], load)
+    assert stats['dropped'] == dropped
+    assert (dropped > 0) == bool(cfg.capacity_factor)
+
+
+def experts_on_mesh(cfg, params, x, ep):
+    """The layer with its experts spread over `ep` devices, each with its rows of x."""
+
+    def body(params, x):
+        others = tuple(axis for axis in AXES if axis != 'ep')
+        split = {'x': x, 'experts': params['experts']}
+        alike = {name: p for name, p in params.items() if name != 'experts'}
+        split = jax.tree.map(lambda y: varying(y, others), split)
+        alike = jax.tree.map(lambda y: varying(y, AXES), alike)
+        y, stats = moe(alike | {'experts': split['experts']}, split['x'], cfg)
+        return y, global_sum(stats['dropped'])
+
+    specs = {'router': P(), 'bias': P(), 'shared': P(), 'experts': P('ep')}
+    f = jax.shard_map(
+        body,
+        mesh=make_mesh({'ep': ep}),
+        in_specs=(specs, P('ep')),
+        out_specs=(P(('ep', 'pp', 'dp', 'fsdp', 'tp')), P()),
+    )
+    return jax.jit(f)(*jax.device_get((params, x)))
+
+
+@pytest.mark.parametrize('buffer_factor', [0.0, 1.0, 8.0])
+def test_buffers_drop_only_what_does_not_fit(buffer_factor):
+    """All tokens want the experts of one peer: exact buffers take them, even ones a quarter."""
+    cfg = layer_config(
+        n_expert_groups=1, n_top_groups=1, experts_per_token=2, buffer_factor=buffer_factor
+    )
+    params = layer_params(cfg)
+    params['bias'] = jnp.zeros(8).at[:2].set(10.0)
+    x = jax.random.normal(jax.random.key(1), (4, 16, cfg.d_model))
+    got, dropped = experts_on_mesh(cfg, params, x, 4)
+    want, _, _ = plain_moe(params, np.asarray(x, np.float64), cfg)
+    if buffer_factor == 1.0:
+        assert dropped == 4 * 16 * 2 * 3 / 4
+        # first come, first served: the positions of each device that fit are exact
+        np.testing.assert_allclose(got[:, :4], want[:, :4], rtol=2e-4, atol=2e-5)
+        assert np.abs(got[:, 4:] - want[:, 4:]).max() > 0.01
+    else:
+        assert dropped == 0
+        np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize('changes', [{'capacity_factor': 0.5}, {'buffer_factor': 1.0}], ids=str)
+def test_drops_are_causal(changes):
+    """Later positions change nothing before them, though choices are dropped."""
+    cfg = layer_config(**changes)
+    params = layer_params(cfg)
+    a = jax.random.normal(jax.random.key(1), (4, 16, cfg.d_model))
+    b = a.at[:, 9:].set(jax.random.normal(jax.random.key(2), (4, 7, cfg.d_model)))
+    (out_a, dropped), (out_b, _) = (experts_on_mesh(cfg, params, x, 4) for x in (a, b))
+    assert dropped > 0
+    np.testing.assert_array_equal(out_a[:, :9], out_b[:, :9])
+
+
+@pytest.mark.parametrize('sizes', [(0, 0, 0), (300, 0, 5), (128, 256, 1), (1, 2, 3)], ids=str)
+def test_grouped_matmul_and_its_gradients(sizes):
+    rows = sum(sizes) + 7  # of no group
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jnp.pad(jax.random.normal(keys[0], (rows, 6)), ((0, BLOCK), (0, 0)))
+    w = jax.random.normal(keys[1], (3, 6, 5))
+    group = np.repeat(np.arange(4), [*sizes, 7 + BLOCK])
+    d = jnp.where((group < 3)[:, None], jax.random.normal(keys[2], (len(group), 5)), 0)
+
+    def plain(x, w):
+        return jnp.einsum('gi,gio->go', x, jnp.concatenate((w, jnp.zeros((1, 6, 5))))[group])
+
+    got, got_vjp = jax.vjp(lambda x, w: grouped_matmul(x, w, jnp.array(sizes)), x, w)
+    want, want_vjp = jax.vjp(plain, x, w)
+    np.testing.assert_allclose(got[group < 3], want[group < 3], rtol=1e-5, atol=1e-5)
+    (dx, dw), (want_dx, want_dw) = got_vjp(d), want_vjp(d)
+    np.testing.assert_allclose(dx[group < 3], want_dx[group < 3], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(dw, want_dw, rtol=1e-4, atol=2e-4)
+
+
+def test_permute_is_a_gather_both_ways():
+    x = jax.random.normal(jax.random.key(0), (5, 3))
+    index = jnp.array([7, 2, 99, 0, 9, 1])  # copies of rows; one out of range
+    inverse = inverted(index, 10)
+    got, vjp = jax.vjp(lambda x: permute(x, index, inverse, 2), x)
+    rows = np.array([3, 1, -1, 0, 4, 0])
+    np.testing.assert_array_equal(got, np.where(rows[:, None] < 0, 0, np.asarray(x)[rows]))
+    d = jax.random.normal(jax.random.key(1), got.shape)
+    want = np.zeros((5, 3), np.float32)
+    for row, cotangent in zip(rows, np.asarray(d), strict=True):
+        if row >= 0:
+            want[row] += cotangent
+    np.testing.assert_allclose(vjp(d)[0], want, rtol=1e-6)
+
+
+def test_rank_within():
+    group = np.random.default_rng(0).integers(0, 4, 50)
+    want = [int(np.sum(group[:i] == g)) for i, g in enumerate(group)]
+    np.testing.assert_array_equal(rank_within(jnp.array(group)), want)
+
+
+def test_regroup_sorts_by_expert_and_peer():
+    received = np.array([[2, 0, 1], [0, 3, 1]])  # of two peers, for three experts
+    dest, sizes = regroup(jnp.array(received), slots=5)
+    np.testing.assert_array_equal(sizes, [2, 3, 2])
+    outside = 10 + BLOCK
+    want = [0, 1, 5, outside, outside, 2, 3, 4, 6, outside]
+    np.testing.assert_array_equal(dest, want)
+
+
+def test_biases_move_towards_the_mean_load():
+    params = {'0_moe': {'ffn': {'bias': jnp.zeros((1, 3)), 'router': 1}}, '1_dense': {'ffn': 2}}
+    new = update_biases(params, {'0_moe': {'load': jnp.array([[1.0, 2.0, 3.0]])}}, 0.1)
+    np.testing.assert_allclose(new['0_moe']['ffn']['bias'], [[0.1, 0, -0.1]])
+    assert new['1_dense'] == params['1_dense']
+    assert new['0_moe']['ffn']['router'] == 1
+
+
+@pytest.mark.parametrize('bias_rate', [0.0, 0.02])
+def test_biases_balance_a_skewed_router(bias_rate):
+    """Tokens of one frequent word go to the same experts until the biases spread them."""
+    config = small_config(moe=True)
+    config.batch_size, config.steps = 4, 60
+    config.model.update(
+        n_layers=1, first_dense=0, block=('moe',), bias_rate=bias_rate, balance_loss=0.0,
+        n_expert_groups=1, n_top_groups=1,
+    )  # fmt: skip
+    config.optimizer.update(peak_lr=1e-6, final_lr=1e-6)
+    mesh = make_mesh({})
+    state, step = train.init_state(config, mesh), train.make_train_step(config, mesh)
+    ffn = state['params']['blocks']['0_moe']['ffn']
+    ffn['router'] = ffn['router'] + jnp.linspace(0, 0.3, 8)  # acts with the tokens' mean
+    for i in range(60):
+        state, metrics = step(state, train.put_batch(batch_at, i, config, mesh))
+    load = np.asarray(metrics['router']['0_moe']['load'][0])
+    balanced = load.max() / load.mean() < 1.5
+    assert balanced == bool(bias_rate), load
+
+
+def test_sequence_balance_loss_is_lowest_when_even():
+    """Uniform probabilities give exactly the weight of the loss: Σ f P = 1."""
+    cfg = layer_config(router_z_loss=0.0, balance_loss=0.5, n_shared_experts=0)
+    params = layer_params(cfg) | {'router': jnp.zeros((cfg.d_model, 8))}
+    x = jax.random.normal(jax.random.key(1), (2, 16, cfg.d_model))
+    loss = on_one_device(lambda p, x: moe(p, x, cfg)[1]['loss'])
+    assert float(loss(params, x)) == pytest.approx(0.5, rel=1e-5)
+    skewed = layer_params(cfg)
+    skewed['router'] = 10 * skewed['router']
+    skewed['bias'] = jnp.zeros(8)
+    assert float(loss(skewed, x)) > 0.5
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_step_compiles_for_tpu(tpu_devices, dtype):
+    """With the grouped-matmul kernel and the ragged exchange, which the CPU does not have."""
+    config = on_mesh(small_config(moe=True), (1, 2, 1, 2))
+    config.compute_dtype = dtype
+    mesh = make_mesh(config.mesh, tpu_devices('v5e:2x2'))
+    lowered = train.lower_train_step(config, mesh)
+    assert 'ragged_all_to_all' in lowered.as_text()
+    assert lowered.compile().memory_analysis().temp_size_in_bytes > 0
