@@ -78,8 +78,8 @@ def run_command(corpus: pathlib.Path, workdir: pathlib.Path, *more: str):
         f'--config.data.path={corpus}', '--config.steps=20', '--config.log.every=5',
         '--config.eval.every=10', '--config.model.n_layers=2', '--config.model.d_model=64',
         '--config.seq_len=64', '--config.model.vocab_size=264', '--config.model.attention_block=64',
-        '--config.optimizer.warmup_steps=2', '--config.batch_size=32', '--config.log.loads_every=10',
-        *more,
+        '--config.optimizer.warmup_steps=2', '--config.batch_size=32',
+        '--config.log.loads_every=10', *more,
     ]  # fmt: skip
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
