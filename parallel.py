@@ -1,5 +1,7 @@
 """Mesh axes, parameter declarations, and every collective that the model uses.
 
+    python parallel.py --schedule=zero_bubble --stages=4 --microbatches=8   # prints its diagram
+
 All of the model runs inside one `jax.shard_map`. Two conventions make its gradients right:
 
 1.  Inside, every value counts as *varying* over every mesh axis. Parameters are made so once per
@@ -13,12 +15,14 @@ gradient of a parameter is the sum of the local gradients over the axes that do 
 
 import dataclasses
 import math
+import sys
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from absl import app, flags
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -245,3 +249,31 @@ def global_sum_of_squares(tree: Tree, declared: Tree) -> Array:
         return varying(jnp.sum(jnp.square(x)) / lax.axis_size(free), free)
 
     return global_sum(sum(jax.tree.leaves(map_params(leaf, declared, tree))))
+
+
+# ---------------------------------------------------------------------------------------------
+# The command: prints a pipeline schedule
+# ---------------------------------------------------------------------------------------------
+
+
+def main(_: Sequence[str]) -> None:
+    from schedules import describe, make_schedule  # training without a pipeline needs no tables
+
+    flag = flags.FLAGS
+    costs = (flag.cost_f, flag.cost_b, flag.cost_w)
+    try:
+        schedule = make_schedule(flag.schedule, flag.stages, flag.microbatches, flag.chunks, costs)
+    except ValueError as error:
+        sys.exit(str(error))
+    print(describe(schedule, costs))
+
+
+if __name__ == '__main__':
+    flags.DEFINE_string('schedule', '1f1b', 'gpipe, 1f1b, interleaved or zero_bubble.')
+    flags.DEFINE_integer('stages', 4, 'Pipeline stages.')
+    flags.DEFINE_integer('microbatches', 8, 'Microbatches of a step.')
+    flags.DEFINE_integer('chunks', 1, 'Virtual stages a stage (interleaved).')
+    flags.DEFINE_float('cost_f', 1.0, 'Time of a forward of one microbatch on one stage.')
+    flags.DEFINE_float('cost_b', 1.0, 'Time of its input gradients; 2 with recomputation.')
+    flags.DEFINE_float('cost_w', 1.0, 'Time of its weight gradients.')
+    app.run(main)
