@@ -500,9 +500,15 @@ REMAT = {
 
 
 def run_blocks(
-    blocks: Tree, x_BTD: Array, table: tuple[Array, Array], key: Array, cfg: ModelConfig
+    blocks: Tree,
+    x_BTD: Array,
+    table: tuple[Array, Array],
+    key: Array,
+    cfg: ModelConfig,
+    first: Array | int = 0,
 ) -> Array:
-    """All blocks in a scan over their stacked parameters. x_BTD: [B, T/tp, D] -> the same."""
+    """All blocks in a scan over their stacked parameters, of which `first` is the index of the
+    first one in the model. x_BTD: [B, T/tp, D] -> the same."""
 
     def block(x_BTD: Array, scanned: tuple[Tree, Array]):
         params, index = scanned
@@ -513,7 +519,7 @@ def run_blocks(
 
     block = jax.checkpoint(block, policy=REMAT[cfg.remat], prevent_cse=False)
     n_blocks = jax.tree.leaves(blocks)[0].shape[0]
-    return lax.scan(block, x_BTD, (blocks, jnp.arange(n_blocks)))[0]
+    return lax.scan(block, x_BTD, (blocks, first + jnp.arange(n_blocks)))[0]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -614,24 +620,32 @@ cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 # ---------------------------------------------------------------------------------------------
 
 
-def model_params(cfg: ModelConfig) -> Tree:
-    """The declaration of every parameter of the model."""
-    block = {
+def block_params(cfg: ModelConfig) -> Tree:
+    return {
         name: layer_params(cfg, kind)
         for name, kind in zip(block_names(cfg), cfg.block, strict=True)
     }
+
+
+def model_params(cfg: ModelConfig, chunks: int = 1) -> Tree:
+    """The declaration of every parameter of the model; `chunks` as in `stacked`."""
     head = {} if cfg.tie_embeddings else {'head': vocab_matrix(cfg, cfg.d_model**-0.5)}
     return head | {
         'embed': vocab_matrix(cfg, 0.02),
-        'blocks': stacked(block, cfg.n_blocks),
+        'blocks': stacked(block_params(cfg), cfg.n_blocks, chunks),
         'final_norm': gain(cfg.d_model),
     }
 
 
+def embed_tokens(params: Tree, ids_BT: Array, cfg: ModelConfig, key: Array) -> Array:
+    """ids_BT: int32 [B, T], all positions -> the input of the first block, [B, T/tp, D]."""
+    x_BTD = embed(params['embed'], ids_BT, cfg)
+    return dropout(x_BTD, cfg.dropout, jax.random.fold_in(key, cfg.n_layers))
+
+
 def hidden_states(params: Tree, ids_BT: Array, cfg: ModelConfig, key: Array) -> Array:
     """ids_BT: int32 [B, T], all positions -> the final normed x_BTD: [B, T/tp, D]."""
-    x_BTD = embed(params['embed'], ids_BT, cfg)
-    x_BTD = dropout(x_BTD, cfg.dropout, jax.random.fold_in(key, cfg.n_layers))
+    x_BTD = embed_tokens(params, ids_BT, cfg, key)
     table = rope_table(cfg, jnp.arange(ids_BT.shape[1]))
     x_BTD = run_blocks(params['blocks'], x_BTD, table, key, cfg)
     return rms_norm(x_BTD, params['final_norm'], cfg.norm_eps)
@@ -655,6 +669,12 @@ def loss(params: Tree, tokens_BT: Array, cfg: ModelConfig, key: Array) -> tuple[
     x_TD = x_BTD.reshape(-1, cfg.d_model)
     w_VD = head_weight(params, cfg)
     return cross_entropy(x_TD, w_VD, labels_BT.reshape(-1), cfg.z_loss, cfg.loss_chunk)
+
+
+def head_loss(params: Tree, x_TD: Array, labels_T: Array, cfg: ModelConfig) -> tuple[Array, Array]:
+    """What `loss` makes of the last block's output x_TD [tokens, D], any tokens of this device."""
+    x_TD = rms_norm(x_TD, params['final_norm'], cfg.norm_eps)
+    return cross_entropy(x_TD, head_weight(params, cfg), labels_T, cfg.z_loss, cfg.loss_chunk)
 
 
 def logits(params: Tree, ids_BT: Array, cfg: ModelConfig) -> Array:

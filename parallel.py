@@ -89,18 +89,21 @@ def map_params(f: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     return jax.tree.map(f, tree, *rest, is_leaf=is_param)
 
 
-def stacked(tree: Tree, n: int) -> Tree:
+def stacked(tree: Tree, n: int, chunks: int = 1) -> Tree:
     """`n` layers' parameters in one tree: a leading dimension, sharded over `pp`.
 
+    Where stages have several chunks, [chunks, n / chunks]: chunk c of stage s then holds the layers
+    of virtual stage c · stages + s, and the layers' order in memory stays their order.
     Layer i is drawn from a key of its own, so its values do not depend on the number of layers.
     """
+    front, axes = ((n,), (PP,)) if chunks == 1 else ((chunks, n // chunks), (None, PP))
 
     def stack(p: Param) -> Param:
         def init(key: Array, shape: tuple[int, ...]) -> Array:
-            keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(shape[0]))
-            return jax.vmap(lambda k: p.init(k, shape[1:]))(keys)
+            keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(n))
+            return jax.vmap(lambda k: p.init(k, p.shape))(keys).reshape(shape)
 
-        return dataclasses.replace(p, shape=(n, *p.shape), spec=P(PP, *p.spec), init=init)
+        return dataclasses.replace(p, shape=(*front, *p.shape), spec=P(*axes, *p.spec), init=init)
 
     return map_params(stack, tree)
 
@@ -193,6 +196,15 @@ def pmax(x: Array, axis: Axis) -> Array:
     Forward: all-reduce, 2·size·(n-1)/n bytes. Backward: none.
     """
     return varying(lax.pmax(lax.stop_gradient(x), axis), axis)
+
+
+def shift(x: Array, axis: str, by: int) -> Array:
+    """Layout: unchanged; device i's x goes to device i + by of the axis, around its ring.
+
+    Forward: a collective permute, size bytes. Backward: one the other way, as many.
+    """
+    n = lax.axis_size(axis)
+    return lax.ppermute(x, axis, [(i, (i + by) % n) for i in range(n)])
 
 
 def local_slice(x: Array, axis: Axis, dim: int) -> Array:

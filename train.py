@@ -33,9 +33,13 @@ from model import (
     FEED_FORWARD,
     REMAT,
     ModelConfig,
+    embed_tokens,
     flops_per_token,
+    head_loss,
     loss,
     model_params,
+    rope_table,
+    run_blocks,
 )
 from optimizer import OptimizerConfig, adamw, adamw_init, clip_by_global_norm, learning_rate
 from parallel import (
@@ -50,6 +54,7 @@ from parallel import (
     free_axes,
     global_sum,
     init_params,
+    local_slice,
     make_mesh,
     map_params,
     psum,
@@ -57,6 +62,8 @@ from parallel import (
     sum_gradients,
     varying,
 )
+from pipeline import Functions, run_pipeline
+from schedules import Schedule
 from tokenizer import token_bytes
 
 # Dense bfloat16 FLOP/s of one jax device, by device_kind: the vendors' data sheets.
@@ -234,6 +241,43 @@ def gradients(
     microbatches = (tokens_MBT, jnp.arange(tokens_MBT.shape[0]))
     (grads, nll), _ = lax.scan(accumulate, start, microbatches)
     return sum_gradients(grads, declared), {'loss': global_sum(nll)}
+
+
+def pipeline_gradients(
+    params: Tree,
+    tokens_MBT: Array,
+    key: Array,
+    declared: Tree,
+    cfg: ModelConfig,
+    schedule: Schedule,
+) -> tuple[Tree, dict[str, Array]]:
+    """`gradients` where layers are spread over pp, and microbatches follow a schedule."""
+    tokens_MBT = varying(tokens_MBT, (PP, TP))
+    params = map_params(lambda p, x: varying(x, free_axes(p.spec)), declared, params)
+    n_targets = psum(jnp.sum(tokens_MBT[..., 1:] >= 0), BATCH).astype(jnp.float32)
+    table = rope_table(cfg, jnp.arange(tokens_MBT.shape[-1] - 1))
+
+    def first(shared: Tree, i: Array) -> Array:
+        ids_BT = jnp.maximum(tokens_MBT[i, :, :-1], 0)
+        return embed_tokens(shared, ids_BT, cfg, jax.random.fold_in(key, i))
+
+    def stage(blocks: Tree, x_BTD: Array, virtual: Array, i: Array) -> tuple[Array, Array, Tree]:
+        start = virtual * jax.tree.leaves(blocks)[0].shape[0]
+        x_BTD = run_blocks(blocks, x_BTD, table, jax.random.fold_in(key, i), cfg, start)
+        return x_BTD, jnp.zeros_like(n_targets), {}
+
+    def last(shared: Tree, x_TD: Array, i: Array) -> tuple[Array, Tree]:
+        labels_T = local_slice(tokens_MBT[i, :, 1:], TP, 1).reshape(-1)  # B T -> B T/tp
+        labels_T = local_slice(labels_T, PP, 0)
+        total, nll = head_loss(shared, x_TD, labels_T, cfg)
+        return total / n_targets, {'nll': nll / n_targets}
+
+    if schedule.chunks == 1:
+        params |= {'blocks': jax.tree.map(lambda x: x[None], params['blocks'])}
+    grads, sums = run_pipeline(schedule, Functions(first, stage, last), params)
+    if schedule.chunks == 1:
+        grads |= {'blocks': jax.tree.map(lambda x: x[0], grads['blocks'])}
+    return sum_gradients(grads, declared), {'loss': global_sum(sums.last['nll'])}
 
 
 def make_train_step(config: ConfigDict, mesh: Mesh) -> Callable[[Tree, Array], tuple[Tree, dict]]:
