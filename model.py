@@ -22,6 +22,7 @@ from parallel import (
     FSDP,
     TP,
     Array,
+    Deferred,
     P,
     Param,
     Tree,
@@ -81,6 +82,11 @@ class ModelConfig:
 
 def gain(size: int) -> Param:
     return Param((size,), P(None), ones, matrix=False)
+
+
+def weight(shape: tuple[int, ...], spec: P, std: float) -> Param:
+    """The weight of a `linear`."""
+    return Param(shape, spec, normal(std), linear=True)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -153,17 +159,17 @@ def rope(x: Array, table: tuple[Array, Array]) -> Array:
 
 
 @jax.custom_vjp
-def linear(x_BTI: Array, w_IO: Array) -> Array:
+def _matmul(x_BTI: Array, w_IO: Array) -> Array:
     """x w. Its weight gradient is written so that the narrower operand is the one transposed:
     XLA:CPU would else copy the wide one, a third of a SwiGLU's time."""
     return jnp.einsum('bti,io->bto', x_BTI, w_IO)
 
 
-def _linear_forward(x_BTI: Array, w_IO: Array):
-    return linear(x_BTI, w_IO), (x_BTI, w_IO)
+def _matmul_forward(x_BTI: Array, w_IO: Array):
+    return _matmul(x_BTI, w_IO), (x_BTI, w_IO)
 
 
-def _linear_backward(saved: tuple[Array, Array], d_BTO: Array):
+def _matmul_backward(saved: tuple[Array, Array], d_BTO: Array):
     x_BTI, w_IO = saved
     rows = (((0, 1), (0, 1)), ((), ()))
     if w_IO.shape[0] <= w_IO.shape[1]:
@@ -173,19 +179,55 @@ def _linear_backward(saved: tuple[Array, Array], d_BTO: Array):
     return jnp.einsum('bto,io->bti', d_BTO, w_IO), dw_IO
 
 
-linear.defvjp(_linear_forward, _linear_backward)
+_matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
-def to_heads(x_BTI: Array, w_INH: Array) -> Array:
+@jax.custom_vjp
+def _deferred_matmul(x_BTI: Array, w_IO: Array, sink: tuple[Array, Array]) -> Array:
+    """x w, where backward leaves what the weight gradient takes in the sink (see `Deferred`)."""
+    return _matmul(x_BTI, w_IO)
+
+
+def _deferred_backward(saved: tuple[Array, Array], d_BTO: Array):
+    x_BTI, w_IO = saved
+    return jnp.einsum('bto,io->bti', d_BTO, w_IO), None, (x_BTI, d_BTO)
+
+
+_deferred_matmul.defvjp(lambda x, w, _: (_matmul(x, w), (x, w)), _deferred_backward)
+
+
+def linear(x_BTI: Array, w: Array | Deferred) -> Array:
+    """x w: [B, T, I] -> [B, T, O]. A weight of more dimensions counts as [I, O]."""
+    if not isinstance(w, Deferred):
+        return _matmul(x_BTI, w.reshape(x_BTI.shape[-1], -1))
+    w_IO = w.array.reshape(x_BTI.shape[-1], -1)
+    if w.sink is not None:
+        return _deferred_matmul(x_BTI, w_IO, w.sink)
+    out_BTO = _matmul(x_BTI, w_IO)
+    w.seen.sink = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x_BTI, out_BTO))
+    return out_BTO
+
+
+def linear_weight_gradient(p: Param, shard: Array, x_BTI: Array, d_BTO: Array) -> Array:
+    """The gradient of a layer's weight from the input and output gradient of its `linear`, with
+    the reduce-scatter over fsdp that is the transpose of `unshard`; shaped like the shard."""
+
+    def f(shard: Array) -> Array:
+        return linear(x_BTI, unshard({'w': shard}, {'w': p}, x_BTI.dtype)['w'])
+
+    return jax.vjp(f, shard)[1](d_BTO)[0]
+
+
+def to_heads(x_BTI: Array, w_INH: Array | Deferred) -> Array:
     """A projection to heads: [B, T, I], [I, N, H] -> [B, N, T, H]."""
-    x_BTO = linear(x_BTI, w_INH.reshape(w_INH.shape[0], -1))
+    x_BTO = linear(x_BTI, w_INH)
     return x_BTO.reshape(*x_BTI.shape[:2], *w_INH.shape[1:]).swapaxes(1, 2)
 
 
-def from_heads(x_BNTH: Array, w_NHD: Array) -> Array:
+def from_heads(x_BNTH: Array, w_NHD: Array | Deferred) -> Array:
     """The output projection: [B, N, T, H], [N, H, D] -> [B, T, D]."""
     B, N, T, H = x_BNTH.shape
-    return linear(x_BNTH.swapaxes(1, 2).reshape(B, T, N * H), w_NHD.reshape(N * H, -1))
+    return linear(x_BNTH.swapaxes(1, 2).reshape(B, T, N * H), w_NHD)
 
 
 def dropout(x_BTD: Array, rate: float, key: Array) -> Array:
@@ -319,18 +361,18 @@ def mla_params(cfg: ModelConfig) -> Tree:
     Hn, Hr, Hv = cfg.nope_dim, cfg.rope_dim, cfg.v_dim
     if Rq:
         query = {
-            'w_q_down': Param((D, Rq), P(FSDP, None), normal(D**-0.5)),
+            'w_q_down': weight((D, Rq), P(FSDP, None), D**-0.5),
             'q_norm': gain(Rq),
-            'w_q_up': Param((Rq, N, Hn + Hr), P(FSDP, TP, None), normal(Rq**-0.5)),
+            'w_q_up': weight((Rq, N, Hn + Hr), P(FSDP, TP, None), Rq**-0.5),
         }
     else:
-        query = {'w_q': Param((D, N, Hn + Hr), P(FSDP, TP, None), normal(D**-0.5))}
+        query = {'w_q': weight((D, N, Hn + Hr), P(FSDP, TP, None), D**-0.5)}
     return query | {
-        'w_kv_down': Param((D, R + Hr), P(FSDP, None), normal(D**-0.5)),
+        'w_kv_down': weight((D, R + Hr), P(FSDP, None), D**-0.5),
         'kv_norm': gain(R),
-        'w_k_up': Param((R, N, Hn), P(FSDP, TP, None), normal(R**-0.5)),
-        'w_v_up': Param((R, N, Hv), P(FSDP, TP, None), normal(R**-0.5)),
-        'w_o': Param((N, Hv, D), P(TP, None, FSDP), normal((2 * cfg.n_layers * N * Hv) ** -0.5)),
+        'w_k_up': weight((R, N, Hn), P(FSDP, TP, None), R**-0.5),
+        'w_v_up': weight((R, N, Hv), P(FSDP, TP, None), R**-0.5),
+        'w_o': weight((N, Hv, D), P(TP, None, FSDP), (2 * cfg.n_layers * N * Hv) ** -0.5),
     }
 
 
@@ -377,10 +419,10 @@ def gqa_params(cfg: ModelConfig) -> Tree:
     heads = TP if K > 1 else None
     norms = {'q_norm': gain(H), 'k_norm': gain(H)} if cfg.qk_norm else {}
     return norms | {
-        'w_q': Param((D, N, H), P(FSDP, TP, None), normal(D**-0.5)),
-        'w_k': Param((D, K, H), P(FSDP, heads, None), normal(D**-0.5)),
-        'w_v': Param((D, K, H), P(FSDP, heads, None), normal(D**-0.5)),
-        'w_o': Param((N, H, D), P(TP, None, FSDP), normal((2 * cfg.n_layers * N * H) ** -0.5)),
+        'w_q': weight((D, N, H), P(FSDP, TP, None), D**-0.5),
+        'w_k': weight((D, K, H), P(FSDP, heads, None), D**-0.5),
+        'w_v': weight((D, K, H), P(FSDP, heads, None), D**-0.5),
+        'w_o': weight((N, H, D), P(TP, None, FSDP), (2 * cfg.n_layers * N * H) ** -0.5),
     }
 
 
@@ -439,9 +481,9 @@ gated.defvjp(lambda gate, up: (gated(gate, up), (gate, up)), _gated_backward)
 def swiglu_params(cfg: ModelConfig) -> Tree:
     D, F = cfg.d_model, cfg.d_ff
     return {
-        'w_gate': Param((D, F), P(FSDP, TP), normal(D**-0.5)),
-        'w_up': Param((D, F), P(FSDP, TP), normal(D**-0.5)),
-        'w_down': Param((F, D), P(TP, FSDP), normal((2 * cfg.n_layers * F) ** -0.5)),
+        'w_gate': weight((D, F), P(FSDP, TP), D**-0.5),
+        'w_up': weight((D, F), P(FSDP, TP), D**-0.5),
+        'w_down': weight((F, D), P(TP, FSDP), (2 * cfg.n_layers * F) ** -0.5),
     }
 
 

@@ -72,12 +72,41 @@ class Param:
 
     `shape` is the global shape, `spec` says which mesh axes shard which dimension. `matrix` tells
     weights from gains: weights are decayed, and cast to the compute type where they are used.
+    `linear` says that nothing but one `model.linear` a layer uses it, so that it may be `Deferred`.
     """
 
     shape: tuple[int, ...]
     spec: P
     init: Initializer
     matrix: bool = True
+    linear: bool = False
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Deferred:
+    """A weight whose gradient is computed later, from what its `linear` leaves in `sink`.
+
+    The forward pass ignores the sink: zeros, shaped like the input and the output of the linear
+    layer. In the backward pass, the "gradient" of the sink is that input and the gradient of that
+    output; the weight itself receives none. Sinks are stacked, scanned and rematerialized like
+    parameters, so that no code between the stage and its linear layers knows of them. Without a
+    sink, `linear` notes in `seen` what it would have to be.
+    """
+
+    array: Array
+    sink: tuple[Array, Array] | None
+    seen: 'Seen | None' = dataclasses.field(default=None, metadata={'static': True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+
+class Seen:
+    """Shapes and types of the sink of a `Deferred`, once its linear layer has been traced."""
+
+    sink: tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct] | None = None
 
 
 def is_param(x: Any) -> bool:
@@ -221,7 +250,9 @@ def unshard(params: Tree, declared: Tree, dtype: jnp.dtype) -> Tree:
     Backward: reduce-scatter of the gradients in `dtype`, as many. Gains stay float32.
     """
 
-    def leaf(p: Param, x: Array) -> Array:
+    def leaf(p: Param, x: Array | Deferred) -> Array | Deferred:
+        if isinstance(x, Deferred):
+            return dataclasses.replace(x, array=leaf(p, x.array))
         if p.matrix:
             x = x.astype(dtype)
         for dim, entry in enumerate(p.spec):

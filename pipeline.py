@@ -8,6 +8,8 @@ whether the head runs depends on the tick alone.
 A tick: file what arrived; F; the head, if a microbatch left the last stage; B; W; send. B keeps
 nothing of F but the stage's input and runs the stage forward again, so that the whole costs 4/3 of
 the useful FLOPs and the activations of one microbatch at a time exist (Huang et al. 2019, 2.3).
+Where a schedule splits the backward (Qi et al. 2023), B leaves weight gradients to W: see
+`parallel.Deferred`.
 """
 
 import dataclasses
@@ -20,7 +22,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from parallel import AXES, PP, Array, Tree, all_gather, reduce_scatter, shift, varying
+from parallel import (
+    AXES,
+    PP,
+    Array,
+    Deferred,
+    Param,
+    Seen,
+    Tree,
+    all_gather,
+    is_param,
+    reduce_scatter,
+    shift,
+    varying,
+)
 from schedules import Schedule
 
 
@@ -39,13 +54,15 @@ class Functions:
     stage: Callable[[Tree, Array, Array, Array], tuple[Array, Array, Tree]]
     # (shared, this stage's share of x [rows / stages, D], microbatch) -> loss share, statistics
     last: Callable[[Tree, Array, Array], tuple[Array, Tree]]
+    # (declared, weight, input and output gradient of its linear layer) -> gradient of the weight
+    weight_gradient: Callable[[Param, Array, Array, Array], Array]
 
 
 class Sums(NamedTuple):
     """What adds up over the ticks, on each device its own. Gradients are updated in place."""
 
     shared: Tree
-    blocks: Tree
+    blocks: list[Array]  # the leaves
     loss: Array
     stage: Tree  # statistics of `stage`: [chunks, ...]
     last: Tree  # statistics of `last`
@@ -56,6 +73,7 @@ class State(NamedTuple):
 
     x_ring: Array
     g_ring: Array
+    s_ring: Tree  # for each deferred weight the inputs and the output gradients of its layers
     x_arriving: Array
     g_arriving: Array
     sums: Sums
@@ -63,20 +81,53 @@ class State(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What is the same on all ticks. Leaves of `blocks` are [chunks, blocks of a chunk, ...]."""
+    """What is the same on all ticks."""
 
     schedule: Schedule
     functions: Functions
     shared: Tree
-    blocks: Tree
-    x: jax.ShapeDtypeStruct
+    blocks: list[Array]  # leaves [chunks, blocks of a chunk, ...]
+    declared: list[Param]  # of a block, one for each of the leaves
+    structure: jax.tree_util.PyTreeDef  # of a block
+
+    @property
+    def deferred(self) -> list[int]:
+        """The leaves whose gradients are left to W."""
+        if not self.schedule.split:
+            return []
+        return [i for i, p in enumerate(self.declared) if p.linear]
+
+    @property
+    def x(self) -> jax.ShapeDtypeStruct:
+        return jax.eval_shape(self.functions.first, self.shared, 0)
 
     def chunk(self, unit: Array) -> Array | int:
         return unit // self.schedule.microbatches if self.schedule.chunks > 1 else 0
 
-    def stage(self, blocks: Tree, x: Array, unit: Array) -> tuple[Array, Array, Tree]:
+    def stage(self, leaves: list[Array | Deferred], x: Array, unit: Array):
         virtual = self.chunk(unit) * self.schedule.stages + lax.axis_index(PP)
+        blocks = jax.tree.unflatten(self.structure, leaves)
         return self.functions.stage(blocks, x, virtual, unit % self.schedule.microbatches)
+
+    def shapes(self) -> tuple[Tree, tuple]:
+        """Of the sinks of the deferred weights, and of what `stage` returns."""
+        seen = {i: Seen() for i in self.deferred}
+
+        def trace(leaves: list[Array]):
+            leaves = [
+                Deferred(leaf, None, seen[i]) if i in seen else leaf
+                for i, leaf in enumerate(leaves)
+            ]
+            return self.stage(leaves, _zeros(self.x), 0)
+
+        results = jax.eval_shape(trace, _at(self.blocks, 0))
+        unused = [i for i in seen if seen[i].sink is None]
+        if unused:
+            raise ValueError(
+                f'parameters {unused} of a block are declared with linear=True, but no linear '
+                f'layer uses them: {[self.declared[i].shape for i in unused]}; leave it out'
+            )
+        return {i: seen[i].sink for i in seen}, results
 
 
 def _zeros(shapes: Tree, *front: int) -> Tree:
@@ -95,18 +146,23 @@ def _add_at(sums: Tree, index: Array | int, values: Tree) -> Tree:
     return jax.tree.map(lambda s, v: s.at[index].add(v.astype(s.dtype)), sums, values)
 
 
+def _put(ring: Tree, slot: Array, value: Tree) -> Tree:
+    put = lambda r, v: lax.dynamic_update_index_in_dim(r, v, slot, 0)  # noqa: E731
+    return jax.tree.map(put, ring, value)
+
+
 def _file(ring: Array, slot: Array, value: Array) -> Array:
     """Writes to a slot of the ring; slot -1 writes nothing."""
     at = jnp.maximum(slot, 0)
     value = jnp.where(slot >= 0, value, _at(ring, at))
-    return lax.dynamic_update_index_in_dim(ring, value, at, 0)
+    return _put(ring, at, value)
 
 
 def _rows(schedule: Schedule) -> dict[str, Array]:
     """What the scan reads: this stage's columns of the tables, and the head's; [ticks] each.
 
     f, b, w, head: units and microbatches. The rest are ring slots, -1 where nothing is done: those
-    that F and B read x and g from, and those that x and g are filed in when they arrive.
+    that F, B and W use, and those that x and g are filed in when they arrive.
     """
     stages = np.arange(schedule.stages)
 
@@ -120,7 +176,7 @@ def _rows(schedule: Schedule) -> dict[str, Array]:
     tables = {
         'f': schedule.f, 'b': schedule.b, 'w': schedule.w,
         'f_x': slots('x', schedule.f), 'b_x': slots('x', schedule.b),
-        'b_g': slots('g', schedule.b),
+        'b_g': slots('g', schedule.b), 'b_s': slots('s', schedule.b), 'w_s': slots('s', schedule.w),
         'x_in': slots('x', schedule.x_arrival), 'g_in': slots('g', schedule.g_arrival),
         'x_first': np.where(entering, slots('x', schedule.f), -1),
         'g_head': np.where(stages == schedule.stages - 1, slots('g', leaving), -1),
@@ -175,33 +231,64 @@ def _head(ctx: Context, state: State, row: dict[str, Array], y: Array) -> State:
 
 
 def _backward(ctx: Context, state: State, row: dict[str, Array]) -> tuple[State, Array]:
-    """B: gradients of the stage's input and parameters; on the first, those of the embedding."""
+    """B: gradients of the stage's input and of the parameters that are not deferred, and what W
+    takes; on the first virtual stage, those of the embedding as well."""
     unit = row['b']
 
-    def run(sums: Sums) -> tuple[Sums, Array]:
+    def run(sums: Sums, s_ring: Tree) -> tuple[Sums, Tree, Array]:
         chunk = ctx.chunk(unit)
+        weights = dict(enumerate(_at(ctx.blocks, chunk)))
+        plain = {i: w for i, w in weights.items() if i not in s_ring}
+        sinks = jax.tree.map(lambda ring: jnp.zeros_like(ring[0]), s_ring)
 
-        def stage(blocks: Tree, x: Array) -> tuple[tuple[Array, Array], Tree]:
-            y, loss, statistics = ctx.stage(blocks, x, unit)
-            return (y, loss), (loss, statistics)
+        def stage(plain: dict, sinks: dict, x: Array) -> tuple[tuple[Array, Array], Tree]:
+            later = {i: Deferred(weights[i], sink) for i, sink in sinks.items()}
+            leaves = [(plain | later)[i] for i in weights]
+            y, loss, statistics = ctx.stage(leaves, x, unit)
+            return (y, loss), statistics
 
-        inputs = (_at(ctx.blocks, chunk), _at(state.x_ring, row['b_x']))
-        (_, loss), pull, (_, statistics) = jax.vjp(stage, *inputs, has_aux=True)
-        d_blocks, dx = pull((_at(state.g_ring, row['b_g']), jnp.ones_like(loss)))
-        sums = sums._replace(
-            blocks=_add_at(sums.blocks, chunk, d_blocks),
-            loss=sums.loss + loss,
-            stage=_add_at(sums.stage, chunk, statistics),
-        )
-        return sums, dx
+        x, g = _at(state.x_ring, row['b_x']), _at(state.g_ring, row['b_g'])
+        (_, loss), pull, statistics = jax.vjp(stage, plain, sinks, x, has_aux=True)
+        d_plain, saved, dx = pull((g, jnp.ones_like(loss)))
+        blocks = [
+            _add_at(total, chunk, d_plain[i]) if i in d_plain else total
+            for i, total in enumerate(sums.blocks)
+        ]
+        statistics = _add_at(sums.stage, chunk, statistics)
+        sums = sums._replace(blocks=blocks, loss=sums.loss + loss, stage=statistics)
+        return sums, _put(s_ring, row['b_s'], saved), dx
 
     def embed(sums: Sums) -> Sums:
         _, pull = jax.vjp(lambda shared: ctx.functions.first(shared, unit), ctx.shared)
         return sums._replace(shared=_add(sums.shared, pull(dx)[0]))
 
-    sums, dx = lax.cond(unit >= 0, run, lambda sums: (sums, _zeros(ctx.x)), state.sums)
+    skip = lambda sums, s_ring: (sums, s_ring, _zeros(ctx.x))  # noqa: E731
+    sums, s_ring, dx = lax.cond(unit >= 0, run, skip, state.sums, state.s_ring)
     leaves = (unit >= 0) & (unit < ctx.schedule.microbatches) & (lax.axis_index(PP) == 0)
-    return state._replace(sums=lax.cond(leaves, embed, lambda sums: sums, sums)), dx
+    sums = lax.cond(leaves, embed, lambda sums: sums, sums)
+    return state._replace(s_ring=s_ring, sums=sums), dx
+
+
+def _weights(ctx: Context, state: State, row: dict[str, Array]) -> State:
+    """W: the gradients of the deferred weights, block by block; they add up in place."""
+
+    def run(totals: dict[int, Array]) -> dict[int, Array]:
+        chunk, saved = ctx.chunk(row['w']), _at(state.s_ring, row['w_s'])
+
+        def add(block: Array, totals: dict[int, Array]) -> dict[int, Array]:
+            for i, (x, dy) in saved.items():
+                gradient = ctx.functions.weight_gradient(
+                    ctx.declared[i], ctx.blocks[i][chunk, block], x[block], dy[block]
+                )
+                totals[i] = totals[i].at[chunk, block].add(gradient)
+            return totals
+
+        return lax.fori_loop(0, ctx.blocks[0].shape[1], add, totals)
+
+    totals = {i: state.sums.blocks[i] for i in state.s_ring}
+    totals = lax.cond(row['w'] >= 0, run, lambda totals: totals, totals)
+    blocks = [totals.get(i, total) for i, total in enumerate(state.sums.blocks)]
+    return state._replace(sums=state.sums._replace(blocks=blocks))
 
 
 def _tick(ctx: Context, state: State, row: dict[str, Array]) -> State:
@@ -214,49 +301,67 @@ def _tick(ctx: Context, state: State, row: dict[str, Array]) -> State:
     if ctx.schedule.head_before_b:
         state = _head(ctx, state, row, y)
     state, dx = _backward(ctx, state, row)
+    if ctx.schedule.split:
+        state = _weights(ctx, state, row)
     if not ctx.schedule.head_before_b:
         state = _head(ctx, state, row, y)
     return state._replace(x_arriving=shift(y, PP, 1), g_arriving=shift(dx, PP, -1))
 
 
-def run_pipeline(schedule: Schedule, functions: Functions, params: Tree) -> tuple[Tree, Sums]:
+def _start(ctx: Context) -> State:
+    """Empty rings and zero sums. Raises ValueError if the rows do not divide among the stages."""
+    stages, x = ctx.schedule.stages, ctx.x
+    rows = math.prod(x.shape[:-1])
+    if rows % stages:
+        raise ValueError(
+            f'a microbatch has {rows} tokens on a device, which the {stages} stages that share the '
+            f'head do not divide; use a multiple of {stages}'
+        )
+    sinks, (_, loss, statistics) = ctx.shapes()
+    share = jax.ShapeDtypeStruct((rows // stages, x.shape[-1]), x.dtype)
+    last = jax.eval_shape(lambda p: ctx.functions.last(p, _zeros(share), 0)[1], ctx.shared)
+
+    def gradients(tree: Tree) -> Tree:
+        return _zeros(jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.float32), tree))
+
+    n_blocks, depth = ctx.blocks[0].shape[1], ctx.schedule.s_depth
+    return State(
+        x_ring=_zeros(x, ctx.schedule.x_depth),
+        g_ring=_zeros(x, ctx.schedule.g_depth),
+        s_ring=_zeros(sinks, depth, n_blocks),
+        x_arriving=_zeros(x),
+        g_arriving=_zeros(x),
+        sums=Sums(
+            shared=gradients(ctx.shared),
+            blocks=gradients(ctx.blocks),
+            loss=_zeros(loss),
+            stage=_zeros(statistics, ctx.schedule.chunks),
+            last=_zeros(last),
+        ),
+    )
+
+
+def run_pipeline(
+    schedule: Schedule, functions: Functions, params: Tree, block: Tree
+) -> tuple[Tree, Sums]:
     """One step's microbatches through the stages of `pp`: gradients, and what adds up besides.
 
     params: {'blocks': leaves [chunks, blocks of a chunk, ...], and others, shared}, varying over
-    all axes. The gradients have the parameters' structure, float32, and are this device's own: as
-    without a pipeline, they are to be summed over the axes that do not shard the parameter. The
-    same holds for the loss and the statistics. Raises ValueError if the mesh or the rows of a
-    microbatch do not fit the schedule.
+    all axes; `block` declares the parameters of one block. The gradients have the parameters'
+    structure, float32, and are this device's own: as without a pipeline, they are to be summed over
+    the axes that do not shard the parameter. The same holds for the loss and the statistics.
+    Raises ValueError if the mesh or the rows of a microbatch do not fit the schedule.
     """
-    shared = {k: v for k, v in params.items() if k != 'blocks'}
-    blocks = params['blocks']
     if lax.axis_size(PP) != schedule.stages:
         raise ValueError(
             f'the schedule has {schedule.stages} stages and the mesh pp={lax.axis_size(PP)}; '
             f'make the schedule for the mesh'
         )
-    x = jax.eval_shape(functions.first, shared, 0)
-    ctx = Context(schedule, functions, shared, blocks, jax.ShapeDtypeStruct(x.shape, x.dtype))
-    rows = math.prod(x.shape[:-1])
-    if rows % schedule.stages:
-        raise ValueError(
-            f'a microbatch has {rows} tokens on a device, which is not divisible by the '
-            f'{schedule.stages} stages that share the head; use a multiple'
-        )
-    share = jax.ShapeDtypeStruct((rows // schedule.stages, x.shape[-1]), x.dtype)
-    _, loss, stage = jax.eval_shape(ctx.stage, _at(blocks, 0), x, 0)
-    _, last = jax.eval_shape(functions.last, shared, share, 0)
-    float32 = lambda tree: jax.tree.map(  # noqa: E731
-        lambda a: jax.ShapeDtypeStruct(a.shape, jnp.float32), tree
-    )
-    sums = Sums(
-        _zeros(float32(shared)), _zeros(float32(blocks)), _zeros(loss),
-        _zeros(stage, schedule.chunks), _zeros(last),
-    )  # fmt: skip
-    state = State(
-        _zeros(ctx.x, schedule.x_depth), _zeros(ctx.x, schedule.g_depth), _zeros(ctx.x),
-        _zeros(ctx.x), sums,
-    )  # fmt: skip
+    shared = {k: v for k, v in params.items() if k != 'blocks'}
+    leaves, structure = jax.tree.flatten(params['blocks'])
+    declared = jax.tree.leaves(block, is_leaf=is_param)
+    ctx = Context(schedule, functions, shared, leaves, declared, structure)
     step = lambda state, row: (_tick(ctx, state, row), None)  # noqa: E731
-    state, _ = lax.scan(step, state, _rows(schedule))
-    return state.sums.shared | {'blocks': state.sums.blocks}, state.sums
+    state, _ = lax.scan(step, _start(ctx), _rows(schedule))
+    sums = state.sums
+    return sums.shared | {'blocks': jax.tree.unflatten(structure, sums.blocks)}, sums

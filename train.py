@@ -33,9 +33,11 @@ from model import (
     FEED_FORWARD,
     REMAT,
     ModelConfig,
+    block_params,
     embed_tokens,
     flops_per_token,
     head_loss,
+    linear_weight_gradient,
     loss,
     model_params,
     rope_table,
@@ -272,9 +274,10 @@ def pipeline_gradients(
         total, nll = head_loss(shared, x_TD, labels_T, cfg)
         return total / n_targets, {'nll': nll / n_targets}
 
+    functions = Functions(first, stage, last, linear_weight_gradient)
     if schedule.chunks == 1:
         params |= {'blocks': jax.tree.map(lambda x: x[None], params['blocks'])}
-    grads, sums = run_pipeline(schedule, Functions(first, stage, last), params)
+    grads, sums = run_pipeline(schedule, functions, params, block_params(cfg))
     if schedule.chunks == 1:
         grads |= {'blocks': jax.tree.map(lambda x: x[0], grads['blocks'])}
     return sum_gradients(grads, declared), {'loss': global_sum(sums.last['nll'])}

@@ -108,3 +108,27 @@ def test_dropout_and_remat():
     assert reference(c)[0] != reference(config(4))[0]
     c.model.remat = 'full'
     check(c, 'pp2-tp2', 'interleaved', chunks=2)
+
+
+RECOMPUTE = (1, 2, 1)
+
+
+@pytest.mark.parametrize(
+    ('mesh', 'microbatches', 'costs'),
+    [
+        ('pp2', 4, (1, 1, 1)),
+        ('pp4', 8, (1, 1, 1)),
+        ('pp4', 2, RECOMPUTE),
+        ('pp4-tp2', 4, RECOMPUTE),
+        ('pp2-dp2', 4, RECOMPUTE),
+        ('pp2-fsdp2-tp2', 4, (1, 1, 1)),
+    ],
+)
+def test_zero_bubble(mesh, microbatches, costs):
+    check(config(microbatches), mesh, 'zero_bubble', costs=costs)
+
+
+@pytest.mark.parametrize('remat', ['none', 'full'])
+def test_zero_bubble_without_check_vma(remat):
+    c = config(4, 'gqa', remat=remat)
+    check(c, 'pp2-fsdp2-tp2', 'zero_bubble', check_vma=False)
