@@ -33,7 +33,7 @@ LINE_KINDS = ('.jsonl', '.jsonl.gz', '.jsonl.zst')  # a document a line
 ROW_KINDS = ('.parquet',)  # a document a row
 KINDS = FILE_KINDS + LINE_KINDS + ROW_KINDS
 
-READ_BYTES = 1 << 20  # of a remote file or a compressed stream at a time
+READ_BYTES = 4 << 20  # of a remote file or a compressed stream at a time
 ROWS = 256  # of a row group in memory at a time
 ATTEMPTS, PAUSE = 4, 1.0  # at a remote file; the pause in seconds doubles each time
 
@@ -184,11 +184,11 @@ class _Remote(io.RawIOBase):
         super().__init__()
         system, path = _file_system(url)
         self._url = url
-        self._file = system.open(path, 'rb')
+        self._file = self._try(lambda: system.open(path, 'rb', cache_type='none'))
 
-    def _try(self, method: str, *args: int) -> Any:
+    def _try(self, fn: Callable[..., T], *args: Any) -> T:
         try:
-            return getattr(self._file, method)(*args)
+            return fn(*args)
         except Exception as error:  # each file system raises classes of its own
             raise RemoteError(f'{self._url}: {type(error).__name__}: {error}') from error
 
@@ -199,27 +199,29 @@ class _Remote(io.RawIOBase):
         return True
 
     def readinto(self, buffer: memoryview) -> int:
-        content = self._try('read', len(buffer))
+        content = self._try(self._file.read, len(buffer))
         buffer[: len(content)] = content
         return len(content)
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        return self._try('seek', offset, whence)
+        return self._try(self._file.seek, offset, whence)
 
     def tell(self) -> int:
-        return self._try('tell')
+        return self._try(self._file.tell)
 
     def close(self) -> None:
-        if not self.closed:
+        if not self.closed and hasattr(self, '_file'):
             self._file.close()
         super().close()
 
 
 def open_file(file: File) -> BinaryIO:
     """The file for reading. Raises RemoteError, also later, if a remote file system fails."""
-    if '://' in file.path:
-        return io.BufferedReader(_Remote(file.path), READ_BYTES)
-    return open(file.path, 'rb')
+    if '://' not in file.path:
+        return open(file.path, 'rb')
+    if file.name.endswith(ROW_KINDS):
+        return _Remote(file.path)  # each read is a request: pyarrow asks for just what it needs
+    return io.BufferedReader(_Remote(file.path), READ_BYTES)
 
 
 # ---------------------------------------------------------------------------------------------
