@@ -17,6 +17,7 @@ import re
 import sys
 import threading
 import time
+import types
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
@@ -411,8 +412,7 @@ def _run_on_ray(
         from ray import cloudpickle
     except ImportError as error:
         raise ImportError('--ray needs Ray: pip install -r requirements-data.txt') from error
-    for name in (__name__, 'corpus', 'tokenizer'):
-        cloudpickle.register_pickle_by_value(sys.modules[name])
+    ship_code(cloudpickle)
     started = not ray.is_initialized()
     if started:
         try:
@@ -431,6 +431,12 @@ def _run_on_ray(
     finally:
         if started:
             ray.shutdown()
+
+
+def ship_code(cloudpickle: types.ModuleType) -> None:
+    """Has functions pickled with their code, where elsewhere they are only named."""
+    for name in (__name__, 'corpus', 'shards', 'tokenizer'):
+        cloudpickle.register_pickle_by_value(sys.modules[name])
 
 
 def _ray_task(enc: tiktoken.Encoding, *task: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_shards import contents, prepared
 
-from corpus import find_files
+from corpus import File, find_files
 from prepare import Job, prepare
 from shards import SPLITS, Split, split_of
 from tokenizer import fingerprint, get_encoding
@@ -42,6 +42,10 @@ def make_corpus(folder) -> dict[str, str]:
 
 @pytest.fixture(scope='module')
 def corpus(tmp_path_factory):
+    return prepared_corpus(tmp_path_factory)
+
+
+def prepared_corpus(tmp_path_factory) -> tuple[dict[str, str], str, list[File]]:
     """(texts by id, prepared folder, the files) with many parts and a quarter for validation."""
     folder = tmp_path_factory.mktemp('corpus')
     texts = make_corpus(folder)
@@ -229,3 +233,109 @@ def test_names_are_relative_to_the_fixed_part_of_the_glob(tmp_path, monkeypatch)
     for pattern in (f'{tmp_path}/x/**/*', 'x/**/*', './x/**/*.*'):
         assert [file.name for file in find_files([pattern])] == ['a.md', 'y/b.txt']
     assert [file.name for file in find_files(['x/a.md', 'x/*', 'x/y/b.txt'])] == ['a.md', 'b.txt']
+
+
+# Formats, counts and finished jobs
+
+
+def test_formats_give_the_same_tokens(tmp_path):
+    test_corpus = pytest.importorskip('test_corpus')
+    texts = test_corpus.some_texts()
+    (tmp_path / 'in').mkdir()
+    test_corpus.write_formats(tmp_path / 'in', texts)
+    found = {}
+    for file in find_files([f'{tmp_path}/in/*']):
+        job = Job(str(tmp_path / 'out' / file.name), SHIPPED, 0.0)
+        prepare([file], job, part_bytes=3000)
+        split = Split(job.output, 'train')
+        found[file.name] = split.read(0, split.n_tokens).tolist()
+    assert len(found) == 6
+    enc = get_encoding(SHIPPED)
+    expected = [i for text in texts if text for i in [*enc.encode_ordinary(text), enc.eot_token]]
+    assert all(ids == expected for ids in found.values())
+
+
+def test_packing_a_file_moves_no_document(tmp_path):
+    lines = b''.join(b'{"text": "%d"}\n' % i for i in range(300))
+    for name, content in {'a.jsonl': lines, 'a.jsonl.gz': gzip.compress(lines)}.items():
+        folder = tmp_path / name.replace('.', '-')
+        folder.mkdir()
+        (folder / name).write_bytes(content)
+        prepare(find_files([f'{folder}/*']), Job(f'{folder}/out', 'bytes', 0.3), part_bytes=999)
+    for name in SPLITS:
+        plain, packed = (Split(f'{tmp_path}/{f}/out', name) for f in ('a-jsonl', 'a-jsonl-gz'))
+        assert plain.n_documents > 50
+        np.testing.assert_array_equal(
+            plain.read(0, plain.n_tokens), packed.read(0, packed.n_tokens)
+        )
+
+
+def test_empty_and_bad_records_are_counted_and_named(tmp_path):
+    lines = [json.dumps({'text': f'text {i}'}) for i in range(100)]
+    lines[10], lines[20], lines[30], lines[40] = '{"text": ""}', '{"text"', '[]', ' '
+    (tmp_path / 'a.jsonl').write_text('\n'.join(lines))
+    (tmp_path / 'b.txt').write_bytes(b'\xff')
+    (tmp_path / 'c.txt').write_bytes(b'')
+    whole = gzip.compress(b'{"text": "x"}\n' * 5)
+    (tmp_path / 'd.jsonl.gz').write_bytes(whole[:-4])
+    files = find_files([f'{tmp_path}/*'])
+    job = Job(str(tmp_path / 'out'), SHIPPED, 0.0, max_bad_share=0.5)
+    manifest = prepare(files, job, part_bytes=200)
+    read, train = manifest['input'], manifest['splits']['train']
+    places = [(r['file'], r['place']) for r in read['reports']]
+    assert places[:3] == [('a.jsonl', 'line 21'), ('a.jsonl', 'line 31'), ('b.txt', '')]
+    assert places[3][0] == 'd.jsonl.gz'
+    assert (read['bad'], read['empty'], read['lost_bytes']) == (4, 2, 1)
+    assert train['documents'] == read['records'] - 6 == 96 + int(places[3][1].split()[1])
+    # The share decides at the end, too.
+    with pytest.raises(ValueError, match=r'4 of 10\d records are bad.*max_bad_share=0.03') as error:
+        prepare(files, Job(str(tmp_path / 'new'), SHIPPED, 0.0, max_bad_share=0.03))
+    for text in ('a.jsonl, line 21: ', 'a.jsonl, line 31: ', 'b.txt: ', 'd.jsonl.gz is broken'):
+        assert f'{tmp_path}/{text}' in str(error.value)
+
+
+def test_bad_share_stops_early_only_where_the_rest_cannot_help(tmp_path):
+    for i in range(40):
+        (tmp_path / f'{i:02}.txt').write_bytes(b'\xff' if i < 4 else b'x')
+    files = find_files([f'{tmp_path}/*.txt'])
+    prepare(files, Job(str(tmp_path / 'out'), 'bytes', 0.0, max_bad_share=0.1), part_bytes=1)
+    with pytest.raises(ValueError, match='4 of 4 records are bad'):
+        prepare(files, Job(str(tmp_path / 'new'), 'bytes', 0.0, max_bad_share=0.09), part_bytes=1)
+
+
+def test_a_lost_file_counts_by_its_bytes(tmp_path):
+    (tmp_path / 'a.jsonl').write_text('{"text": "x"}\n' * 5000)
+    (tmp_path / 'b.jsonl.gz').write_bytes(b'\x1f\x8b' + bytes(20_000))
+    files = find_files([f'{tmp_path}/*.*'])
+    with pytest.raises(ValueError, match=r'1 of 5,001 records are bad, and 19,\d{3} bytes'):
+        prepare(files, Job(str(tmp_path / 'out'), 'bytes', max_bad_share=0.01))
+
+
+def test_finished_job_is_no_work(corpus, capsys):
+    _, output, files = corpus
+    before = {path: os.stat(f'{output}/{path}').st_mtime_ns for path in contents(output)}
+    manifest = prepare(files, Job(output, SHIPPED, 0.25), part_bytes=8000)
+    assert 'is prepared already, from files of the same names and sizes: nothing to do' in (
+        capsys.readouterr().out
+    )
+    assert manifest == json.loads(contents(output)['manifest.json'])
+    assert {path: os.stat(f'{output}/{path}').st_mtime_ns for path in contents(output)} == before
+    for job, given, what in [
+        (Job(output, SHIPPED, 0.25), files[1:], r'the input \(files\)'),
+        (Job(output, SHIPPED, 0.25, 'body'), files, r'the input \(text_field\)'),
+        (Job(output, 'bytes', 0.25), files, 'the vocabulary'),
+    ]:
+        with pytest.raises(ValueError, match=f'prepared already, with another value of .*{what}'):
+            prepare(given, job, part_bytes=8000)
+
+
+def test_cleaning_up_removes_nothing_of_others(tmp_path):
+    out = tmp_path / 'out'
+    kept = ['train/photo.jpg', 'train/00009/c/x', 'parts/notes.json', 'train/7/zarr.json', 'a']
+    for name in [*kept, 'train/00007/zarr.json', 'validation/00003/c/0', 'parts/00004.json']:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text('{"key": "another"}')
+    (tmp_path / 'a.txt').write_text('text')
+    prepare(find_files([f'{tmp_path}/a.txt']), Job(str(out), 'bytes', 0.0))
+    left = {'manifest.json', 'train/00000/zarr.json', 'train/00000/c/0'}
+    assert set(contents(out)) == {*kept, *left}
