@@ -25,7 +25,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from absl import app, flags
@@ -63,6 +63,7 @@ class Loader:
                 f'{split.n_tokens}: prepare more text or take a smaller seq_len'
             )
         self.split, self.batch_size, self.seq_len, self.seed = split, batch_size, seq_len, seed
+        self.n_tokens = split.n_tokens
 
     def batch_at(self, step: int, rows: slice = slice(None)) -> np.ndarray:
         """int32 [rows, seq_len + 1]: the given rows of the global batch of this step."""
@@ -125,6 +126,43 @@ class Mixture:
         for i in np.unique(source):
             out[source == i] = self.loaders[i].windows(nth[source == i])
         return out
+
+
+class Source(NamedTuple):
+    name: str
+    share: float  # of the training rows
+    evaluation: 'EvaluationSet'
+
+
+def open_sources(
+    sources: Sequence[tuple[str, str, float]],
+    tokenizer: str,
+    batch_size: int,
+    seq_len: int,
+    seed: int,
+    eval_batches: int,
+) -> tuple[Loader | Mixture, list[Source]]:
+    """The training stream of (name, path, weight) sources, and each with its evaluation set of at
+    most `eval_batches` batches, 0 for its whole validation split.
+
+    The path 'stdlib' is the standard library, for which the tokenizer is used.
+    """
+    paths = [stdlib_corpus(tokenizer) if p == 'stdlib' else p for _, p, _ in sources]
+    weights = [weight for _, _, weight in sources]
+    train = [Split(path, 'train', CACHE_BYTES // len(paths)) for path in paths]
+    if len(sources) == 1:
+        loader = Loader(train[0], batch_size, seq_len, seed)
+    else:
+        loader = Mixture(train, weights, batch_size, seq_len, seed)
+    evaluations = [
+        EvaluationSet(Split(path, 'validation'), batch_size, seq_len, eval_batches)
+        for path in paths
+    ]
+    counts = whole_shares(weights)
+    return loader, [
+        Source(name, count / sum(counts), evaluation)
+        for (name, _, _), count, evaluation in zip(sources, counts, evaluations, strict=True)
+    ]
 
 
 def whole_shares(weights: Sequence[float]) -> list[int]:

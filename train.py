@@ -169,16 +169,38 @@ def value_errors(config: ConfigDict) -> Iterator[str]:
     for name in ('optimizer.b1', 'optimizer.b2'):
         if flat[name] >= 1:
             yield f'{name}={flat[name]} never forgets; use a value below 1'
-    if not flat['data.path']:
-        yield "data.path is empty; use a folder that data.py wrote, or 'stdlib'"
     for axis in ('pp', 'ep'):
         if flat[f'mesh.{axis}'] > 1:
             yield f'mesh.{axis}={flat[f"mesh.{axis}"]}: this axis is not built yet; use 1'
 
 
+def source_errors(config: ConfigDict) -> Iterator[str]:
+    """What is wrong with data.path and data.sources."""
+    d = config.data
+    if not d.path and not d.sources:
+        yield "data.path is empty; use a folder that data.py wrote, or 'stdlib'"
+    if d.path and d.sources:
+        yield f'data.path={d.path!r} and data.sources are both set; leave one of them empty'
+    if d.isolate_documents:
+        yield 'data.isolate_documents=True: this is not built yet; use False'
+    form = "use ((name, path, weight), ...), as in (('web', 'tokens/web', 0.7), ...)"
+    for source in d.sources:
+        if not isinstance(source, tuple) or len(source) != 3:
+            yield f'data.sources holds {source!r}; {form}'
+            return
+        name, path, weight = source
+        if not isinstance(name, str) or not name or not isinstance(path, str) or not path:
+            yield f'data.sources holds {source!r}, whose name or path is no text; {form}'
+        if not isinstance(weight, int | float) or not 0 < weight < float('inf'):
+            yield f'data.sources holds {source!r}, whose weight is not above 0; {form}'
+    names = [source[0] for source in d.sources]
+    if len(set(names)) < len(names):
+        yield f'data.sources names {names} twice; use a name of its own for each source'
+
+
 def validate(config: ConfigDict, n_devices: int) -> None:
     """Raises one ValueError with all that is wrong: each rule, its values, and the remedy."""
-    errors = list(value_errors(config))
+    errors = [*value_errors(config), *source_errors(config)]
     if not errors:
         errors += division_errors(config)
         needed = int(np.prod([config.mesh[axis] for axis in AXES]))
@@ -388,37 +410,60 @@ def hours(seconds: float) -> str:
     return f'{minutes // 60}:{minutes % 60:02}:{seconds:02}'
 
 
-def open_data(config: ConfigDict) -> tuple[data.Split, data.Split]:
-    """The training and validation splits; raises ValueError if the vocabulary does not fit."""
-    path = config.data.path
-    if path == 'stdlib':
-        path = data.stdlib_corpus(config.data.tokenizer)
-    train, validation = data.Split(path, 'train'), data.Split(path, 'validation')
-    n_vocab = train.encoding().n_vocab
-    if n_vocab > config.model.vocab_size:
+def over_sources(
+    sources: list[data.Source], measure: Callable[[data.EvaluationSet], dict[str, float]]
+) -> dict[str, float]:
+    """What `measure` says, as the mean over the sources by their share of the training rows; with
+    several sources also that of each, as name/source."""
+    results = [measure(source.evaluation) for source in sources]
+    shares = [source.share for source in sources]
+    out = {
+        name: sum(share * result[name] for share, result in zip(shares, results, strict=True))
+        for name in results[0]
+    }
+    for source, result in zip(sources, results, strict=True):
+        if len(sources) > 1:
+            out |= {f'{name}/{source.name}': value for name, value in result.items()}
+    return out
+
+
+def open_data(
+    config: ConfigDict,
+) -> tuple[data.Loader | data.Mixture, list[data.Source], tiktoken.Encoding]:
+    """The training stream, its sources with their evaluation sets, and their tokenizer.
+
+    Raises ValueError if the vocabulary does not fit.
+    """
+    d = config.data
+    loader, sources = data.open_sources(
+        d.sources or (('data', d.path, 1.0),),
+        d.tokenizer,
+        config.batch_size,
+        config.seq_len,
+        config.seed,
+        config.eval.batches,
+    )
+    encoding = sources[0].evaluation.split.encoding()
+    if encoding.n_vocab > config.model.vocab_size:
         raise ValueError(
-            f'model.vocab_size={config.model.vocab_size} is below the {n_vocab} tokens of '
-            f'{train.tokenizer}; use {-(-n_vocab // 128) * 128}'
+            f'model.vocab_size={config.model.vocab_size} is below the {encoding.n_vocab} tokens of '
+            f'{encoding.name}; use {-(-encoding.n_vocab // 128) * 128}'
         )
-    return train, validation
+    return loader, sources, encoding
 
 
 def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     """The whole run; returns its summary."""
     validate(config, jax.device_count())
     started = time.perf_counter()
-    train_split, validation_split = open_data(config)
-    loader = data.Loader(train_split, config.batch_size, config.seq_len, config.seed)
-    eval_set = data.EvaluationSet(
-        validation_split, config.batch_size, config.seq_len, config.eval.batches
-    )
+    loader, sources, encoding = open_data(config)
     mesh = make_mesh(config.mesh)
     writer = Writer(workdir, config)
     n_params = count(model_params(model_config(config)))
     peak, peak_source = peak_flops(config, mesh)
     step_tokens = config.batch_size * config.seq_len
     step_flops = step_tokens * flops_per_token(model_config(config), config.seq_len)
-    writer.say(f'{n_params:,} parameters · {train_split.n_tokens:,} tokens · workdir {workdir}')
+    writer.say(f'{n_params:,} parameters · {loader.n_tokens:,} tokens · workdir {workdir}')
     writer.say(f'mesh {dict(config.mesh)} · peak {peak / 1e12:.3g} TFLOP/s: {peak_source}')
 
     put = lambda batch_at, i: put_batch(batch_at, i, config, mesh)  # noqa: E731
@@ -428,7 +473,6 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     train_step = make_train_step(config, mesh).lower(state, first).compile()
     writer.say(f'compiled in {time.perf_counter() - compile_start:.1f} s')
     eval_step = make_eval_step(config, mesh)
-    encoding = train_split.encoding()
     bytes_V = np.zeros(config.model.vocab_size, np.int32)
     bytes_V[: encoding.n_vocab] = token_bytes(encoding)
     bytes_V = jax.device_put(bytes_V, NamedSharding(mesh, P()))
@@ -466,7 +510,10 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
                 pending = None
             jax.block_until_ready(state)
             paused = time.perf_counter()
-            evaluation = evaluate(eval_step, state['params'], eval_set, put, bytes_V)
+            measure = functools.partial(
+                evaluate, eval_step, state['params'], put=put, bytes_V=bytes_V
+            )
+            evaluation = over_sources(sources, measure)
             last_time += time.perf_counter() - paused
             writer.write(step=step, tokens=step * step_tokens, **evaluation)
             writer.say(
@@ -484,7 +531,9 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
         **evaluation,
     }
     if evaluation and writer.active:
-        summary['zlib_bits_per_byte'] = zlib_bits_per_byte(eval_set, encoding)
+        summary |= over_sources(
+            sources, lambda batches: {'zlib_bits_per_byte': zlib_bits_per_byte(batches, encoding)}
+        )
     writer.say('\n'.join(f'{name:>22}  {value:,.4g}' for name, value in summary.items()))
     return summary
 

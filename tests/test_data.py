@@ -11,10 +11,10 @@ import time
 import numpy as np
 import pytest
 from test_prepare import SHIPPED, make_corpus
-from test_shards import split_of_length
+from test_shards import prepared, split_of_length
 
 import data
-from data import EvaluationSet, Loader, Split, permute, prefetch
+from data import EvaluationSet, Loader, Mixture, Split, permute, prefetch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -133,6 +133,145 @@ def test_evaluation_limit_and_rows(tmp_path):
     np.testing.assert_array_equal(np.concatenate(parts), whole.batch_at(15))
     with pytest.raises(ValueError, match='no batch 3'):
         limited.batch_at(3)
+
+
+class Positions:
+    """A split whose tokens are their own positions, and which notes the windows that are read."""
+
+    fingerprint, tokenizer = 'f', 'positions'
+
+    def __init__(self, n_tokens: int):
+        self.n_tokens, self.read = n_tokens, []
+
+    def read_windows(self, starts, length: int) -> np.ndarray:
+        self.read += [int(start) for start in starts]
+        return np.asarray(starts)[:, None] + np.arange(length)
+
+
+@pytest.mark.parametrize('left_out', [0, 1, 15])
+def test_every_token_once_an_epoch(left_out):
+    loader = Loader(Positions(1601 + left_out), batch_size=4, seq_len=16, seed=0)
+    for epoch in range(3):
+        rows = np.concatenate([loader.batch_at(epoch * 25 + step) for step in range(25)])
+        np.testing.assert_array_equal(np.sort(rows[:, :-1].ravel()), np.arange(1600))
+        np.testing.assert_array_equal(np.sort(rows[:, 1:].ravel()), np.arange(1, 1601))
+
+
+def test_rows_of_others_are_not_read():
+    splits = [Positions(1000), Positions(2000)]
+    mixture = Mixture(splits, [1, 2], batch_size=12, seq_len=9, seed=0)
+    whole = mixture.batch_at(5)
+    everything = [split.read.copy() for split in splits]
+    assert sum(map(len, everything)) == 12
+    for split in splits:
+        split.read.clear()
+    np.testing.assert_array_equal(mixture.batch_at(5, slice(3, 6)), whole[3:6])
+    assert sorted(splits[0].read + splits[1].read) == sorted(whole[3:6, 0])
+
+
+# Mixtures
+
+
+def sources(tmp_path, *lengths: int) -> list[Split]:
+    """Splits whose tokens tell them apart: source i holds ids from 20 * i + 33 on."""
+    splits = []
+    for i, n in enumerate(lengths):
+        texts = {'a.txt': ''.join(chr(33 + 20 * i + j * 7 % 20) for j in range(n - 1))}
+        splits.append(Split(prepared(tmp_path / f'{i}-{n}', texts), 'train'))
+    return splits
+
+
+def source_of(rows: np.ndarray) -> np.ndarray:
+    return (rows[:, 0] - 33) // 20
+
+
+def test_mixture_keeps_its_proportions_over_any_window(tmp_path):
+    splits = sources(tmp_path, 400, 90, 200)
+    weights = np.array([0.5, 0.2, 0.3])
+    mixture = Mixture(splits, weights, batch_size=7, seq_len=8, seed=0)
+    drawn = source_of(np.concatenate([mixture.batch_at(step) for step in range(60)]))
+    counts = np.cumsum(drawn[:, None] == np.arange(3), axis=0)
+    n = np.arange(1, len(drawn) + 1)[:, None]
+    assert np.abs(counts - n * weights).max() < 1
+    for length in (1, 5, 7, 10, 50, 333):
+        window = counts[length:] - counts[:-length]
+        assert np.abs(window - length * weights).max() < 2
+    assert (counts[mixture.period :] - counts[: -mixture.period] == mixture.period * weights).all()
+
+
+def test_each_source_of_a_mixture_comes_in_its_own_order(tmp_path):
+    splits = sources(tmp_path, 300, 100)
+    mixture = Mixture(splits, [3, 1], batch_size=4, seq_len=8, seed=5)
+    rows = np.concatenate([mixture.batch_at(step) for step in range(100)])
+    for i, split in enumerate(splits):
+        mine = rows[source_of(rows) == i]
+        alone = Loader(split, 4, 8, seed=5).windows(np.arange(len(mine)))
+        np.testing.assert_array_equal(mine, alone)
+        assert len(mine) == (300, 100)[i]
+
+
+def test_mixtures_are_pure_and_rows_are_slices(tmp_path):
+    splits = sources(tmp_path, 300, 200, 100)
+    mixture = Mixture(splits, [0.21, 0.46, 0.33], 8, 10, seed=1)
+    forward = [mixture.batch_at(step) for step in range(40)]
+    fresh = Mixture(splits, [0.21, 0.46, 0.33], 8, 10, seed=1)
+    for step in reversed(range(40)):
+        np.testing.assert_array_equal(fresh.batch_at(step), forward[step])
+        parts = [fresh.batch_at(step, slice(i, i + 2)) for i in range(0, 8, 2)]
+        np.testing.assert_array_equal(np.concatenate(parts), forward[step])
+    np.testing.assert_array_equal(fresh.batch_at(10**12), mixture.batch_at(10**12))
+    alone = Mixture(splits[:1], [0.3], 8, 10, seed=1)
+    np.testing.assert_array_equal(alone.batch_at(7), Loader(splits[0], 8, 10, 1).batch_at(7))
+
+
+def test_schedule_is_never_a_whole_place_off():
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        counts = rng.integers(1, 90, rng.integers(1, 9))
+        order = data.schedule(counts.tolist())
+        np.testing.assert_array_equal(np.bincount(order), counts)
+        prefix = np.cumsum(order[:, None] == np.arange(len(counts)), axis=0)
+        due = np.arange(1, len(order) + 1)[:, None] * counts / counts.sum()
+        assert np.abs(prefix - due).max() < 1
+
+
+def test_whole_shares():
+    assert data.whole_shares([0.7, 0.3]) == [7, 3]
+    assert data.whole_shares([1, 1, 2]) == [1, 1, 2]
+    assert data.whole_shares([0.1, 0.2]) == [1, 2]
+    assert data.whole_shares([1e9]) == [1]
+    assert sum(data.whole_shares([1 / 7, 1 / 11, 0.3])) == data.MAX_PERIOD
+    for weights in ([1, 0], [1, -1], [float('nan')], [float('inf')]):
+        with pytest.raises(ValueError, match='finite and above 0'):
+            data.whole_shares(weights)
+    with pytest.raises(ValueError, match=r'at least 0\.0001 of their sum'):
+        data.whole_shares([1, 1e-9])
+
+
+def test_mixture_errors(tmp_path):
+    splits = sources(tmp_path, 100, 100)
+    with pytest.raises(ValueError, match='2 sources and 1 weights'):
+        Mixture(splits, [1], 1, 8, 0)
+    other = prepared(tmp_path / 'other', {'a.txt': 'other ' * 99}, SHIPPED)
+    with pytest.raises(ValueError, match=f'prepared with bytes, {SHIPPED}: prepare them'):
+        Mixture([splits[0], Split(other, 'train')], [1, 1], 1, 8, 0)
+
+
+def test_open_sources(tmp_path):
+    texts = {f'{i}.txt': f'{i} ' * 50 for i in range(40)}
+    paths = [prepared(tmp_path / name, texts, share=0.3) for name in 'ab']
+    loader, opened = data.open_sources(
+        [('a', paths[0], 1.0), ('b', paths[1], 3.0)], 'bytes', 4, 16, seed=2, eval_batches=5
+    )
+    splits = [Split(path, 'train') for path in paths]
+    expected = Mixture(splits, [1.0, 3.0], 4, 16, seed=2)
+    np.testing.assert_array_equal(loader.batch_at(3), expected.batch_at(3))
+    assert [(source.name, source.share) for source in opened] == [('a', 0.25), ('b', 0.75)]
+    assert [source.evaluation.n_batches for source in opened] == [5, 5]
+    assert all(source.evaluation.split.name == 'validation' for source in opened)
+    single, (only,) = data.open_sources([('a', paths[0], 9.0)], 'bytes', 4, 16, 2, 0)
+    assert isinstance(single, Loader)
+    assert only.share == 1.0
 
 
 # Prefetching

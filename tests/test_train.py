@@ -77,6 +77,12 @@ def test_tiny_divides_on_every_mesh(dp, fsdp, tp):
         ({'optimizer__peak_lr': -1.0}, 'optimizer.peak_lr=-1.0 is negative'),
         ({'steps': 0}, 'steps=0 is below 1'),
         ({'data__path': ''}, 'data.path is empty'),
+        ({'data__sources': (('a', 'x', 1),)}, 'data.sources are both set; leave one of them empty'),
+        ({'data__path': '', 'data__sources': ('x',)}, "data.sources holds 'x'; use ((name, path"),
+        ({'data__path': '', 'data__sources': (('a', 'x', -1),)}, 'whose weight is not above 0'),
+        ({'data__path': '', 'data__sources': (('', 'x', 1),)}, 'whose name or path is no text'),
+        ({'data__path': '', 'data__sources': (('a', 'x', 1), ('a', 'y', 1))}, 'a name of its own'),
+        ({'data__isolate_documents': True}, 'data.isolate_documents=True: this is not built yet'),
         ({'compute_dtype': 'float16'}, 'float32, bfloat16'),
         ({'model__dropout': 1.0}, 'model.dropout=1.0'),
     ],
@@ -179,6 +185,24 @@ def test_command_trains_alike_on_one_and_on_eight_devices(corpus, tmp_path):
     again = run_command(corpus, tmp_path / 'one')
     assert again.returncode != 0
     assert 'holds a run already' in again.stderr
+
+
+def test_command_trains_on_a_mixture(corpus, tmp_path):
+    given = f"--config.data.sources=(('a', '{corpus}', 0.75), ('b', '{corpus}', 0.25))"
+    two = run_command(corpus, tmp_path / 'two', '--config.data.path=', given)
+    assert two.returncode == 0, two.stderr
+    one = run_command(corpus, tmp_path / 'one')
+    evals = [r for r in read_metrics(tmp_path / 'two') if 'eval_loss' in r]
+    names = {'eval_loss', 'eval_bits_per_byte'}
+    assert set(evals[0]) == {'step', 'tokens'} | {n + s for n in names for s in ('', '/a', '/b')}
+    for record in evals:
+        for name in names:  # twice the same source
+            assert record[f'{name}/a'] == record[f'{name}/b'] == pytest.approx(record[name])
+    assert 'zlib_bits_per_byte/b' in two.stdout
+    single = [r for r in read_metrics(tmp_path / 'one') if 'eval_loss' in r]
+    assert single[-1]['eval_loss'] != evals[-1]['eval_loss']
+    assert single[-1]['eval_loss'] == pytest.approx(evals[-1]['eval_loss'], rel=0.2)
+    assert one.returncode == 0
 
 
 def test_command_refuses_unknown_flags_and_bad_values(corpus, tmp_path):
