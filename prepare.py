@@ -313,7 +313,8 @@ def write_part(
 ) -> dict[str, Any]:
     """Writes the arrays of one part, reads them back, and commits its record, which it returns."""
     store = open_store(job.output)
-    arrays = {split: ArrayWriter(store, f'{split}/{index:05d}', _dtype(enc)) for split in SPLITS}
+    dtype, end = _dtype(enc), enc.eot_token
+    arrays = {name: ArrayWriter(store, f'{name}/{index:05d}', dtype, end) for name in SPLITS}
     record = {'key': key, **dict.fromkeys(COUNTS, 0), 'shards': {}, 'reports': []}
     for piece in part:
         for item, ids in _encoded(enc, piece, job.text_field):
@@ -339,7 +340,7 @@ def write_part(
 def _encoded(
     enc: tiktoken.Encoding, piece: Piece, text_field: str
 ) -> Iterator[tuple[Document | Bad, np.ndarray | None]]:
-    """What a piece holds; with a document its ids, and the end-of-text token if it has any."""
+    """What a piece holds, and the ids of a document's text."""
     for item in documents(piece, text_field):
         if isinstance(item, Bad):
             yield item, None
@@ -350,7 +351,7 @@ def _encoded(
             reason = f'the tokenizer cannot encode it ({error})'
             yield Bad(piece.file.name, f'document {item.id}', reason), None
         else:
-            yield item, np.append(ids, np.uint32(enc.eot_token)) if len(ids) else ids
+            yield item, ids
 
 
 # ---------------------------------------------------------------------------------------------

@@ -62,33 +62,39 @@ class ArrayWriter:
     """A zarr3 array of tokens that grows by documents and is written object by object, so that no
     more than OBJECT_TOKENS wait in memory."""
 
-    def __init__(self, store: ts.KvStore, path: str, dtype: np.dtype):
+    def __init__(self, store: ts.KvStore, path: str, dtype: np.dtype, end_of_text: int):
         self.documents = self._bytes = 0
         self._store, self._path, self._dtype = store, path, dtype
-        self._pending: list[np.ndarray] = []
-        self._n_pending = self._n_written = 0
+        self._end = np.array([end_of_text], dtype)
+        self._waiting = np.empty(OBJECT_TOKENS, dtype)
+        self._n_waiting = self._n_written = 0
         self._array: ts.TensorStore | None = None
         self._hash = hashlib.blake2b(digest_size=16)
 
     def append(self, ids: np.ndarray, n_bytes: int) -> None:
-        """Adds a document: its ids with the end-of-text token, and the bytes of its text."""
-        self._pending.append(ids.astype(self._dtype))
-        self._n_pending += len(ids)
+        """Adds a document: the ids and the bytes of its text."""
+        self._put(ids)
+        self._put(self._end)
         self.documents += 1
         self._bytes += n_bytes
-        if self._n_pending >= OBJECT_TOKENS:
-            tokens = np.concatenate(self._pending)
-            whole = len(tokens) // OBJECT_TOKENS * OBJECT_TOKENS
-            self._write(tokens[:whole])
-            self._pending, self._n_pending = [tokens[whole:].copy()], len(tokens) - whole
+
+    def _put(self, ids: np.ndarray) -> None:
+        while len(ids):
+            start = self._n_waiting
+            taken = ids[: OBJECT_TOKENS - start]
+            self._waiting[start : start + len(taken)] = taken
+            self._n_waiting += len(taken)
+            ids = ids[len(taken) :]
+            if self._n_waiting == OBJECT_TOKENS:
+                self._flush()
 
     def finish(self) -> dict[str, Any]:
         """The record of the shard, once it has been read back as it was written.
 
         Raises OSError if it reads otherwise.
         """
-        if self._n_pending:
-            self._write(np.concatenate(self._pending))
+        if self._n_waiting:
+            self._flush()
         digest = self._hash.hexdigest()
         if digest_of(read_blocks(self._store, self._path)) != digest:
             raise OSError(
@@ -103,7 +109,8 @@ class ArrayWriter:
             'digest': digest,
         }
 
-    def _write(self, tokens: np.ndarray) -> None:
+    def _flush(self) -> None:
+        tokens = self._waiting[: self._n_waiting]
         start, stop = self._n_written, self._n_written + len(tokens)
         if self._array is None:
             self._array = self._create(len(tokens))
@@ -113,7 +120,7 @@ class ArrayWriter:
             ).result()
         self._array[start:stop].write(tokens).result()
         self._hash.update(tokens.astype(tokens.dtype.newbyteorder('<')))
-        self._n_written = stop
+        self._n_written, self._n_waiting = stop, 0
 
     def _create(self, length: int) -> ts.TensorStore:
         per_object = min(OBJECT_TOKENS, math.ceil(length / CHUNK_TOKENS) * CHUNK_TOKENS)
@@ -274,7 +281,7 @@ def inspect(path: str, n_samples: int = 3) -> list[str]:
     manifest = read_manifest(store, path)
     summary = json.loads(json.dumps(manifest))
     for split in summary['splits'].values():
-        split['shards'] = f'{len(split["shards"]):,} shards'
+        split['shards'] = len(split['shards'])
     print(json.dumps(summary, indent=1))
     damage = []
     for name, split in manifest['splits'].items():

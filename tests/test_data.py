@@ -341,6 +341,21 @@ def test_command(tmp_path):
     assert sum(documents.values()) == len(chosen)
     for name, n in documents.items():
         assert f'{name}: {n} documents' in done.stdout
+    assert '1 empty documents left out, 0 bad records' in done.stdout
+    assert '100%' in done.stderr
+    assert 'tokens/s' in done.stderr
+    assert 'ETA 0:00:00' in done.stderr
+
+    inspect_it = [sys.executable, os.path.join(ROOT, 'data.py'), f'--inspect={out}']
+    shown = subprocess.run(inspect_it, check=True, capture_output=True, text=True)
+    assert '--- validation document 0' in shown.stdout
+    (out / 'train/00000/c/0').unlink()
+    damaged = subprocess.run(inspect_it, capture_output=True, text=True)
+    assert damaged.returncode == 1
+    assert 'train/00000 is damaged' in damaged.stderr
+    nothing = subprocess.run(command, capture_output=True, text=True)
+    assert nothing.returncode == 1
+    assert 'give --input, --tokenizer and --output to prepare, or --inspect' in nothing.stderr
 
 
 def test_stdlib_corpus(tmp_path, monkeypatch, capsys):

@@ -121,3 +121,63 @@ def test_split_errors(tmp_path):
     path.write_text('[')
     with pytest.raises(ValueError, match='not a manifest'):
         Split(folder, 'train')
+
+
+# Inspection
+
+
+def test_inspect_prints_and_verifies(tmp_path, capsys):
+    folder = prepared(tmp_path, {f'{i}.txt': f'document {i} of text' for i in range(30)}, share=0.3)
+    assert shards.inspect(folder, 2) == []
+    out = capsys.readouterr().out
+    splits = [Split(folder, name) for name in shards.SPLITS]
+    for split in splits:
+        assert f'{split.name}: {split.n_documents} documents, {split.n_tokens} tokens' in out
+        assert out.count(f'--- {split.name} document') == 2
+    assert "b'o'" in out
+    assert 'document 0 of text\n' in out
+    assert '"fingerprint": "' in out
+    assert 'all shards are as the manifest says' in out
+
+
+def test_inspect_reads_urls_and_arrays_of_several_objects(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shards, 'CHUNK_TOKENS', 16)
+    monkeypatch.setattr(shards, 'OBJECT_TOKENS', 64)
+    split_of_length(tmp_path, 2001)
+    assert shards.inspect(f'file://{tmp_path}/tokens') == []
+    assert 'train: 3 documents, 2,001 tokens' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('damage', ['flip', 'lose', 'swap', 'count'])
+def test_inspect_names_damaged_shards(tmp_path, damage, capsys):
+    split_of_length(tmp_path, 2500)
+    tokens = tmp_path / 'tokens'
+    path = tokens / 'train/00001/c/0'
+    manifest = json.loads((tokens / 'manifest.json').read_text())
+    if damage == 'flip':
+        content = bytearray(path.read_bytes())
+        content[100] ^= 1
+        path.write_bytes(content)
+    elif damage == 'lose':
+        path.unlink()
+    elif damage == 'swap':  # its own checksums fit
+        path.write_bytes((tokens / 'train/00002/c/0').read_bytes())
+    else:
+        manifest['splits']['train']['shards'][1]['documents'] += 1
+        (tokens / 'manifest.json').write_text(json.dumps(manifest))
+    (found,) = shards.inspect(str(tokens))
+    assert found.startswith(f'{tokens}/train/00001 is damaged: ')
+    assert '1 damaged shards' in capsys.readouterr().out
+
+
+def test_folders_without_digests_can_be_read_and_inspected(tmp_path):
+    split = split_of_length(tmp_path, 900)
+    path = tmp_path / 'tokens/manifest.json'
+    manifest = json.loads(path.read_text())
+    for shard in manifest['splits']['train']['shards']:
+        del shard['digest']
+    del manifest['input']
+    path.write_text(json.dumps(manifest))
+    assert shards.inspect(str(tmp_path / 'tokens')) == []
+    again = Split(str(tmp_path / 'tokens'), 'train')
+    np.testing.assert_array_equal(again.read(0, 900), split.read(0, 900))
