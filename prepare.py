@@ -10,6 +10,7 @@ output depend on the input alone: not on the number of workers, nor on interrupt
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -19,8 +20,8 @@ import threading
 import time
 import types
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from typing import Any
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import numpy as np
 import tensorstore as ts
@@ -35,6 +36,8 @@ REPORTS = 100  # bad records of a part that the manifest names; the others are o
 REPORTS_SHOWN = 10  # in a message
 
 COUNTS = ('records', 'empty', 'bad', 'lost_bytes')  # of a part, and of the whole input
+
+T = TypeVar('T')
 
 _PART_RECORD = re.compile(rb'\d{5,}\.json')
 _ARRAY_FILE = re.compile(rb'(\d{5,})/(zarr\.json|c/\d+)')
@@ -341,7 +344,8 @@ def _encoded(
     enc: tiktoken.Encoding, piece: Piece, text_field: str
 ) -> Iterator[tuple[Document | Bad, np.ndarray | None]]:
     """What a piece holds, and the ids of a document's text."""
-    for item in documents(piece, text_field):
+    items = documents(piece, text_field)
+    for item in ahead(items) if '://' in piece.file.path else items:
         if isinstance(item, Bad):
             yield item, None
             continue
@@ -352,6 +356,20 @@ def _encoded(
             yield Bad(piece.file.name, f'document {item.id}', reason), None
         else:
             yield item, ids
+
+
+def ahead(items: Iterator[T], size: int = 1024) -> Iterator[T]:
+    """The items, `size` of them read ahead by a thread, so that the tokenizer, which holds no
+    lock of the interpreter, does not wait for the network."""
+
+    def take() -> list[T]:
+        return list(itertools.islice(items, size))
+
+    with ThreadPoolExecutor(1, 'ahead') as thread:
+        pending = thread.submit(take)
+        while batch := pending.result():
+            pending = thread.submit(take)
+            yield from batch
 
 
 # ---------------------------------------------------------------------------------------------

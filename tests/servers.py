@@ -1,4 +1,4 @@
-"""HTTP servers in threads: a folder with byte ranges, and a bucket that speaks gs://."""
+"""HTTP servers in threads: a folder with byte ranges, a bucket for gs://, a hub for hf://."""
 
 import contextlib
 import json
@@ -96,6 +96,32 @@ class _BucketHandler(_Handler):
         return self.reply(200, json.dumps({'items': items}).encode())
 
 
+class _HubHandler(_Handler):
+    """The dataset org/name of a Hugging Face hub: objects by their path, one folder deep."""
+
+    def do_GET(self) -> None:
+        path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
+        dataset = '/api/datasets/org/name'
+        if '/resolve/main/' in path:
+            return self.send_object(path.partition('/resolve/main/')[2])
+        if path == dataset:
+            return self.reply(200, json.dumps({'id': 'org/name', 'sha': 'c' * 40}).encode())
+        if not path.startswith(f'{dataset}/tree/main'):
+            return self.reply(404)
+        folder = path.removeprefix(f'{dataset}/tree/main').lstrip('/')
+        found = [
+            {'type': 'file', 'oid': name, 'size': len(content), 'path': name}
+            for name, content in self.store.objects.items()
+            if name.rpartition('/')[0] == folder
+        ]
+        if not folder:
+            names = {name.partition('/')[0] for name in self.store.objects if '/' in name}
+            found += [{'type': 'directory', 'oid': 'd', 'path': name} for name in names]
+        return self.reply(200, json.dumps(found).encode(), Content_Type='application/json')
+
+    do_HEAD = do_GET  # noqa: N815
+
+
 @contextlib.contextmanager
 def serve(handler: type[_Handler]) -> Iterator[Store]:
     store = Store()
@@ -119,3 +145,8 @@ def serve_folder() -> contextlib.AbstractContextManager[Store]:
 def serve_bucket() -> contextlib.AbstractContextManager[Store]:
     """What TENSORSTORE_GCS_HTTP_URL=http://127.0.0.1:{port} makes of gs://bucket/{name}."""
     return serve(_BucketHandler)
+
+
+def serve_hub() -> contextlib.AbstractContextManager[Store]:
+    """What HF_ENDPOINT=http://127.0.0.1:{port} makes of hf://datasets/org/name/{name}."""
+    return serve(_HubHandler)

@@ -2,11 +2,13 @@
 
 import gzip
 import json
+import os
 import random
+import subprocess
 import sys
 
 import pytest
-from servers import serve_folder
+from servers import serve_folder, serve_hub
 
 import corpus
 from corpus import Bad, Document, File, RemoteError, cut_into_parts, documents, find_files
@@ -193,6 +195,33 @@ def test_urls_give_what_local_files_give(tmp_path):
         assert read([web + name for name in names], 5000) == expected
         assert [file.name for file in find_files([web + '*'])] == names
         assert read(web + '*', 5000) == expected
+
+
+READ_HUB = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+from corpus import cut_into_parts, documents, find_files
+files = find_files(['hf://datasets/org/name/sample/*.parquet'])
+parts = cut_into_parts(files, 5000)
+print(json.dumps([d for part in parts for piece in part for d in documents(piece)]))
+"""
+
+
+def test_datasets_of_a_hub(tmp_path):
+    pytest.importorskip('huggingface_hub')
+    write_formats(tmp_path, some_texts())
+    with serve_hub() as store:
+        for path in tmp_path.glob('*.parquet'):
+            store.objects[f'sample/{path.name}'] = path.read_bytes()
+        done = subprocess.run(
+            [sys.executable, '-c', READ_HUB, os.path.dirname(corpus.__file__)],
+            env={**os.environ, 'HF_ENDPOINT': f'http://127.0.0.1:{store.port}'},
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+    found = [Document(*item) for item in json.loads(done.stdout)]
+    assert found == read(f'{tmp_path}/*.parquet', 5000)
 
 
 def test_only_the_needed_column_and_row_group_are_read(tmp_path):

@@ -1,16 +1,18 @@
 """Preparation is exact, repeatable and resumable; what cannot be read is counted and named."""
 
+import dataclasses
 import gzip
 import json
 import os
 import random
+import threading
 
 import numpy as np
 import pytest
 from test_shards import contents, prepared
 
 from corpus import File, find_files
-from prepare import Job, prepare
+from prepare import Job, ahead, prepare
 from shards import SPLITS, Split, split_of
 from tokenizer import fingerprint, get_encoding
 
@@ -339,3 +341,30 @@ def test_cleaning_up_removes_nothing_of_others(tmp_path):
     prepare(find_files([f'{tmp_path}/a.txt']), Job(str(out), 'bytes', 0.0))
     left = {'manifest.json', 'train/00000/zarr.json', 'train/00000/c/0'}
     assert set(contents(out)) == {*kept, *left}
+
+
+def test_remote_input_gives_the_same_bytes(corpus, tmp_path):
+    _, output, files = corpus
+    fsspec = pytest.importorskip('fsspec')
+    system = fsspec.filesystem('memory')
+    for file in files:
+        with open(file.path, 'rb') as f:
+            system.pipe(f'/corpus/{file.name}', f.read())
+    remote = [dataclasses.replace(file, path=f'memory://corpus/{file.name}') for file in files]
+    prepare(remote, Job(str(tmp_path / 'out'), SHIPPED, 0.25), part_bytes=8000)
+    assert contents(tmp_path / 'out') == contents(output)
+
+
+def test_reading_ahead_keeps_the_order_and_raises():
+    assert list(ahead(iter(range(1000)), 7)) == list(range(1000))
+    assert list(ahead(iter(()))) == []
+
+    def items():
+        yield from range(20)
+        raise OSError('gone')
+
+    stream = ahead(items(), 8)
+    assert [next(stream) for _ in range(16)] == list(range(16))
+    with pytest.raises(OSError, match='gone'):
+        next(stream)
+    assert not [t for t in threading.enumerate() if t.name.startswith('ahead')]
