@@ -21,6 +21,7 @@ import time
 import types
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
 import numpy as np
@@ -204,7 +205,7 @@ def _committed_parts(store: ts.KvStore, keys: list[str]) -> dict[int, dict[str, 
     for name, read in [(name, folder.read(name)) for name in names]:
         record = json.loads(read.result().value)
         index = int(name.removesuffix(b'.json'))
-        if index < len(keys) and record['key'] == keys[index]:
+        if index < len(keys) and record.get('key') == keys[index]:
             committed[index] = record
     return committed
 
@@ -398,6 +399,11 @@ def _run_in_processes(
     pool = ProcessPoolExecutor(min(workers, len(tasks)), context, _start_worker, (enc,))
     try:
         yield from pool.map(_work, tasks)
+    except BrokenProcessPool as error:
+        raise RuntimeError(
+            'a worker was killed, most likely for want of memory: start again with fewer workers; '
+            'the parts that are done stay'
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 

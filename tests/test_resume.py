@@ -129,6 +129,25 @@ def parent(pid: str) -> int | None:
     return None if state == 'Z' else int(ppid)
 
 
+def test_killed_worker_is_named(corpus, tmp_path):
+    _, output, files = corpus
+    process = subprocess.Popen(
+        command(tmp_path, files, f'{tmp_path}/out', 2, '', 0), stderr=subprocess.PIPE, text=True
+    )
+    while len(list(tmp_path.glob('out/parts/*.json'))) < 2:
+        time.sleep(0.001)
+    workers = [p for p in os.listdir('/proc') if p.isdigit() and parent(p) == process.pid]
+    for pid in workers:
+        with open(f'/proc/{pid}/cmdline') as f:
+            if 'spawn_main' in f.read():
+                os.kill(int(pid), signal.SIGKILL)
+                break
+    assert 'a worker was killed' in process.communicate()[1]
+    assert process.returncode == 1
+    assert start(tmp_path, files, 2).wait() == 0
+    assert contents(tmp_path / 'out') == contents(output)
+
+
 def test_changed_input_is_read_again(tmp_path):
     for i in range(4):
         (tmp_path / f'{i}.txt').write_text('good' if i != 2 else 'abcd')
