@@ -100,15 +100,15 @@ class Writer:
 
 
 def make_evaluation(
-    config: ConfigDict, mesh: Mesh, batches: data.EvaluationSet, encoding: tiktoken.Encoding
-) -> Callable[[Tree], dict[str, float]]:
-    """params -> mean loss (nats a token) and bits a byte of text over the fixed evaluation set."""
+    config: ConfigDict, mesh: Mesh, encoding: tiktoken.Encoding
+) -> Callable[[Tree, data.EvaluationSet], dict[str, float]]:
+    """(params, a fixed evaluation set) -> mean loss (nats a token) and bits a byte of its text."""
     step = make_eval_step(config, mesh)
     bytes_V = np.zeros(config.model.vocab_size, np.int32)
     bytes_V[: encoding.n_vocab] = token_bytes(encoding)
     bytes_V = jax.device_put(bytes_V, NamedSharding(mesh, P()))
 
-    def evaluate(params: Tree) -> dict[str, float]:
+    def evaluate(params: Tree, batches: data.EvaluationSet) -> dict[str, float]:
         put = functools.partial(put_batch, config=config, mesh=mesh)
         sums = [step(params, put(batches.batch_at, i), bytes_V) for i in range(batches.n_batches)]
         nats, targets, n_bytes = (
@@ -134,19 +134,46 @@ def hours(seconds: float) -> str:
     return f'{minutes // 60}:{minutes % 60:02}:{seconds:02}'
 
 
-def open_data(config: ConfigDict) -> tuple[data.Split, data.Split]:
-    """The training and validation splits; raises ValueError if the vocabulary does not fit."""
-    path = config.data.path
-    if path == 'stdlib':
-        path = data.stdlib_corpus(config.data.tokenizer)
-    train, validation = data.Split(path, 'train'), data.Split(path, 'validation')
-    n_vocab = train.encoding().n_vocab
-    if n_vocab > config.model.vocab_size:
+def over_sources(
+    sources: list[data.Source], measure: Callable[[data.EvaluationSet], dict[str, float]]
+) -> dict[str, float]:
+    """What `measure` says, as the mean over the sources by their share of the training rows; with
+    several sources also that of each, as name/source."""
+    results = [measure(source.evaluation) for source in sources]
+    shares = [source.share for source in sources]
+    out = {
+        name: sum(share * result[name] for share, result in zip(shares, results, strict=True))
+        for name in results[0]
+    }
+    for source, result in zip(sources, results, strict=True):
+        if len(sources) > 1:
+            out |= {f'{name}/{source.name}': value for name, value in result.items()}
+    return out
+
+
+def open_data(
+    config: ConfigDict,
+) -> tuple[data.Loader | data.Mixture, list[data.Source], tiktoken.Encoding]:
+    """The training stream, its sources with their evaluation sets, and their tokenizer.
+
+    Raises ValueError if the vocabulary does not fit.
+    """
+    d = config.data
+    loader, sources = data.open_sources(
+        d.sources or (('data', d.path, 1.0),),
+        d.tokenizer,
+        config.batch_size,
+        config.seq_len,
+        config.seed,
+        config.eval.batches,
+    )
+    encoding = sources[0].evaluation.split.encoding()
+    if encoding.n_vocab > config.model.vocab_size:
         raise ValueError(
-            f'model.vocab_size={config.model.vocab_size} is below the {n_vocab} tokens of '
-            f'{train.tokenizer}; use {-(-n_vocab // 128) * 128}'
+            f'model.vocab_size={config.model.vocab_size} is below the {encoding.n_vocab} tokens of '
+            f'{encoding.name}; use {-(-encoding.n_vocab // 128) * 128}'
         )
-    return train, validation
+    return loader, sources, encoding
 
 
 def router_metrics(stats: Tree, config: ConfigDict, loads: bool) -> dict[str, Any]:
@@ -223,15 +250,11 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     """The whole run; returns its summary."""
     validate(config, jax.device_count())
     started = time.perf_counter()
-    train_split, validation_split = open_data(config)
-    loader = data.Loader(train_split, config.batch_size, config.seq_len, config.seed)
-    eval_set = data.EvaluationSet(
-        validation_split, config.batch_size, config.seq_len, config.eval.batches
-    )
+    loader, sources, encoding = open_data(config)
     mesh = make_mesh(config.mesh)
     writer = Writer(workdir, config)
     n_params = count(declared_params(config))
-    writer.say(f'{n_params:,} parameters · {train_split.n_tokens:,} tokens · workdir {workdir}')
+    writer.say(f'{n_params:,} parameters · {loader.n_tokens:,} tokens · workdir {workdir}')
     progress = Progress(config, mesh, writer)
 
     put = functools.partial(put_batch, config=config, mesh=mesh)
@@ -239,8 +262,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     compile_start = time.perf_counter()
     train_step = lower_train_step(config, mesh).compile()
     writer.say(f'compiled in {time.perf_counter() - compile_start:.1f} s')
-    encoding = train_split.encoding()
-    evaluate = make_evaluation(config, mesh, eval_set, encoding)
+    evaluate = make_evaluation(config, mesh, encoding)
 
     evaluation: dict[str, float] = {}
     pending = None  # the metrics of the step before, fetched while the present one runs
@@ -257,7 +279,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
                 pending = None
             jax.block_until_ready(state)
             paused = time.perf_counter()
-            evaluation = evaluate(state['params'])
+            evaluation = over_sources(sources, functools.partial(evaluate, state['params']))
             progress.log_evaluation(step, evaluation, time.perf_counter() - paused)
     if pending:
         progress.log(*pending)
@@ -270,7 +292,9 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
         **evaluation,
     }
     if evaluation and writer.active:
-        summary['zlib_bits_per_byte'] = zlib_bits_per_byte(eval_set, encoding)
+        summary |= over_sources(
+            sources, lambda batches: {'zlib_bits_per_byte': zlib_bits_per_byte(batches, encoding)}
+        )
     writer.say('\n'.join(f'{name:>22}  {value:,.4g}' for name, value in summary.items()))
     return summary
 

@@ -175,13 +175,35 @@ def value_errors(config: ConfigDict) -> Iterator[str]:
     for name in ('optimizer.b1', 'optimizer.b2'):
         if flat[name] >= 1:
             yield f'{name}={flat[name]} never forgets; use a value below 1'
-    if not flat['data.path']:
+
+
+def source_errors(config: ConfigDict) -> Iterator[str]:
+    """What is wrong with data.path and data.sources."""
+    d = config.data
+    if not d.path and not d.sources:
         yield "data.path is empty; use a folder that data.py wrote, or 'stdlib'"
+    if d.path and d.sources:
+        yield f'data.path={d.path!r} and data.sources are both set; leave one of them empty'
+    if d.isolate_documents:
+        yield 'data.isolate_documents=True: this is not built yet; use False'
+    form = "use ((name, path, weight), ...), as in (('web', 'tokens/web', 0.7), ...)"
+    for source in d.sources:
+        if not isinstance(source, tuple) or len(source) != 3:
+            yield f'data.sources holds {source!r}; {form}'
+            return
+        name, path, weight = source
+        if not isinstance(name, str) or not name or not isinstance(path, str) or not path:
+            yield f'data.sources holds {source!r}, whose name or path is no text; {form}'
+        if not isinstance(weight, int | float) or not 0 < weight < float('inf'):
+            yield f'data.sources holds {source!r}, whose weight is not above 0; {form}'
+    names = [source[0] for source in d.sources]
+    if len(set(names)) < len(names):
+        yield f'data.sources names {names} twice; use a name of its own for each source'
 
 
 def validate(config: ConfigDict, n_devices: int) -> None:
     """Raises one ValueError with all that is wrong: each rule, its values, and the remedy."""
-    errors = list(value_errors(config))
+    errors = [*value_errors(config), *source_errors(config)]
     if not errors:
         errors += division_errors(config)
         needed = int(np.prod([config.mesh[axis] for axis in AXES]))

@@ -69,6 +69,8 @@ def get_config() -> ConfigDict:
 
     c.data = d = ConfigDict()
     d.path = ''  # folder that data.py wrote; 'stdlib' prepares the Python standard library
+    d.sources = ()  # several instead: ((name, path, weight), ...); weights are shares of the rows
+    d.isolate_documents = False  # attention stays inside a document, where positions start anew
     d.tokenizer = 'vocab/stdlib-4096.tiktoken'  # for 'stdlib'; a folder brings its own
 
     c.optimizer = o = ConfigDict()

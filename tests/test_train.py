@@ -125,6 +125,24 @@ def test_command_trains_alike_on_one_and_on_eight_devices(corpus, tmp_path):
     assert 'holds a run already' in again.stderr
 
 
+def test_command_trains_on_a_mixture(corpus, tmp_path):
+    given = f"--config.data.sources=(('a', '{corpus}', 0.75), ('b', '{corpus}', 0.25))"
+    two = run_command(corpus, tmp_path / 'two', '--config.data.path=', given)
+    assert two.returncode == 0, two.stderr
+    one = run_command(corpus, tmp_path / 'one')
+    evals = [r for r in read_metrics(tmp_path / 'two') if 'eval_loss' in r]
+    names = {'eval_loss', 'eval_bits_per_byte'}
+    assert set(evals[0]) == {'step', 'tokens'} | {n + s for n in names for s in ('', '/a', '/b')}
+    for record in evals:
+        for name in names:  # twice the same source
+            assert record[f'{name}/a'] == record[f'{name}/b'] == pytest.approx(record[name])
+    assert 'zlib_bits_per_byte/b' in two.stdout
+    single = [r for r in read_metrics(tmp_path / 'one') if 'eval_loss' in r]
+    assert single[-1]['eval_loss'] != evals[-1]['eval_loss']
+    assert single[-1]['eval_loss'] == pytest.approx(evals[-1]['eval_loss'], rel=0.2)
+    assert one.returncode == 0
+
+
 def test_command_refuses_unknown_flags_and_bad_values(corpus, tmp_path):
     bad = run_command(corpus, tmp_path / 'x', '--config.model.n_heads=3', '--config.mesh.tp=2')
     assert bad.returncode != 0
