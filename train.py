@@ -110,6 +110,16 @@ def gradients(
     return sum_gradients(grads, declared), {'loss': global_sum(nll)}
 
 
+def abstract_state(config: ConfigDict, mesh: Mesh) -> Tree:
+    """Shapes, types and shardings of `init_state`; nothing is computed."""
+    shapes = jax.eval_shape(lambda: init_state(config, mesh))
+    return jax.tree.map(
+        lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)),
+        shapes,
+        state_specs(model_params(model_config(config))),
+    )
+
+
 def make_train_step(config: ConfigDict, mesh: Mesh) -> Callable[[Tree, Array], tuple[Tree, dict]]:
     """jitted (state, tokens_MBT) -> (state, metrics); the state's buffers are donated."""
     cfg, optimizer = model_config(config), optimizer_config(config)
