@@ -188,15 +188,11 @@ def check_leaves(wanted: Mapping[str, Any], entries: Mapping[str, Any], where: s
 
 def all_processes(flag: bool) -> bool:
     """Whether the flag is set on every process; all have to call this, on the main thread."""
-    if jax.process_count() == 1:
-        return flag
     return bool(np.all(multihost_utils.process_allgather(np.int32(flag))))
 
 
 def from_process_0(value: int) -> int:
     """The int32 that process 0 gave; all have to call this, on the main thread."""
-    if jax.process_count() == 1:
-        return value
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
@@ -299,6 +295,12 @@ class Checkpointer:
 
         ValueError if there is no such step; CheckpointError if it is damaged.
         """
+        try:
+            return self._metadata(step)
+        except CheckpointError as error:
+            raise CheckpointError(f'{error}\n{self._older(step)}') from error
+
+    def _metadata(self, step: int) -> dict[str, Any]:
         commit = self._store.read(f'{step}/{COMMIT}').result()
         if commit.state != 'value':
             raise ValueError(
@@ -464,7 +466,7 @@ class Checkpointer:
 
     def _is_whole(self, step: int) -> bool:
         try:
-            return bool(self.metadata(step))
+            return bool(self._metadata(step))
         except CheckpointError:
             return False
 
@@ -480,7 +482,7 @@ class Checkpointer:
         """
         leaves, error, wanted = [], None, leaf_names(tree)
         try:
-            entries = self.metadata(step)['leaves']
+            entries = self._metadata(step)['leaves']
             check_leaves(wanted, entries, f'{self.path}/{step}')
             leaves = self._read(step, wanted, entries)
         except (CheckpointError, ValueError) as e:
@@ -494,7 +496,7 @@ class Checkpointer:
 
     def verify(self, step: int) -> None:
         """Reads all of a step; CheckpointError names the first damaged leaf and file."""
-        for name, entry in self.metadata(step)['leaves'].items():
+        for name, entry in self._metadata(step)['leaves'].items():
             array = self._open(step, name, entry)
             rows = range(0, array.shape[0], entry['chunk'][0]) if array.rank else ()
             for slab in [array[i : i + rows.step] for i in rows] or [array]:

@@ -71,10 +71,11 @@ def value_errors(config: ConfigDict) -> Iterator[str]:
     """Values out of range and names that do not exist."""
     may_be_zero = {
         'seed', 'eval.every', 'eval.batches', 'log.every', 'optimizer.warmup_steps',
-        'optimizer.decay_steps', 'model.q_rank',
+        'optimizer.decay_steps', 'model.q_rank', 'checkpoint.every', 'checkpoint.keep',
+        'checkpoint.keep_every',
     }  # fmt: skip
     flat = dict(config)
-    for group in ('model', 'mesh', 'data', 'optimizer', 'eval', 'log'):
+    for group in ('model', 'mesh', 'data', 'optimizer', 'eval', 'log', 'checkpoint'):
         flat |= {f'{group}.{k}': v for k, v in flat.pop(group).items()}
     for name, value in flat.items():
         least = 0 if name in may_be_zero else 1
