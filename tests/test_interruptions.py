@@ -24,12 +24,13 @@ ONE_A_SAVE = ('before the marker', 'after the marker')  # announced once a save,
 
 
 class Worker:
-    """A process of a training run, its output in a file."""
+    """A process of a training run, its output in a file beside the workdir, or in `folder`."""
 
-    def __init__(self, workdir: pathlib.Path, setup: dict, **options):
+    def __init__(
+        self, workdir: pathlib.Path, setup: dict, folder: pathlib.Path | None = None, **options
+    ):
         options = setup | {'workdir': str(workdir)} | options
-        workdir.parent.mkdir(exist_ok=True)
-        self.file = workdir.parent / f'output-{time.monotonic_ns()}.txt'
+        self.file = (folder or workdir.parent) / f'output-{time.monotonic_ns()}.txt'
         with open(self.file, 'w') as f:
             self.process = subprocess.Popen(
                 [sys.executable, WORKER, json.dumps(options)], stdout=f, stderr=subprocess.STDOUT
@@ -211,7 +212,7 @@ def test_a_full_disk_says_what_is_safe(setup, whole, tmp_path):
     try:
         workdir = disk / 'run'
         keep_all = setup | {'config': setup['config'] | {'checkpoint__keep': 0}}
-        worker = Worker(tmp_path / 'run', keep_all, workdir=str(workdir))
+        worker = Worker(workdir, keep_all, tmp_path)
         assert worker.end() == 1
         safe = ', '.join(map(str, committed(workdir)))
         assert f'Steps that are safe there: {safe}.' in worker.output
@@ -219,7 +220,7 @@ def test_a_full_disk_says_what_is_safe(setup, whole, tmp_path):
         assert 'Traceback' not in worker.output
         # With room the same command goes on.
         subprocess.run(['mount', '-o', 'remount,size=100m', str(disk)], check=True)
-        output = Worker(tmp_path / 'run', setup, workdir=str(workdir)).succeed()
+        output = Worker(workdir, setup, tmp_path).succeed()
         assert f'going on from step {safe.split(", ")[-1]} of {STEPS}' in output
         assert records(workdir) == records(whole)
     finally:
@@ -293,7 +294,7 @@ def test_a_process_that_cannot_write_fails_the_save_of_all(setup, tmp_path):
         assert worker.end() != 0
         assert 'step 4 could not be saved' in worker.output
         assert 'Steps that are safe there: 2.' in worker.output
-    assert 'another process failed' in workers[0].output
+    assert 'processes 1 did not write their chunks' in workers[0].output
     assert 'the disk of this process is gone' in workers[1].output
     assert committed(workdir) == [2]
 
