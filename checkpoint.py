@@ -45,8 +45,9 @@ VERSION = 1  # of the layout
 COMMIT = 'COMMIT'
 METADATA = 'metadata.json'
 
-CHUNK_BYTES = 64 << 20  # about the most in one file: what is encoded, checked and sent at a time
+CHUNK_BYTES = 16 << 20  # about the most in one file: what is encoded, checked and sent at a time
 WINDOW_BYTES = 1 << 30  # being written, or being read, at a time, if no shard is larger
+IO_THREADS = 32
 GRACE_SECONDS = 60  # for the other processes' chunks when this one ends by an exception
 
 T = TypeVar('T')
@@ -56,11 +57,6 @@ Box = tuple[tuple[int, int], ...]  # start and stop in each dimension
 
 class CheckpointError(Exception):
     """A checkpoint could not be written or read; the message says which steps are safe."""
-
-
-# ---------------------------------------------------------------------------------------------
-# Leaves
-# ---------------------------------------------------------------------------------------------
 
 
 def leaf_names(tree: Tree) -> dict[str, Any]:
@@ -181,11 +177,6 @@ def check_leaves(wanted: Mapping[str, Any], entries: Mapping[str, Any], where: s
         )
 
 
-# ---------------------------------------------------------------------------------------------
-# Small helpers
-# ---------------------------------------------------------------------------------------------
-
-
 def all_processes(flag: bool) -> bool:
     """Whether the flag is set on every process; all have to call this, on the main thread."""
     return bool(np.all(multihost_utils.process_allgather(np.int32(flag))))
@@ -219,11 +210,6 @@ def checksum(metadata: bytes) -> bytes:
     return f'{zlib.crc32(metadata):08x}'.encode()
 
 
-# ---------------------------------------------------------------------------------------------
-# The checkpointer
-# ---------------------------------------------------------------------------------------------
-
-
 class Checkpointer:
     """The checkpoints below one path, which one run at a time writes.
 
@@ -243,7 +229,8 @@ class Checkpointer:
         self.path, self.keep, self.keep_every = path.rstrip('/'), keep, keep_every
         url = re.fullmatch(r'(\w+)://(.*)', self.path)
         self._folder = os.path.abspath(path) if not url else url[2] if url[1] == 'file' else None
-        self._context = context or ts.Context()
+        # Many at once, because a file that is synced waits for the disk, not for a core.
+        self._context = ts.Context({'file_io_concurrency': {'limit': IO_THREADS}}, context)
         where = {'driver': 'file', 'path': f'{self._folder}/'} if self._folder else f'{path}/'
         self._store = ts.KvStore.open(where, context=self._context).result()
         self._pool = ThreadPoolExecutor(1, 'checkpoint')
@@ -321,10 +308,12 @@ class Checkpointer:
         return metadata
 
     def clean(self) -> list[int]:
-        """Removes the folders of steps that were never committed; returns those steps."""
-        error, leftover = None, sorted(self._holding() - self._holding(COMMIT))
+        """Removes what was never committed; process 0 returns the steps that it removed."""
+        leftover, error = [], None
         try:
-            for step in leftover if jax.process_index() == 0 else ():
+            if jax.process_index() == 0:
+                leftover = sorted(self._holding() - self._holding(COMMIT))
+            for step in leftover:
                 self._delete(step)
         except (OSError, ValueError) as e:
             error = e
@@ -344,8 +333,6 @@ class Checkpointer:
             after = f'{step}0'  # '0' follows '/'
             self._store.delete_range(ts.KvStore.KeyRange(f'{step}/', after)).result()
 
-    # Saving
-
     def save(self, step: int, tree: Tree, config: Mapping[str, Any] | None = None) -> None:
         """Copies the tree to host memory, and writes it in the background.
 
@@ -357,12 +344,9 @@ class Checkpointer:
             raise ValueError(f'{self.path} holds step {step} already: remove it to save it again')
         leaves = copy_to_host(tree)
         packages = {name: importlib.metadata.version(name) for name in ('jax', 'tensorstore')}
-        metadata = {
-            'step': step,
-            'versions': {'layout': VERSION, 'python': platform.python_version()} | packages,
-            'config': config,
-            'leaves': {leaf.name: leaf.entry for leaf in leaves},
-        }
+        versions = {'layout': VERSION, 'python': platform.python_version()} | packages
+        entries = {leaf.name: leaf.entry for leaf in leaves}
+        metadata = {'step': step, 'versions': versions, 'config': config, 'leaves': entries}
         encoded = json.dumps(metadata, indent=1).encode() + b'\n'
         # The name of this save: what an earlier one left in written/ must not pass for its own.
         self._run = self._run or from_process_0(secrets.randbits(31))
@@ -387,22 +371,16 @@ class Checkpointer:
     def _not_saved(self, step: int, error: BaseException | None) -> str:
         if isinstance(error, CheckpointError):
             return str(error)
-        try:
-            safe = listed(self.steps())
-        except ValueError as e:
-            safe = f'unknown ({e})'
+        cause = error or 'another process failed, see its message'
         return (
-            f'step {step} could not be saved in {self.path}: '
-            f'{error or "another process failed, see its message"}\n'
-            f'Steps that are safe there: {safe}. Make room or mend the access; the same command '
-            f'then goes on from the newest.'
+            f'step {step} could not be saved in {self.path}: {cause}\nSteps that are safe there: '
+            f'{listed(self.steps())}. Make room or mend the access; the same command then goes on '
+            f'from the newest.'
         )
 
     def _open(
-        self, step: int, name: str, entry: Mapping[str, Any], cache_bytes: int = 0
+        self, step: int, name: str, entry: Mapping[str, Any], context: ts.Context | None = None
     ) -> ts.TensorStore:
-        """A leaf's array. Parts of a chunk that are read at once share what is in the cache."""
-        cache = {'cache_pool': {'total_bytes_limit': cache_bytes}}
         spec = {
             'driver': 'zarr3',
             'kvstore': (self._store / f'{step}/arrays/{name}/').spec().to_json(),
@@ -412,7 +390,7 @@ class Checkpointer:
             'fill_missing_data_reads': False,
             'recheck_cached_data': False,
         }
-        context = ts.Context(cache, self._context)
+        context = context or self._context
         return ts.open(spec, context=context, open=True, assume_metadata=True).result()
 
     def _writes(
@@ -467,10 +445,8 @@ class Checkpointer:
     def _is_whole(self, step: int) -> bool:
         try:
             return bool(self._metadata(step))
-        except CheckpointError:
+        except (CheckpointError, ValueError):  # damaged, or of another layout
             return False
-
-    # Restoring
 
     def restore(self, step: int, tree: Tree) -> Tree:
         """The leaves that `tree` asks for, by its ShapeDtypeStructs or arrays.
@@ -529,10 +505,13 @@ class Checkpointer:
 
     def _read(self, step: int, wanted: dict[str, Any], entries: dict[str, Any]) -> list[Any]:
         """The wanted leaves, in order."""
+        # Devices whose boxes meet in a chunk share what was read of it.
+        cache = {'cache_pool': {'total_bytes_limit': WINDOW_BYTES}}
+        context = ts.Context(cache, self._context)
 
         def reads() -> Iterator[tuple[Any, int]]:
             for name, want in wanted.items():
-                array = self._open(step, name, entries[name], WINDOW_BYTES)
+                array = self._open(step, name, entries[name], context)
                 devices = {None: (slice(None),) * array.rank}
                 if getattr(want, 'sharding', None) is not None:
                     devices = want.sharding.addressable_devices_indices_map(array.shape)

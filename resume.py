@@ -4,11 +4,12 @@ A run goes on from the newest checkpoint of its workdir. The data's position and
 follow from the step and the seed, so the state and the step are all there is to restore.
 """
 
+import functools
 import json
 import os
 import signal
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any
 
@@ -80,10 +81,14 @@ def keep_records(path: str, step: int) -> None:
     with open(path) as f:
         lines = f.readlines()
     whole = [line for line in lines if line.endswith('}\n')]
-    kept = [line for line in whole if json.loads(line)['step'] <= step]
+    write_file(path, ''.join(line for line in whole if json.loads(line)['step'] <= step))
+
+
+def write_file(path: str, text: str) -> None:
+    """Replaces the file as a whole: after a kill it is the old one or the new one."""
     with open(f'{path}.new', 'w') as f:
-        f.writelines(kept)
-    os.replace(f'{path}.new', path)  # so that a kill leaves the old one or the new one
+        f.write(text)
+    os.replace(f'{path}.new', path)
 
 
 def load_params(path: str, shapes: Tree) -> Tree:
@@ -140,12 +145,16 @@ class StopSignals:
         """
         if jax.process_count() == 1:
             return self.received
-        mesh = Mesh(np.array(jax.devices()), 'all')
+        mesh, any_of = self._mesh_and_any
+        flag = np.array([self.received], np.int32)
         flags = jax.make_array_from_callback(
-            (mesh.size,),
-            NamedSharding(mesh, P('all')),
-            lambda _: np.array([self.received], np.int32),
+            (mesh.size,), NamedSharding(mesh, P('all')), lambda _: flag
         )
-        answer = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, P()))(flags)
-        last, self._last_answer = self._last_answer, answer
+        last, self._last_answer = self._last_answer, any_of(flags)
         return last is not None and bool(last)
+
+    @functools.cached_property
+    def _mesh_and_any(self) -> tuple[Mesh, Callable[[jax.Array], jax.Array]]:
+        """All devices in a row, and a reduction over them to one number that all hold."""
+        mesh = Mesh(np.array(jax.devices()), 'all')
+        return mesh, jax.jit(jnp.max, out_shardings=NamedSharding(mesh, P()))

@@ -52,7 +52,7 @@ from parallel import (
     sum_gradients,
     varying,
 )
-from resume import StopSignals, first_step, keep_records, load_params
+from resume import StopSignals, first_step, keep_records, load_params, write_file
 from tokenizer import token_bytes
 from validation import model_config, optimizer_config, validate
 
@@ -236,8 +236,7 @@ class Writer:
             return
         os.makedirs(workdir, exist_ok=True)
         keep_records(self.path, start)
-        with open(os.path.join(workdir, 'config.json'), 'w') as f:
-            f.write(config.to_json(indent=2) + '\n')
+        write_file(os.path.join(workdir, 'config.json'), config.to_json(indent=2) + '\n')
 
     def write(self, **record: float) -> None:
         if self.active:

@@ -300,6 +300,23 @@ def test_a_process_that_cannot_write_fails_the_save_of_all(setup, tmp_path):
 
 
 @pytest.mark.slow
+def test_damage_that_one_process_finds_stops_all(setup, tmp_path):
+    workdir = tmp_path / 'run'
+    config = setup['config'] | {'mesh__fsdp': 2}
+    for worker in start_together(2, workdir, setup, config=config, stop_at=[0, 3]):
+        worker.succeed()
+    step = committed(workdir)[-1]
+    chunk = workdir / f'checkpoints/{step}/arrays/params.embed.w_VD/c/0/1'  # of process 1
+    chunk.write_bytes(chunk.read_bytes()[:-1] + b'?')
+    workers = start_together(2, workdir, setup, config=config)
+    for worker in workers:
+        assert worker.end() != 0
+        assert 'Nothing was loaded' in worker.output
+    assert 'another process could not read it' in workers[0].output
+    assert f'leaf params.embed.w_VD: DATA_LOSS: Error reading local file "{chunk}"' in workers[1].output
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize('victim', [0, 1])
 def test_one_of_two_processes_is_killed_while_writing(victim, setup, tmp_path):
     workdir = tmp_path / 'run'
