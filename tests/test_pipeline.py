@@ -1,14 +1,33 @@
 """Each schedule gives the loss and every gradient leaf of one device without a pipeline."""
 
 import functools
+import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_parity import TOLERANCE, assert_trees_close, batch_at, small_config
 
-from model import model_params
-from parallel import BATCH, P, Tree, init_params, make_mesh, specs
+from model import gain, linear, linear_weight_gradient, model_params, weight
+from parallel import (
+    AXES,
+    BATCH,
+    P,
+    Param,
+    Tree,
+    free_axes,
+    global_sum,
+    init_params,
+    make_mesh,
+    map_params,
+    normal,
+    specs,
+    stacked,
+    sum_gradients,
+    varying,
+)
+from pipeline import Functions, run_pipeline
 from schedules import make_schedule
 from train import gradients, model_config, pipeline_gradients, put_batch
 
@@ -21,6 +40,9 @@ MESHES = {
     'pp2-fsdp2-tp2': {'pp': 2, 'fsdp': 2, 'tp': 2},
     'pp4-tp2': {'pp': 4, 'tp': 2},
 }
+
+
+RECOMPUTE = (1, 2, 1)  # costs of F, B and W where B runs the forward again
 
 
 def config(microbatches: int, attention: str = 'mla', **model):
@@ -74,16 +96,117 @@ def check(c, mesh: str, name: str, **settings) -> None:
         assert np.abs(np.asarray(g)).max() > 0, f'{jax.tree_util.keystr(path)} has no gradient'
 
 
+ROWS, D, BLOCKS = 8, 4, 8
+TOY_BLOCK = {'w': weight((D, D), P(None, None), 0.5), 'gain': gain(D)}
+
+
+def toy(schedule, stages: int, microbatches: int, check_vma: bool = True):
+    """Gradients, loss and statistics of stages that have an auxiliary loss; `schedule` None: the
+    microbatches run through all blocks, one after the other."""
+    chunks = schedule.chunks if schedule else 1
+    declared = {
+        'blocks': stacked(TOY_BLOCK, BLOCKS, chunks),
+        'embed': Param((microbatches, ROWS, D), P(), normal(1.0)),
+        'head': Param((D,), P(), normal(1.0)),
+    }
+
+    def stage(blocks, x, virtual, m):
+        def block(x, params):
+            y = x + jnp.tanh(linear(x, params['w'])) * params['gain']
+            return y, (jnp.sum(y**2) * 0.01 * (m + 1), jnp.mean(y))
+
+        y, (losses, means) = jax.lax.scan(block, x, blocks)
+        return y, jnp.sum(losses), {'means': means * (virtual // stages + 1)}
+
+    def last(shared, x_TD, m):
+        loss = jnp.sum(jnp.sin(x_TD @ shared['head'])) * (m + 1)
+        return loss, {'rows': jnp.zeros_like(loss) + len(x_TD)}
+
+    def first(shared, m):
+        return shared['embed'][m][None]
+
+    def plain(params):
+        losses, means = 0, 0
+        for m in range(microbatches):
+            y, loss, statistics = stage(params['blocks'], first(params, m), 0, m)
+            losses += loss + last(params, y.reshape(ROWS, D), m)[0]
+            means += statistics['means']
+        return losses, means
+
+    def run(params):
+        params = map_params(lambda p, x: varying(x, free_axes(p.spec)), declared, params)
+        if schedule is None:
+            (loss, means), grads = jax.value_and_grad(plain, has_aux=True)(params)
+            return sum_gradients(grads, declared), global_sum(loss), means
+        if chunks == 1:
+            params |= {'blocks': jax.tree.map(lambda x: x[None], params['blocks'])}
+        functions = Functions(first, stage, last, linear_weight_gradient)
+        grads, sums = run_pipeline(schedule, functions, params, TOY_BLOCK)
+        means = sums.stage['means']
+        if chunks == 1:
+            grads |= {'blocks': jax.tree.map(lambda x: x[0], grads['blocks'])}
+            means = means[0]
+        return sum_gradients(grads, declared), global_sum(sums.loss), means
+
+    mesh = make_mesh({'pp': stages})
+    out = P(AXES) if chunks == 1 else P(None, AXES)
+    sharded = jax.shard_map(
+        run,
+        mesh=mesh,
+        in_specs=(specs(declared),),
+        out_specs=(specs(declared), P(), out),
+        check_vma=check_vma,
+    )
+    grads, loss, means = jax.jit(sharded)(init_params(jax.random.key(0), declared, mesh))
+    flat = functools.partial(map_params, lambda p, x: np.asarray(x).reshape(BLOCKS, *p.shape))
+    grads['blocks'] = flat(TOY_BLOCK, grads['blocks'])
+    means = np.asarray(means).reshape(chunks, -1)
+    means = means / np.arange(1, chunks + 1)[:, None]  # a statistic is filed with its own chunk
+    return {'grads': grads, 'loss': loss, 'means': means.reshape(-1)}
+
+
+def check_toy(name, stages, microbatches, chunks, check_vma):
+    schedule = make_schedule(name, stages, microbatches, chunks)
+    got = toy(schedule, stages, microbatches, check_vma)
+    assert_trees_close(got, toy(None, 1, microbatches), TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ('name', 'stages', 'microbatches', 'chunks', 'check_vma'),
+    [('zero_bubble', 8, 3, 1, True), ('1f1b', 2, 5, 1, False), ('interleaved', 4, 4, 2, True)],
+)
+def test_auxiliary_loss_and_statistics(name, stages, microbatches, chunks, check_vma):
+    check_toy(name, stages, microbatches, chunks, check_vma)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('check_vma', [True, False], ids=['vma', 'no_vma'])
+@pytest.mark.parametrize(
+    ('name', 'stages', 'microbatches', 'chunks'),
+    [
+        *((name, 2, m, 1) for name in ('gpipe', '1f1b', 'zero_bubble') for m in (1, 2, 5)),
+        *((name, 8, m, 1) for name in ('1f1b', 'zero_bubble') for m in (3, 8, 20)),
+        ('1f1b', 1, 3, 1), ('interleaved', 2, 4, 2), ('interleaved', 4, 8, 2),
+        ('interleaved', 2, 2, 4),
+    ],
+)  # fmt: skip
+def test_auxiliary_loss_on_the_grid(name, stages, microbatches, chunks, check_vma):
+    check_toy(name, stages, microbatches, chunks, check_vma)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize('mesh', MESHES)
 def test_1f1b_on_meshes(mesh):
     check(config(4), mesh, '1f1b')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('microbatches', [2, 8])
 def test_microbatches_below_and_above_the_stages(microbatches):
     check(config(microbatches), 'pp4', '1f1b')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('mesh', 'name', 'chunks', 'microbatches'),
     [
@@ -97,9 +220,18 @@ def test_other_schedules(mesh, name, chunks, microbatches):
     check(config(microbatches, 'gqa'), mesh, name, chunks=chunks)
 
 
-@pytest.mark.parametrize(('name', 'chunks'), [('1f1b', 1), ('interleaved', 2)])
-def test_without_check_vma(name, chunks):
-    check(config(4), 'pp2-fsdp2-tp2', name, chunks=chunks, check_vma=False)
+@pytest.mark.parametrize(
+    ('name', 'chunks', 'check_vma'),
+    [
+        ('1f1b', 1, True),
+        ('zero_bubble', 1, True),
+        ('zero_bubble', 1, False),
+        pytest.param('1f1b', 1, False, marks=pytest.mark.slow),
+        pytest.param('interleaved', 2, False, marks=pytest.mark.slow),
+    ],
+)
+def test_all_axes(name, chunks, check_vma):
+    check(config(4), 'pp2-fsdp2-tp2', name, chunks=chunks, check_vma=check_vma)
 
 
 def test_dropout_and_remat():
@@ -110,9 +242,7 @@ def test_dropout_and_remat():
     check(c, 'pp2-tp2', 'interleaved', chunks=2)
 
 
-RECOMPUTE = (1, 2, 1)
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('mesh', 'microbatches', 'costs'),
     [
@@ -121,14 +251,29 @@ RECOMPUTE = (1, 2, 1)
         ('pp4', 2, RECOMPUTE),
         ('pp4-tp2', 4, RECOMPUTE),
         ('pp2-dp2', 4, RECOMPUTE),
-        ('pp2-fsdp2-tp2', 4, (1, 1, 1)),
     ],
 )
 def test_zero_bubble(mesh, microbatches, costs):
     check(config(microbatches), mesh, 'zero_bubble', costs=costs)
 
 
-@pytest.mark.parametrize('remat', ['none', 'full'])
-def test_zero_bubble_without_check_vma(remat):
+@pytest.mark.slow
+@pytest.mark.parametrize('remat', ['dots', 'full'])
+def test_zero_bubble_rematerialized(remat):
     c = config(4, 'gqa', remat=remat)
     check(c, 'pp2-fsdp2-tp2', 'zero_bubble', check_vma=False)
+
+
+def test_what_does_not_fit_is_refused(monkeypatch):
+    with pytest.raises(ValueError, match='4 stages and the mesh pp=2; make the schedule for'):
+        toy(make_schedule('1f1b', 4, 4), 2, 4)
+    monkeypatch.setattr(sys.modules[__name__], 'ROWS', 6)
+    with pytest.raises(ValueError, match=r'has 6 tokens on a device.* use a multiple of 4'):
+        toy(make_schedule('1f1b', 4, 4), 4, 4)
+
+
+def test_forward_alone_gives_the_loss():
+    """As evaluation takes it: no gradients, the loss of every microbatch."""
+    loss, grads = run(config(4), MESHES['pp4'], 'forward')
+    assert loss == pytest.approx(reference(config(4))[0], rel=TOLERANCE)
+    assert all(not np.asarray(g).any() for g in jax.tree.leaves(grads))
