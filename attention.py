@@ -6,6 +6,7 @@ Dimension letters as in layers.py.
 import functools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,15 +52,37 @@ def attention_scale(cfg: ModelConfig) -> float:
     return sharpen**2 / math.sqrt(head_dim)
 
 
-def rope_table(cfg: ModelConfig, positions_T: Array) -> tuple[Array, Array]:
-    """cos and sin of the rotation angles: float32 [T, rotary_dim / 2] each."""
-    angles = positions_T[:, None].astype(jnp.float32) * rope_frequencies(cfg).astype(np.float32)
-    return jnp.cos(angles), jnp.sin(angles)
+class Positions(NamedTuple):
+    """What attention knows of where tokens stand."""
+
+    cos: Array  # of the rotation angles, float32 [T, rotary_dim / 2], or [B, 1, T, ...]
+    sin: Array
+    documents: Array | None = None  # [B, T] the number of each token's document; None: all are one
 
 
-def rope(x: Array, table: tuple[Array, Array]) -> Array:
+def rope_table(cfg: ModelConfig, positions_T: Array) -> Positions:
+    """Of positions [..., T]: angles [..., T, rotary_dim / 2]."""
+    angles = positions_T[..., None].astype(jnp.float32) * rope_frequencies(cfg).astype(np.float32)
+    return Positions(jnp.cos(angles), jnp.sin(angles))
+
+
+def positions(ids_BT: Array, cfg: ModelConfig) -> Positions:
+    """0, 1, 2, ... along all of T; with cfg.document_end, anew after each token of that id, and
+    numbered documents that attention stays within."""
+    T = ids_BT.shape[1]
+    if cfg.document_end < 0:
+        return rope_table(cfg, jnp.arange(T))
+    ends_BT = (ids_BT == cfg.document_end).astype(jnp.int32)
+    documents_BT = jnp.cumsum(ends_BT, axis=1) - ends_BT  # the end belongs to what it ends
+    after_end_BT = jnp.pad(ends_BT, ((0, 0), (1, 0)))[:, :-1]
+    starts_BT = lax.cummax(after_end_BT * jnp.arange(T), axis=1)
+    table = rope_table(cfg, (jnp.arange(T) - starts_BT)[:, None])
+    return table._replace(documents=documents_BT)
+
+
+def rope(x: Array, table: Positions) -> Array:
     """Rotates the pairs (i, i + H/2) of [..., T, H] by their position's angles (Su et al. 2021)."""
-    cos, sin = table
+    cos, sin = table.cos, table.sin
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate((a * cos - b * sin, b * cos + a * sin), axis=-1).astype(x.dtype)
 
@@ -99,35 +122,45 @@ def _put(x: Array, i: Array, value: Array) -> Array:
     return lax.dynamic_update_slice_in_dim(x, value, i * value.shape[-2], axis=-2)
 
 
-def _scores(q: Array, k: Array, i: Array, j: Array, scale: float) -> Array:
+def _scores(q: Array, k: Array, documents: Array | None, i: Array, j: Array, scale: float) -> Array:
     """Masked scores of one pair of blocks, float32 [B, K, G, block, block]."""
-    positions = jnp.arange(q.shape[-2])
-    visible = (i * q.shape[-2] + positions)[:, None] >= j * k.shape[-2] + positions
+    block = q.shape[-2]
+    within = jnp.arange(block)
+    visible = (i * block + within)[:, None] >= j * block + within
+    if documents is not None:
+        of_q, of_k = (lax.dynamic_slice_in_dim(documents, n * block, block, 1) for n in (i, j))
+        visible &= (of_q[:, :, None] == of_k[:, None, :])[:, None, None]
     scores = jnp.einsum('bkgth,bksh->bkgts', q, k, preferred_element_type=jnp.float32)
     return jnp.where(visible, scores * scale, _MASKED)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def causal_attention(
-    q_BKGTH: Array, k_BKSH: Array, v_BKSH: Array, scale: float, block: int
+    q_BKGTH: Array,
+    k_BKSH: Array,
+    v_BKSH: Array,
+    documents_BT: Array | None,
+    scale: float,
+    block: int,
 ) -> Array:
-    """softmax(scale · q kᵀ + causal mask) v -> [B, K, G, T, value head size].
+    """softmax(scale · q kᵀ + mask) v -> [B, K, G, T, value head size]; the mask shows what is not
+    later and, where documents are numbered, in the same one.
 
     Blockwise with a running maximum and sum (FlashAttention-2, Dao 2023): one scan over the pairs
     of blocks on and below the diagonal, so the program does not grow with T, blocks above the
     diagonal cost nothing, and no score array exceeds B·N·block². The backward pass recomputes the
     scores from the saved log-sum-exp. Scores and softmax are float32 whatever the inputs are.
     """
-    return _attention_forward(q_BKGTH, k_BKSH, v_BKSH, scale, block)[0]
+    return _attention_forward(q_BKGTH, k_BKSH, v_BKSH, documents_BT, scale, block)[0]
 
 
-def _attention_forward(q: Array, k: Array, v: Array, scale: float, block: int):
+def _attention_forward(q, k, v, documents: Array | None, scale: float, block: int):
     block, pairs = _lower_triangle(q.shape[-2], block)
 
     def step(carry: tuple, pair: Array):
         out, top, total = carry
         i, j = pair
-        scores = _scores(_block(q, i, block), _block(k, j, block), i, j, scale)
+        scores = _scores(_block(q, i, block), _block(k, j, block), documents, i, j, scale)
         old_top = _block(top, i, block)
         new_top = jnp.maximum(old_top, jnp.max(scores, axis=-1, keepdims=True))
         p = jnp.exp(scores - new_top)
@@ -147,11 +180,11 @@ def _attention_forward(q: Array, k: Array, v: Array, scale: float, block: int):
     start = (zeros(shape=(*rows, v.shape[-1])), zeros(shape=(*rows, 1)) + _MASKED)
     (out, top, total), _ = lax.scan(step, (*start, zeros(shape=(*rows, 1))), pairs)
     out = (out / total).astype(q.dtype)
-    return out, (q, k, v, out, top + jnp.log(total))
+    return out, (q, k, v, documents, out, top + jnp.log(total))
 
 
 def _attention_backward(scale: float, block: int, saved: tuple, d_out: Array):
-    q, k, v, out, logsumexp = saved
+    q, k, v, documents, out, logsumexp = saved
     block, pairs = _lower_triangle(q.shape[-2], block)
     f32 = {'preferred_element_type': jnp.float32}
     delta = jnp.einsum('...h,...h->...', out, d_out, **f32)[..., None]
@@ -161,7 +194,7 @@ def _attention_backward(scale: float, block: int, saved: tuple, d_out: Array):
         i, j = pair
         q_i, k_j, v_j = _block(q, i, block), _block(k, j, block), _block(v, j, block)
         do_i = _block(d_out, i, block)
-        p = jnp.exp(_scores(q_i, k_j, i, j, scale) - _block(logsumexp, i, block))
+        p = jnp.exp(_scores(q_i, k_j, documents, i, j, scale) - _block(logsumexp, i, block))
         dp = jnp.einsum('bkgth,bksh->bkgts', do_i, v_j, **f32)
         ds = (p * (dp - _block(delta, i, block)) * scale).astype(q.dtype)
         p = p.astype(q.dtype)
@@ -175,7 +208,7 @@ def _attention_backward(scale: float, block: int, saved: tuple, d_out: Array):
 
     start = tuple(jnp.zeros_like(x, dtype=jnp.float32) for x in (q, k, v))
     (dq, dk, dv), _ = lax.scan(step, start, pairs)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
 causal_attention.defvjp(_attention_forward, _attention_backward)
@@ -201,7 +234,7 @@ def mla_params(cfg: ModelConfig) -> Tree:
     }
 
 
-def mla(params: Tree, x_BTD: Array, table: tuple[Array, Array], cfg: ModelConfig) -> Array:
+def mla(params: Tree, x_BTD: Array, table: Positions, cfg: ModelConfig) -> Array:
     """Multi-head latent attention (DeepSeek-V2, section 2.1; q_rank = 0 leaves the query whole).
 
     Keys and values rise from one latent of R numbers a token; position enters through H_rope
@@ -229,12 +262,17 @@ def mla(params: Tree, x_BTD: Array, table: tuple[Array, Array], cfg: ModelConfig
     k_nope_BNSH = to_heads(latent_BSR, w['w_k_up'])
     v_BNSH = to_heads(latent_BSR, w['w_v_up'])
     k_rope_BNSH = jnp.broadcast_to(
-        rope(k_rope_BSH, table)[:, None], (*k_nope_BNSH.shape[:-1], cfg.rope_dim)
+        rope(k_rope_BSH[:, None], table), (*k_nope_BNSH.shape[:-1], cfg.rope_dim)
     )
     q_BNTH = jnp.concatenate((q_nope_BNTH, rope(q_rope_BNTH, table)), axis=-1)
     k_BNSH = jnp.concatenate((k_nope_BNSH, k_rope_BNSH), axis=-1)
     out_BNTH = causal_attention(
-        q_BNTH[:, :, None], k_BNSH, v_BNSH, attention_scale(cfg), cfg.attention_block
+        q_BNTH[:, :, None],
+        k_BNSH,
+        v_BNSH,
+        table.documents,
+        attention_scale(cfg),
+        cfg.attention_block,
     )[:, :, 0]
     return reduce_scatter(from_heads(out_BNTH, w['w_o']), TP, 1)
 
@@ -251,7 +289,7 @@ def gqa_params(cfg: ModelConfig) -> Tree:
     }
 
 
-def gqa(params: Tree, x_BTD: Array, table: tuple[Array, Array], cfg: ModelConfig) -> Array:
+def gqa(params: Tree, x_BTD: Array, table: Positions, cfg: ModelConfig) -> Array:
     """Grouped-query attention (Ainslie et al. 2023); n_kv_heads = n_heads is multi-head, 1 is
     multi-query, whose single key and value are made on the local positions and then gathered.
     x_BTD: [B, T/tp, D] -> the same.
@@ -271,7 +309,9 @@ def gqa(params: Tree, x_BTD: Array, table: tuple[Array, Array], cfg: ModelConfig
     q_BNTH, k_BKSH = rope(q_BNTH, table), rope(k_BKSH, table)
     B, N, T, H = q_BNTH.shape
     q_BKGTH = q_BNTH.reshape(B, k_BKSH.shape[1], -1, T, H)
-    out_BKGTH = causal_attention(q_BKGTH, k_BKSH, v_BKSH, attention_scale(cfg), cfg.attention_block)
+    out_BKGTH = causal_attention(
+        q_BKGTH, k_BKSH, v_BKSH, table.documents, attention_scale(cfg), cfg.attention_block
+    )
     out_BNTH = out_BKGTH.reshape(B, N, T, H)
     return reduce_scatter(from_heads(out_BNTH, w['w_o']), TP, 1)
 

@@ -292,6 +292,8 @@ def run(
         return {}
     checkpoints.clean()
     loader, sources, encoding = open_data(config)
+    if config.data.isolate_documents:
+        config.model.document_end = encoding.eot_token
     mesh = make_mesh(config.mesh)
     n_params = count(declared_params(config))
     writer.say(f'{n_params:,} parameters · {loader.n_tokens:,} tokens · workdir {workdir}')
