@@ -13,8 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from layers import ModelConfig, gain, linear, rms_norm
-from parallel import FSDP, TP, Array, P, Param, Tree, all_gather, normal, reduce_scatter, unshard
+from layers import ModelConfig, gain, linear, rms_norm, weight
+from parallel import (
+    FSDP,
+    TP,
+    Array,
+    Deferred,
+    P,
+    Tree,
+    all_gather,
+    reduce_scatter,
+    unshard,
+)
 
 
 def rope_frequencies(cfg: ModelConfig) -> np.ndarray:
@@ -55,16 +65,16 @@ def rope(x: Array, table: tuple[Array, Array]) -> Array:
     return jnp.concatenate((a * cos - b * sin, b * cos + a * sin), axis=-1).astype(x.dtype)
 
 
-def to_heads(x_BTI: Array, w_INH: Array) -> Array:
+def to_heads(x_BTI: Array, w_INH: Array | Deferred) -> Array:
     """A projection to heads: [B, T, I], [I, N, H] -> [B, N, T, H]."""
-    x_BTO = linear(x_BTI, w_INH.reshape(w_INH.shape[0], -1))
+    x_BTO = linear(x_BTI, w_INH)
     return x_BTO.reshape(*x_BTI.shape[:2], *w_INH.shape[1:]).swapaxes(1, 2)
 
 
-def from_heads(x_BNTH: Array, w_NHD: Array) -> Array:
+def from_heads(x_BNTH: Array, w_NHD: Array | Deferred) -> Array:
     """The output projection: [B, N, T, H], [N, H, D] -> [B, T, D]."""
     B, N, T, H = x_BNTH.shape
-    return linear(x_BNTH.swapaxes(1, 2).reshape(B, T, N * H), w_NHD.reshape(N * H, -1))
+    return linear(x_BNTH.swapaxes(1, 2).reshape(B, T, N * H), w_NHD)
 
 
 _MASKED = -1e30  # finite, so that a row without a visible key in one block yields no NaN
@@ -216,18 +226,18 @@ def mla_params(cfg: ModelConfig) -> Tree:
     Hn, Hr, Hv = cfg.nope_dim, cfg.rope_dim, cfg.v_dim
     if Rq:
         query = {
-            'w_q_down': Param((D, Rq), P(FSDP, None), normal(D**-0.5)),
+            'w_q_down': weight((D, Rq), P(FSDP, None), D**-0.5),
             'q_norm': gain(Rq),
-            'w_q_up': Param((Rq, N, Hn + Hr), P(FSDP, TP, None), normal(Rq**-0.5)),
+            'w_q_up': weight((Rq, N, Hn + Hr), P(FSDP, TP, None), Rq**-0.5),
         }
     else:
-        query = {'w_q': Param((D, N, Hn + Hr), P(FSDP, TP, None), normal(D**-0.5))}
+        query = {'w_q': weight((D, N, Hn + Hr), P(FSDP, TP, None), D**-0.5)}
     return query | {
-        'w_kv_down': Param((D, R + Hr), P(FSDP, None), normal(D**-0.5)),
+        'w_kv_down': weight((D, R + Hr), P(FSDP, None), D**-0.5),
         'kv_norm': gain(R),
-        'w_k_up': Param((R, N, Hn), P(FSDP, TP, None), normal(R**-0.5)),
-        'w_v_up': Param((R, N, Hv), P(FSDP, TP, None), normal(R**-0.5)),
-        'w_o': Param((N, Hv, D), P(TP, None, FSDP), normal((2 * cfg.n_layers * N * Hv) ** -0.5)),
+        'w_k_up': weight((R, N, Hn), P(FSDP, TP, None), R**-0.5),
+        'w_v_up': weight((R, N, Hv), P(FSDP, TP, None), R**-0.5),
+        'w_o': weight((N, Hv, D), P(TP, None, FSDP), (2 * cfg.n_layers * N * Hv) ** -0.5),
     }
 
 
@@ -312,10 +322,10 @@ def gqa_params(cfg: ModelConfig) -> Tree:
     heads = TP if K > 1 else None
     norms = {'q_norm': gain(H), 'k_norm': gain(H)} if cfg.qk_norm else {}
     return norms | {
-        'w_q': Param((D, N, H), P(FSDP, TP, None), normal(D**-0.5)),
-        'w_k': Param((D, K, H), P(FSDP, heads, None), normal(D**-0.5)),
-        'w_v': Param((D, K, H), P(FSDP, heads, None), normal(D**-0.5)),
-        'w_o': Param((N, H, D), P(TP, None, FSDP), normal((2 * cfg.n_layers * N * H) ** -0.5)),
+        'w_q': weight((D, N, H), P(FSDP, TP, None), D**-0.5),
+        'w_k': weight((D, K, H), P(FSDP, heads, None), D**-0.5),
+        'w_v': weight((D, K, H), P(FSDP, heads, None), D**-0.5),
+        'w_o': weight((N, H, D), P(TP, None, FSDP), (2 * cfg.n_layers * N * H) ** -0.5),
     }
 
 

@@ -38,9 +38,9 @@ from parallel import (
     all_gather,
     broadcast,
     free_axes,
+    is_param,
     map_params,
     replicate,
-    spec_axes,
     specs,
     varying,
 )
@@ -119,12 +119,24 @@ def decoding_config(cfg: ModelConfig) -> ModelConfig:
     )  # fmt: skip
 
 
+def chunks_of(params: Tree, cfg: ModelConfig) -> int:
+    """How many chunks a stage of the pipeline had that these parameters were laid out for."""
+    declared = model_params(cfg)
+    found, plain = (jax.tree.leaves(x['blocks'], is_leaf=is_param)[0] for x in (params, declared))
+    return 1 if found.ndim == len(plain.shape) else found.shape[0]
+
+
 def block_at(blocks: Tree, declared: Tree, i: Array) -> Tree:
     """The parameters of block i, from the pipeline stage that holds it."""
 
     def leaf(p: Param, x: Array) -> Array:
-        own = lax.dynamic_index_in_dim(x, i % x.shape[0], keepdims=False)
-        return broadcast(own, PP, i // x.shape[0]) if PP in spec_axes(p.spec) else own
+        if PP not in p.spec[:2]:
+            return lax.dynamic_index_in_dim(x, i, keepdims=False)
+        if p.spec[0] == PP:
+            x = x[None]  # a single chunk
+        n = x.shape[1]  # blocks of a chunk of a stage; see `parallel.stacked`
+        chunk, stage = jnp.divmod(i // n, lax.axis_size(PP))
+        return broadcast(x[chunk, i % n], PP, stage)
 
     return map_params(leaf, declared, blocks)
 
@@ -142,7 +154,7 @@ def run_layers(
     the cache's its leaves are stacked over blocks. The cache is only read: one write after the
     scans leaves it where it is, a write in each layer could make the compiler copy it.
     """
-    declared, kept = model_params(cfg), {}
+    declared, kept = model_params(cfg, chunks_of(params, cfg)), {}
     key = jax.random.key(0)  # of dropout, which is off
     groups = {'first': ('dense',)} if cfg.first_dense else {}
     for group, kinds in (groups | {'blocks': cfg.block}).items():
@@ -230,9 +242,13 @@ def _place(state: Tree, logits_BV: Array, rules: Tree, sampling: Sampling) -> Tr
     return state | {'token': token_B, 'done': done_B}
 
 
+def _varying_params(params: Tree, cfg: ModelConfig) -> Tree:
+    declared = model_params(cfg, chunks_of(params, cfg))
+    return map_params(lambda p, x: varying(x, free_axes(p.spec)), declared, params)
+
+
 def _prefill(params, ids_BT, lengths_B, limits_B, rules, *, cfg, sampling, context):
-    declared = model_params(cfg)
-    params = map_params(lambda p, x: varying(x, free_axes(p.spec)), declared, params)
+    params = _varying_params(params, cfg)
     ids_BT, lengths_B, limits_B = (varying(x, TP) for x in (ids_BT, lengths_B, limits_B))
     rules = jax.tree.map(lambda x: varying(x, AXES), rules)
     logits_BV, cache = prefill_logits(params, ids_BT, lengths_B, cfg, context)
@@ -242,8 +258,7 @@ def _prefill(params, ids_BT, lengths_B, limits_B, rules, *, cfg, sampling, conte
 
 
 def _decode(params, state, rules, *, cfg, sampling, n_tokens):
-    declared = model_params(cfg)
-    params = map_params(lambda p, x: varying(x, free_axes(p.spec)), declared, params)
+    params = _varying_params(params, cfg)
     rules = jax.tree.map(lambda x: varying(x, AXES), rules)
 
     def step(state: Tree, _: None):
@@ -267,11 +282,11 @@ def _shown(tokens_BT: Array, done_B: Array) -> Array:
 
 @functools.cache
 def programs(
-    cfg: ModelConfig, mesh: Mesh, sampling: Sampling, context: int, n_tokens: int
+    cfg: ModelConfig, chunks: int, mesh: Mesh, sampling: Sampling, context: int, n_tokens: int
 ) -> tuple[Callable, Callable]:
     """jitted prefill (params, ids_BT, lengths_B, limits_B, rules) -> (state, tokens and ends), and
     decode (params, state, rules) -> the same for n_tokens more; the state's buffers are donated."""
-    params = specs(model_params(cfg))
+    params = specs(model_params(cfg, chunks))
     prefill = functools.partial(_prefill, cfg=cfg, sampling=sampling, context=context)
     decode = functools.partial(_decode, cfg=cfg, sampling=sampling, n_tokens=n_tokens)
     shard = functools.partial(jax.shard_map, mesh=mesh, out_specs=(STATE, P()))
@@ -360,7 +375,8 @@ def stream(
     rules = jax.tree.map(lambda x: put(x, P()), rules)
     rows = (put(x, P(ROWS)) for x in (ids_BT, lengths_B, limits_B))
 
-    prefill, decode = programs(cfg, mesh, sampling, lengths[-1], n_tokens)
+    chunks = chunks_of(params, cfg)
+    prefill, decode = programs(cfg, chunks, mesh, sampling, lengths[-1], n_tokens)
     state, shown = prefill(params, *rows, rules)
     running = True
     while running:

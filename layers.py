@@ -19,6 +19,7 @@ from parallel import (
     FSDP,
     TP,
     Array,
+    Deferred,
     P,
     Param,
     Tree,
@@ -90,6 +91,11 @@ def gain(size: int) -> Param:
     return Param((size,), P(None), ones, matrix=False)
 
 
+def weight(shape: tuple[int, ...], spec: P, std: float) -> Param:
+    """The weight of a `linear`."""
+    return Param(shape, spec, normal(std), linear=True)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rms_norm(x: Array, gain: Array, eps: float) -> Array:
     """x / rms(x) · gain over the last dimension, in float32 (Zhang & Sennrich 2019).
@@ -117,17 +123,17 @@ rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
 @jax.custom_vjp
-def linear(x_BTI: Array, w_IO: Array) -> Array:
+def _matmul(x_BTI: Array, w_IO: Array) -> Array:
     """x w. Its weight gradient is written so that the narrower operand is the one transposed:
     XLA:CPU would else copy the wide one, a third of a SwiGLU's time."""
     return jnp.einsum('bti,io->bto', x_BTI, w_IO)
 
 
-def _linear_forward(x_BTI: Array, w_IO: Array):
-    return linear(x_BTI, w_IO), (x_BTI, w_IO)
+def _matmul_forward(x_BTI: Array, w_IO: Array):
+    return _matmul(x_BTI, w_IO), (x_BTI, w_IO)
 
 
-def _linear_backward(saved: tuple[Array, Array], d_BTO: Array):
+def _matmul_backward(saved: tuple[Array, Array], d_BTO: Array):
     x_BTI, w_IO = saved
     rows = (((0, 1), (0, 1)), ((), ()))
     if w_IO.shape[0] <= w_IO.shape[1]:
@@ -137,7 +143,43 @@ def _linear_backward(saved: tuple[Array, Array], d_BTO: Array):
     return jnp.einsum('bto,io->bti', d_BTO, w_IO), dw_IO
 
 
-linear.defvjp(_linear_forward, _linear_backward)
+_matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+@jax.custom_vjp
+def _deferred_matmul(x_BTI: Array, w_IO: Array, sink: tuple[Array, Array]) -> Array:
+    """x w, where backward leaves what the weight gradient takes in the sink (see `Deferred`)."""
+    return _matmul(x_BTI, w_IO)
+
+
+def _deferred_backward(saved: tuple[Array, Array], d_BTO: Array):
+    x_BTI, w_IO = saved
+    return jnp.einsum('bto,io->bti', d_BTO, w_IO), None, (x_BTI, d_BTO)
+
+
+_deferred_matmul.defvjp(lambda x, w, _: (_matmul(x, w), (x, w)), _deferred_backward)
+
+
+def linear(x_BTI: Array, w: Array | Deferred) -> Array:
+    """x w: [B, T, I] -> [B, T, O]. A weight of more dimensions counts as [I, O]."""
+    if not isinstance(w, Deferred):
+        return _matmul(x_BTI, w.reshape(x_BTI.shape[-1], -1))
+    w_IO = w.array.reshape(x_BTI.shape[-1], -1)
+    if w.sink is not None:
+        return _deferred_matmul(x_BTI, w_IO, w.sink)
+    out_BTO = _matmul(x_BTI, w_IO)
+    w.seen.sink = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x_BTI, out_BTO))
+    return out_BTO
+
+
+def linear_weight_gradient(p: Param, shard: Array, x_BTI: Array, d_BTO: Array) -> Array:
+    """The gradient of a layer's weight from the input and output gradient of its `linear`, with
+    the reduce-scatter over fsdp that is the transpose of `unshard`; shaped like the shard."""
+
+    def f(shard: Array) -> Array:
+        return linear(x_BTI, unshard({'w': shard}, {'w': p}, x_BTI.dtype)['w'])
+
+    return jax.vjp(f, shard)[1](d_BTO)[0]
 
 
 def dropout(x_BTD: Array, rate: float, key: Array) -> Array:
@@ -176,9 +218,9 @@ gated.defvjp(lambda gate, up: (gated(gate, up), (gate, up)), _gated_backward)
 def swiglu_params(cfg: ModelConfig, d_ff: int) -> Tree:
     D, F = cfg.d_model, d_ff
     return {
-        'w_gate': Param((D, F), P(FSDP, TP), normal(D**-0.5)),
-        'w_up': Param((D, F), P(FSDP, TP), normal(D**-0.5)),
-        'w_down': Param((F, D), P(TP, FSDP), normal((2 * cfg.n_layers * F) ** -0.5)),
+        'w_gate': weight((D, F), P(FSDP, TP), D**-0.5),
+        'w_up': weight((D, F), P(FSDP, TP), D**-0.5),
+        'w_down': weight((F, D), P(TP, FSDP), (2 * cfg.n_layers * F) ** -0.5),
     }
 
 

@@ -215,11 +215,11 @@ def block_params(cfg: ModelConfig, kinds: tuple[str, ...]) -> Tree:
     return {name: layer_params(cfg, kind) for name, kind in zip(names, kinds, strict=True)}
 
 
-def model_params(cfg: ModelConfig) -> Tree:
-    """The declaration of every parameter of the model."""
+def model_params(cfg: ModelConfig, chunks: int = 1) -> Tree:
+    """The declaration of every parameter of the model; `chunks` as in `stacked`."""
     params = {
         'embed': vocab_matrix(cfg, 0.02),
-        'blocks': stacked(block_params(cfg, cfg.block), cfg.n_blocks, PP),
+        'blocks': stacked(block_params(cfg, cfg.block), cfg.n_blocks, PP, chunks),
         'final_norm': gain(cfg.d_model),
     }
     if cfg.first_dense:
@@ -252,14 +252,10 @@ def head_weight(params: Tree, cfg: ModelConfig) -> Array:
     return unshard(head, vocab_matrix(cfg, 0), jnp.dtype(cfg.compute_dtype))['w_VD']
 
 
-def token_loss(
-    params: Tree, x_BTD: Array, labels_BT: Array, cfg: ModelConfig
-) -> tuple[Array, Array]:
-    """`cross_entropy` of the last x_BTD: [B, T/tp, D] against labels_BT: int32 [B, T/tp]."""
-    x_BTD = rms_norm(x_BTD, params['final_norm'], cfg.norm_eps)
-    w_VD = head_weight(params, cfg)
-    x_TD, labels_T = x_BTD.reshape(-1, cfg.d_model), labels_BT.reshape(-1)
-    return cross_entropy(x_TD, w_VD, labels_T, cfg.z_loss, cfg.loss_chunk)
+def token_loss(params: Tree, x_TD: Array, labels_T: Array, cfg: ModelConfig) -> tuple[Array, Array]:
+    """`cross_entropy` of the last block's output, any tokens of this device: [T, D] and [T]."""
+    x_TD = rms_norm(x_TD, params['final_norm'], cfg.norm_eps)
+    return cross_entropy(x_TD, head_weight(params, cfg), labels_T, cfg.z_loss, cfg.loss_chunk)
 
 
 def loss(
@@ -274,7 +270,8 @@ def loss(
     ids_BT, labels_BT = jnp.maximum(tokens_BT[:, :-1], 0), tokens_BT[:, 1:]
     x_BTD, stats = hidden_states(params, ids_BT, cfg, key)
     labels_BT = local_slice(labels_BT, TP, 1)  # B T -> B T/tp
-    total, nll = token_loss(params, x_BTD, labels_BT, cfg)
+    x_TD, labels_T = x_BTD.reshape(-1, cfg.d_model), labels_BT.reshape(-1)
+    total, nll = token_loss(params, x_TD, labels_T, cfg)
     router, stats = split_router_loss(stats)
     return total, (nll, router, stats)
 

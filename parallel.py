@@ -1,5 +1,7 @@
 """Mesh axes, parameter declarations, and every collective that the model uses.
 
+    python parallel.py --schedule=zero_bubble --stages=4 --microbatches=8   # prints its diagram
+
 All of the model runs inside one `jax.shard_map`. Two conventions make its gradients right:
 
 1.  Inside, every value counts as *varying* over every mesh axis. Parameters are made so once per
@@ -13,12 +15,14 @@ gradient of a parameter is the sum of the local gradients over the axes that do 
 
 import dataclasses
 import math
+import sys
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from absl import app, flags
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -73,7 +77,8 @@ class Param:
     `shape` is the global shape, `spec` says which mesh axes shard which dimension. `matrix` tells
     weights from gains: weights are decayed, and cast to the compute type where they are used.
     `trainable=False`: the optimizer leaves it alone. `use` is the share of it that a token meets,
-    experts per token / experts for a routed expert.
+    experts per token / experts for a routed expert. `linear` says that nothing but one
+    `layers.linear` a layer uses it, so that it may be `Deferred`.
     """
 
     shape: tuple[int, ...]
@@ -82,6 +87,34 @@ class Param:
     matrix: bool = True
     trainable: bool = True
     use: float = 1.0
+    linear: bool = False
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Deferred:
+    """A weight whose gradient is computed later, from what its `linear` leaves in `sink`.
+
+    The forward pass ignores the sink: zeros, shaped like the input and the output of the linear
+    layer. In the backward pass, the "gradient" of the sink is that input and the gradient of that
+    output; the weight itself receives none. Sinks are stacked, scanned and rematerialized like
+    parameters, so that no code between the stage and its linear layers knows of them. Without a
+    sink, `linear` notes in `seen` what it would have to be.
+    """
+
+    array: Array
+    sink: tuple[Array, Array] | None
+    seen: 'Seen | None' = dataclasses.field(default=None, metadata={'static': True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+
+class Seen:
+    """Shapes and types of the sink of a `Deferred`, once its linear layer has been traced."""
+
+    sink: tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct] | None = None
 
 
 def is_param(x: Any) -> bool:
@@ -93,18 +126,21 @@ def map_params(f: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     return jax.tree.map(f, tree, *rest, is_leaf=is_param)
 
 
-def stacked(tree: Tree, n: int, axis: str | None) -> Tree:
+def stacked(tree: Tree, n: int, axis: str | None, chunks: int = 1) -> Tree:
     """`n` layers' parameters in one tree: a leading dimension, sharded over `axis`.
 
+    Where pipeline stages have several chunks, [chunks, n / chunks]: chunk c of stage s then holds
+    the layers of virtual stage c · stages + s, and the layers' order in memory stays their order.
     Layer i is drawn from a key of its own, so its values do not depend on the number of layers.
     """
+    front, axes = ((n,), (axis,)) if chunks == 1 else ((chunks, n // chunks), (None, axis))
 
     def stack(p: Param) -> Param:
         def init(key: Array, shape: tuple[int, ...]) -> Array:
-            keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(shape[0]))
-            return jax.vmap(lambda k: p.init(k, shape[1:]))(keys)
+            keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(n))
+            return jax.vmap(lambda k: p.init(k, p.shape))(keys).reshape(shape)
 
-        return dataclasses.replace(p, shape=(n, *p.shape), spec=P(axis, *p.spec), init=init)
+        return dataclasses.replace(p, shape=(*front, *p.shape), spec=P(*axes, *p.spec), init=init)
 
     return map_params(stack, tree)
 
@@ -232,29 +268,74 @@ def broadcast(x: Array, axis: str, source: Array) -> Array:
     return psum(jnp.where(lax.axis_index(axis) == source, x, 0), axis)
 
 
+def shift(x: Array, axis: str, by: int) -> Array:
+    """Layout: unchanged; device i's x goes to device i + by of the axis, around its ring.
+
+    Forward: a collective permute, size bytes. Backward: one the other way, as many.
+    """
+    n = lax.axis_size(axis)
+    return lax.ppermute(x, axis, [(i, (i + by) % n) for i in range(n)])
+
+
 def local_slice(x: Array, axis: Axis, dim: int) -> Array:
     """Layout: dim, the same on all devices of the axis -> dim/n. Nothing moves."""
     size = x.shape[dim] // lax.axis_size(axis)
     return lax.dynamic_slice_in_dim(x, lax.axis_index(axis) * size, size, dim)
 
 
+def fsdp_dim(p: Param) -> int | None:
+    """The dimension that fsdp shards."""
+    for dim, entry in enumerate(p.spec):
+        if entry is not None and FSDP in (entry if isinstance(entry, tuple) else (entry,)):
+            return dim
+    return None
+
+
 def unshard(params: Tree, declared: Tree, dtype: jnp.dtype) -> Tree:
     """One layer's weights, ready for use: cast to the compute type, *then* gathered over `fsdp`.
 
-    Layout: the dimension that `fsdp` shards, D/fsdp -> D; shards over `tp` and `ep` stay.
+    Layout: the dimension that `fsdp` shards, D/fsdp -> D; shards over `tp` and `ep` stay. Weights
+    that come whole, from `gather_ahead`, stay as they are.
     Forward: all-gather over fsdp in `dtype`, size·(n-1)/n bytes, half of what float32 takes.
     Backward: reduce-scatter of the gradients in `dtype`, as many. Gains stay float32.
     """
 
-    def leaf(p: Param, x: Array) -> Array:
+    def leaf(p: Param, x: Array | Deferred) -> Array | Deferred:
+        if isinstance(x, Deferred):
+            return dataclasses.replace(x, array=leaf(p, x.array))
         if p.matrix:
             x = x.astype(dtype)
-        for dim, entry in enumerate(p.spec):
-            if entry is not None and FSDP in (entry if isinstance(entry, tuple) else (entry,)):
-                x = all_gather(x, FSDP, dim)
-        return x
+        dim = fsdp_dim(p)
+        if dim is None or (x.shape[dim] == p.shape[dim] and lax.axis_size(FSDP) > 1):
+            return x
+        return all_gather(x, FSDP, dim)
 
     return map_params(leaf, declared, params)
+
+
+def gather_ahead(params: Tree, declared: Tree, dtype: jnp.dtype) -> Tree:
+    """All weights that fsdp shards, whole and in the compute type, for all uses of a step.
+
+    Layout and bytes as in `unshard`, but once a step instead of twice a microbatch; the price is
+    that the device holds its layers' weights whole, and their gradients in float32.
+    """
+
+    def leaf(p: Param, x: Array) -> Array:
+        return x if fsdp_dim(p) is None else all_gather(x.astype(dtype), FSDP, fsdp_dim(p))
+
+    return map_params(leaf, declared, params)
+
+
+def scatter_gradients(grads: Tree, declared: Tree) -> Tree:
+    """The gradients of weights that `gather_ahead` gathered, summed over fsdp, each its shard.
+
+    Moves: a reduce-scatter in float32 once a step, size·(n-1)/n bytes. Not differentiated.
+    """
+
+    def leaf(p: Param, g: Array) -> Array:
+        return g if fsdp_dim(p) is None else reduce_scatter(g, FSDP, fsdp_dim(p))
+
+    return map_params(leaf, declared, grads)
 
 
 def sum_gradients(grads: Tree, declared: Tree) -> Tree:
@@ -298,3 +379,31 @@ def global_sum_of_squares(tree: Tree, declared: Tree) -> Array:
         return varying(jnp.sum(jnp.square(x)) / lax.axis_size(free), free)
 
     return global_sum(sum(jax.tree.leaves(map_params(leaf, declared, tree))))
+
+
+# ---------------------------------------------------------------------------------------------
+# The command: prints a pipeline schedule
+# ---------------------------------------------------------------------------------------------
+
+
+def main(_: Sequence[str]) -> None:
+    from schedules import describe, make_schedule  # training without a pipeline needs no tables
+
+    flag = flags.FLAGS
+    costs = (flag.cost_f, flag.cost_b, flag.cost_w)
+    try:
+        schedule = make_schedule(flag.schedule, flag.stages, flag.microbatches, flag.chunks, costs)
+    except ValueError as error:
+        sys.exit(str(error))
+    print(describe(schedule, costs))
+
+
+if __name__ == '__main__':
+    flags.DEFINE_string('schedule', '1f1b', 'gpipe, 1f1b, interleaved or zero_bubble.')
+    flags.DEFINE_integer('stages', 4, 'Pipeline stages.')
+    flags.DEFINE_integer('microbatches', 8, 'Microbatches of a step.')
+    flags.DEFINE_integer('chunks', 1, 'Virtual stages a stage (interleaved).')
+    flags.DEFINE_float('cost_f', 1.0, 'Time of a forward of one microbatch on one stage.')
+    flags.DEFINE_float('cost_b', 1.0, 'Time of its input gradients; 2 with recomputation.')
+    flags.DEFINE_float('cost_w', 1.0, 'Time of its weight gradients.')
+    app.run(main)

@@ -181,7 +181,8 @@ def _read_ranks(path: str) -> dict[bytes, int]:
 
 
 def stdlib_files() -> tuple[list[tuple[str, str]], int]:
-    """The source of the running Python's standard library, without its tests.
+    """The source of the running Python's standard library, without its tests and without what
+    differs between machines.
 
     Returns (name, path) pairs in the order of their names, which are paths relative to the
     library with '/', and the number of files left out because they are not UTF-8.
@@ -193,7 +194,8 @@ def stdlib_files() -> tuple[list[tuple[str, str]], int]:
         folders[:] = [name for name in folders if name not in skip]
         for name in names:
             path = os.path.join(folder, name)
-            if not name.endswith('.py'):
+            # _sysconfigdata_*.py holds the paths and flags of this one machine's build.
+            if not name.endswith('.py') or name.startswith('_sysconfigdata_'):
                 continue
             try:
                 _read_text(path)

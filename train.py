@@ -23,37 +23,15 @@ import jax.numpy as jnp
 import numpy as np
 import tiktoken
 from absl import app, flags
-from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict, config_flags
 
 import data
-from layers import ModelConfig
-from model import flops_per_token, loss, model_params
-from moe import update_biases
-from optimizer import adamw, adamw_init, clip_by_global_norm, learning_rate
-from parallel import (
-    BATCH,
-    PP,
-    TP,
-    Array,
-    P,
-    Param,
-    Tree,
-    count,
-    free_axes,
-    global_sum,
-    init_params,
-    make_mesh,
-    map_params,
-    psum,
-    replicate,
-    specs,
-    sum_gradients,
-    varying,
-)
+from model import flops_per_token
+from parallel import Array, P, Tree, count, make_mesh
+from steps import init_state, lower_train_step, make_eval_step, put_batch
 from tokenizer import token_bytes
-from validation import model_config, optimizer_config, validate
+from validation import declared_params, model_config, validate
 
 # Dense bfloat16 FLOP/s of one jax device, by device_kind: the vendors' data sheets.
 PEAK_FLOPS = {
@@ -66,144 +44,6 @@ PEAK_FLOPS = {
     'NVIDIA H100 80GB HBM3': 989e12,
     'NVIDIA H200': 989e12,
 }
-
-
-# ---------------------------------------------------------------------------------------------
-# The step
-# ---------------------------------------------------------------------------------------------
-
-
-def state_specs(declared: Tree) -> Tree:
-    p = specs(declared)
-    return {'params': p, 'moments': {'m': p, 'v': p}, 'step': P()}
-
-
-def init_state(config: ConfigDict, mesh: Mesh) -> Tree:
-    """Parameters, moments and the step number, on their devices."""
-    declared = model_params(model_config(config))
-    params = init_params(jax.random.key(config.seed), declared, mesh)
-    step = jax.device_put(jnp.zeros((), jnp.int32), NamedSharding(mesh, P()))
-    return {'params': params, 'moments': adamw_init(params), 'step': step}
-
-
-def gradients(
-    params: Tree, tokens_MBT: Array, key: Array, declared: Tree, cfg: ModelConfig
-) -> tuple[Tree, dict[str, Array]]:
-    """Gradient of the mean loss over all valid targets of the step's global batch, and metrics.
-
-    tokens_MBT: int32, this device's rows of each microbatch. The microbatches run one after the
-    other and their gradients add up in float32; then, once, those of the devices do.
-    """
-    tokens_MBT = varying(tokens_MBT, (PP, TP))
-    params = map_params(lambda p, x: varying(x, free_axes(p.spec)), declared, params)
-    n_targets = psum(jnp.sum(tokens_MBT[..., 1:] >= 0), BATCH).astype(jnp.float32)
-
-    n_microbatches = tokens_MBT.shape[0]
-
-    def loss_share(params: Tree, tokens_BT: Array, i: Array) -> tuple[Array, tuple]:
-        total, (nll, router, stats) = loss(params, tokens_BT, cfg, jax.random.fold_in(key, i))
-        return total / n_targets + router / n_microbatches, (nll / n_targets, stats)
-
-    def accumulate(carry: tuple[Tree, Array], microbatch: tuple[Array, Array]):
-        grads, nll_sum = carry
-        (_, (nll, stats)), new = jax.value_and_grad(loss_share, has_aux=True)(params, *microbatch)
-        return (jax.tree.map(jnp.add, grads, new), nll_sum + nll), stats
-
-    start = (jax.tree.map(jnp.zeros_like, params), jnp.zeros_like(n_targets))
-    (grads, nll), stats = lax.scan(accumulate, start, (tokens_MBT, jnp.arange(n_microbatches)))
-    stats = jax.tree.map(lambda x: lax.psum(jnp.sum(x, axis=0), (*BATCH, TP)), stats)
-    return sum_gradients(grads, declared), {'loss': global_sum(nll), 'router': stats}
-
-
-def make_train_step(config: ConfigDict, mesh: Mesh) -> Callable[[Tree, Array], tuple[Tree, dict]]:
-    """jitted (state, tokens_MBT) -> (state, metrics); the state's buffers are donated."""
-    cfg, optimizer = model_config(config), optimizer_config(config)
-    declared = model_params(cfg)
-
-    def train_step(state: Tree, tokens_MBT: Array) -> tuple[Tree, dict[str, Array]]:
-        key = jax.random.fold_in(jax.random.key(config.seed), state['step'])
-        grads, metrics = gradients(state['params'], tokens_MBT, key, declared, cfg)
-        grads, norm = clip_by_global_norm(grads, declared, optimizer.clip_norm)
-        params, moments = adamw(
-            state['params'], grads, state['moments'], state['step'], declared, optimizer
-        )
-        params['blocks'] = update_biases(params['blocks'], metrics['router'], cfg.bias_rate)
-        metrics['router'] = jax.tree.map(lambda x: replicate(x, PP, 0), metrics['router'])
-        metrics |= {'grad_norm': norm, 'lr': learning_rate(state['step'], optimizer)}
-        return {'params': params, 'moments': moments, 'step': state['step'] + 1}, metrics
-
-    sharded = jax.shard_map(
-        train_step,
-        mesh=mesh,
-        in_specs=(state_specs(declared), P(None, BATCH)),
-        out_specs=(state_specs(declared), P()),
-        check_vma=config.check_vma,
-    )
-    return jax.jit(sharded, donate_argnums=0)
-
-
-def lower_train_step(config: ConfigDict, mesh: Mesh) -> jax.stages.Lowered:
-    """The step, lowered for a mesh whose devices need not be there."""
-    declared = model_params(model_config(config))
-
-    def like(p: Param) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=NamedSharding(mesh, p.spec))
-
-    params = map_params(like, declared)
-    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
-    M, B = config.microbatches, config.batch_size // config.microbatches
-    sharding = NamedSharding(mesh, P(None, BATCH))
-    tokens = jax.ShapeDtypeStruct((M, B, config.seq_len + 1), jnp.int32, sharding=sharding)
-    state = {'params': params, 'moments': {'m': params, 'v': params}, 'step': step}
-    return make_train_step(config, mesh).lower(state, tokens)
-
-
-def make_eval_step(config: ConfigDict, mesh: Mesh) -> Callable[[Tree, Array, Array], dict]:
-    """jitted (params, tokens_MBT, token_bytes_V) -> sums of nats, targets and text bytes."""
-    cfg = ModelConfig(**(vars(model_config(config)) | {'dropout': 0.0}))
-    declared = model_params(cfg)
-
-    def eval_step(params: Tree, tokens_MBT: Array, token_bytes_V: Array) -> dict[str, Array]:
-        tokens_MBT = varying(tokens_MBT, (PP, TP))
-        params = map_params(lambda p, x: varying(x, free_axes(p.spec)), declared, params)
-        key = jax.random.key(0)
-        nll_M = lax.map(lambda tokens_BT: loss(params, tokens_BT, cfg, key)[1][0], tokens_MBT)
-        labels = tokens_MBT[..., 1:]
-        n_bytes = jnp.where(labels >= 0, token_bytes_V[jnp.maximum(labels, 0)], 0)
-        alike = lax.axis_size((PP, TP))  # devices that hold the same rows
-        return {
-            'nats': global_sum(jnp.sum(nll_M)),
-            'targets': global_sum(jnp.sum(labels >= 0)) // alike,
-            'bytes': global_sum(jnp.sum(n_bytes)) // alike,
-        }
-
-    sharded = jax.shard_map(
-        eval_step,
-        mesh=mesh,
-        in_specs=(specs(declared), P(None, BATCH), P()),
-        out_specs=P(),
-        check_vma=config.check_vma,
-    )
-    return jax.jit(sharded)
-
-
-def put_batch(
-    batch_at: Callable[[int, slice], np.ndarray], i: int, config: ConfigDict, mesh: Mesh
-) -> Array:
-    """Batch i on the mesh: int32 [microbatches, batch_size / microbatches, seq_len + 1].
-
-    A process reads only the rows of its own devices, and each of them once.
-    """
-    M, B = config.microbatches, config.batch_size // config.microbatches
-
-    @functools.cache
-    def read(start: int, stop: int) -> np.ndarray:
-        return np.stack([batch_at(i, slice(m * B + start, m * B + stop)) for m in range(M)])
-
-    sharding = NamedSharding(mesh, P(None, BATCH))
-    return jax.make_array_from_callback(
-        (M, B, config.seq_len + 1), sharding, lambda index: read(*index[1].indices(B)[:2])
-    )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -260,15 +100,15 @@ class Writer:
 
 
 def make_evaluation(
-    config: ConfigDict, mesh: Mesh, batches: data.EvaluationSet, encoding: tiktoken.Encoding
-) -> Callable[[Tree], dict[str, float]]:
-    """params -> mean loss (nats a token) and bits a byte of text over the fixed evaluation set."""
+    config: ConfigDict, mesh: Mesh, encoding: tiktoken.Encoding
+) -> Callable[[Tree, data.EvaluationSet], dict[str, float]]:
+    """(params, a fixed evaluation set) -> mean loss (nats a token) and bits a byte of its text."""
     step = make_eval_step(config, mesh)
     bytes_V = np.zeros(config.model.vocab_size, np.int32)
     bytes_V[: encoding.n_vocab] = token_bytes(encoding)
     bytes_V = jax.device_put(bytes_V, NamedSharding(mesh, P()))
 
-    def evaluate(params: Tree) -> dict[str, float]:
+    def evaluate(params: Tree, batches: data.EvaluationSet) -> dict[str, float]:
         put = functools.partial(put_batch, config=config, mesh=mesh)
         sums = [step(params, put(batches.batch_at, i), bytes_V) for i in range(batches.n_batches)]
         nats, targets, n_bytes = (
@@ -294,19 +134,46 @@ def hours(seconds: float) -> str:
     return f'{minutes // 60}:{minutes % 60:02}:{seconds:02}'
 
 
-def open_data(config: ConfigDict) -> tuple[data.Split, data.Split]:
-    """The training and validation splits; raises ValueError if the vocabulary does not fit."""
-    path = config.data.path
-    if path == 'stdlib':
-        path = data.stdlib_corpus(config.data.tokenizer)
-    train, validation = data.Split(path, 'train'), data.Split(path, 'validation')
-    n_vocab = train.encoding().n_vocab
-    if n_vocab > config.model.vocab_size:
+def over_sources(
+    sources: list[data.Source], measure: Callable[[data.EvaluationSet], dict[str, float]]
+) -> dict[str, float]:
+    """What `measure` says, as the mean over the sources by their share of the training rows; with
+    several sources also that of each, as name/source."""
+    results = [measure(source.evaluation) for source in sources]
+    shares = [source.share for source in sources]
+    out = {
+        name: sum(share * result[name] for share, result in zip(shares, results, strict=True))
+        for name in results[0]
+    }
+    for source, result in zip(sources, results, strict=True):
+        if len(sources) > 1:
+            out |= {f'{name}/{source.name}': value for name, value in result.items()}
+    return out
+
+
+def open_data(
+    config: ConfigDict,
+) -> tuple[data.Loader | data.Mixture, list[data.Source], tiktoken.Encoding]:
+    """The training stream, its sources with their evaluation sets, and their tokenizer.
+
+    Raises ValueError if the vocabulary does not fit.
+    """
+    d = config.data
+    loader, sources = data.open_sources(
+        d.sources or (('data', d.path, 1.0),),
+        d.tokenizer,
+        config.batch_size,
+        config.seq_len,
+        config.seed,
+        config.eval.batches,
+    )
+    encoding = sources[0].evaluation.split.encoding()
+    if encoding.n_vocab > config.model.vocab_size:
         raise ValueError(
-            f'model.vocab_size={config.model.vocab_size} is below the {n_vocab} tokens of '
-            f'{train.tokenizer}; use {-(-n_vocab // 128) * 128}'
+            f'model.vocab_size={config.model.vocab_size} is below the {encoding.n_vocab} tokens of '
+            f'{encoding.name}; use {-(-encoding.n_vocab // 128) * 128}'
         )
-    return train, validation
+    return loader, sources, encoding
 
 
 def router_metrics(stats: Tree, config: ConfigDict, loads: bool) -> dict[str, Any]:
@@ -316,7 +183,9 @@ def router_metrics(stats: Tree, config: ConfigDict, loads: bool) -> dict[str, An
     metrics: dict[str, Any] = {}
     kinds, first = config.model.block, config.model.first_dense
     for name, layer_stats in stats.items():
+        # Pipeline stages of several chunks have them in front: [chunks, blocks, ...].
         s = {k: np.asarray(v, np.float64) for k, v in layer_stats.items()}
+        s = {k: v.reshape(-1, v.shape[-1]) if k == 'load' else v.reshape(-1) for k, v in s.items()}
         for block, load in enumerate(s['load']):
             layer = f'moe/{first + block * len(kinds) + int(name.partition("_")[0])}'
             metrics[f'{layer}/load_max_over_mean'] = load.max() / load.mean()
@@ -381,15 +250,11 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     """The whole run; returns its summary."""
     validate(config, jax.device_count())
     started = time.perf_counter()
-    train_split, validation_split = open_data(config)
-    loader = data.Loader(train_split, config.batch_size, config.seq_len, config.seed)
-    eval_set = data.EvaluationSet(
-        validation_split, config.batch_size, config.seq_len, config.eval.batches
-    )
+    loader, sources, encoding = open_data(config)
     mesh = make_mesh(config.mesh)
     writer = Writer(workdir, config)
-    n_params = count(model_params(model_config(config)))
-    writer.say(f'{n_params:,} parameters · {train_split.n_tokens:,} tokens · workdir {workdir}')
+    n_params = count(declared_params(config))
+    writer.say(f'{n_params:,} parameters · {loader.n_tokens:,} tokens · workdir {workdir}')
     progress = Progress(config, mesh, writer)
 
     put = functools.partial(put_batch, config=config, mesh=mesh)
@@ -397,8 +262,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     compile_start = time.perf_counter()
     train_step = lower_train_step(config, mesh).compile()
     writer.say(f'compiled in {time.perf_counter() - compile_start:.1f} s')
-    encoding = train_split.encoding()
-    evaluate = make_evaluation(config, mesh, eval_set, encoding)
+    evaluate = make_evaluation(config, mesh, encoding)
 
     evaluation: dict[str, float] = {}
     pending = None  # the metrics of the step before, fetched while the present one runs
@@ -415,20 +279,22 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
                 pending = None
             jax.block_until_ready(state)
             paused = time.perf_counter()
-            evaluation = evaluate(state['params'])
+            evaluation = over_sources(sources, functools.partial(evaluate, state['params']))
             progress.log_evaluation(step, evaluation, time.perf_counter() - paused)
     if pending:
         progress.log(*pending)
     jax.block_until_ready(state)
     summary = {
         'parameters': n_params,
-        'active_parameters': count(model_params(model_config(config)), active=True),
+        'active_parameters': count(declared_params(config), active=True),
         'tokens': config.steps * progress.step_tokens,
         'seconds': time.perf_counter() - started,
         **evaluation,
     }
     if evaluation and writer.active:
-        summary['zlib_bits_per_byte'] = zlib_bits_per_byte(eval_set, encoding)
+        summary |= over_sources(
+            sources, lambda batches: {'zlib_bits_per_byte': zlib_bits_per_byte(batches, encoding)}
+        )
     writer.say('\n'.join(f'{name:>22}  {value:,.4g}' for name, value in summary.items()))
     return summary
 

@@ -7,13 +7,19 @@ from ml_collections import ConfigDict
 
 from attention import ATTENTION
 from layers import ModelConfig
-from model import FEED_FORWARD, REMAT
+from model import FEED_FORWARD, REMAT, model_params
 from optimizer import OptimizerConfig
-from parallel import AXES
+from parallel import AXES, Tree
+from schedules import NAMES, make_schedule
 
 
 def model_config(config: ConfigDict) -> ModelConfig:
     return ModelConfig(compute_dtype=config.compute_dtype, **config.model)
+
+
+def declared_params(config: ConfigDict) -> Tree:
+    """The declaration of every parameter, laid out for the pipeline's chunks."""
+    return model_params(model_config(config), config.pipeline.chunks)
 
 
 def optimizer_config(config: ConfigDict) -> OptimizerConfig:
@@ -68,9 +74,35 @@ def division_errors(config: ConfigDict) -> Iterator[str]:
             f'seq_len={config.seq_len} is not a multiple of model.attention_block='
             f'{m.attention_block}; use a block of {divisors(config.seq_len)}'
         )
+    yield from pipeline_errors(config)
     rotary = 'rope_dim' if m.attention == 'mla' else 'head_dim'
     if m[rotary] % 2:
         yield f'model.{rotary}={m[rotary]} is odd, but rotation takes pairs; use {m[rotary] + 1}'
+
+
+def pipeline_errors(config: ConfigDict) -> Iterator[str]:
+    m, mesh, p = config.model, config.mesh, config.pipeline
+    if mesh.pp == 1:
+        if p.chunks > 1:
+            yield f'pipeline.chunks={p.chunks} cuts stages, but mesh.pp=1 has none; use 1'
+        return
+    n_blocks, parts = (m.n_layers - m.first_dense) // len(m.block), mesh.pp * p.chunks
+    if n_blocks % parts:
+        yield (
+            f'the {n_blocks} blocks of the model are not divisible by mesh.pp * pipeline.chunks='
+            f'{parts}; use a product of {divisors(n_blocks)}'
+        )
+    tokens = config.batch_size // config.microbatches // (mesh.dp * mesh.fsdp * mesh.ep)
+    tokens *= config.seq_len // mesh.tp
+    if tokens % mesh.pp:
+        yield (
+            f"a microbatch's {tokens} tokens on a device are not divisible by mesh.pp={mesh.pp}, "
+            f'whose stages share the head; use a pp of {divisors(tokens)}'
+        )
+    try:
+        make_schedule(p.schedule, mesh.pp, config.microbatches, p.chunks)
+    except ValueError as error:
+        yield f'pipeline: {error}'
 
 
 def moe_errors(config: ConfigDict) -> Iterator[str]:
@@ -110,7 +142,7 @@ def value_errors(config: ConfigDict) -> Iterator[str]:
         'log.loads_every',
     }  # fmt: skip
     flat = dict(config)
-    for group in ('model', 'mesh', 'data', 'optimizer', 'eval', 'log'):
+    for group in ('model', 'mesh', 'data', 'optimizer', 'eval', 'log', 'pipeline'):
         flat |= {f'{group}.{k}': v for k, v in flat.pop(group).items()}
     for name, value in flat.items():
         least = 0 if name in may_be_zero else 1
@@ -123,6 +155,8 @@ def value_errors(config: ConfigDict) -> Iterator[str]:
         'model.attention': ATTENTION,
         'model.remat': REMAT,
         'model.router': ('sigmoid', 'softmax'),
+        'fsdp_gather': ('layer', 'step'),
+        'pipeline.schedule': NAMES,
         'model.rope_scaling': ('none', 'linear', 'yarn'),
         'optimizer.schedule': ('cosine', 'wsd'),
     }
@@ -141,15 +175,35 @@ def value_errors(config: ConfigDict) -> Iterator[str]:
     for name in ('optimizer.b1', 'optimizer.b2'):
         if flat[name] >= 1:
             yield f'{name}={flat[name]} never forgets; use a value below 1'
-    if not flat['data.path']:
+
+
+def source_errors(config: ConfigDict) -> Iterator[str]:
+    """What is wrong with data.path and data.sources."""
+    d = config.data
+    if not d.path and not d.sources:
         yield "data.path is empty; use a folder that data.py wrote, or 'stdlib'"
-    if flat['mesh.pp'] > 1:
-        yield f'mesh.pp={flat["mesh.pp"]}: this axis is not built yet; use 1'
+    if d.path and d.sources:
+        yield f'data.path={d.path!r} and data.sources are both set; leave one of them empty'
+    if d.isolate_documents:
+        yield 'data.isolate_documents=True: this is not built yet; use False'
+    form = "use ((name, path, weight), ...), as in (('web', 'tokens/web', 0.7), ...)"
+    for source in d.sources:
+        if not isinstance(source, tuple) or len(source) != 3:
+            yield f'data.sources holds {source!r}; {form}'
+            return
+        name, path, weight = source
+        if not isinstance(name, str) or not name or not isinstance(path, str) or not path:
+            yield f'data.sources holds {source!r}, whose name or path is no text; {form}'
+        if not isinstance(weight, int | float) or not 0 < weight < float('inf'):
+            yield f'data.sources holds {source!r}, whose weight is not above 0; {form}'
+    names = [source[0] for source in d.sources]
+    if len(set(names)) < len(names):
+        yield f'data.sources names {names} twice; use a name of its own for each source'
 
 
 def validate(config: ConfigDict, n_devices: int) -> None:
     """Raises one ValueError with all that is wrong: each rule, its values, and the remedy."""
-    errors = list(value_errors(config))
+    errors = [*value_errors(config), *source_errors(config)]
     if not errors:
         errors += division_errors(config)
         needed = int(np.prod([config.mesh[axis] for axis in AXES]))

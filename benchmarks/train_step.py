@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
+import steps
 import train
 import validation
 from configs import default
@@ -41,11 +42,11 @@ def configure(n_layers: int, mesh: list[int]):
 
 
 def compile_step(config, mesh):
-    state = train.init_state(config, mesh)
+    state = steps.init_state(config, mesh)
     tokens = np.random.default_rng(0).integers(0, 8192, (16, 257), np.int32)
-    batch = train.put_batch(lambda _, rows: tokens[rows], 0, config, mesh)
+    batch = steps.put_batch(lambda _, rows: tokens[rows], 0, config, mesh)
     start = time.perf_counter()
-    lowered = train.make_train_step(config, mesh).lower(state, batch)
+    lowered = steps.make_train_step(config, mesh).lower(state, batch)
     compiled = lowered.compile()
     return compiled, state, batch, time.perf_counter() - start, lowered.as_text().count('\n')
 

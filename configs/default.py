@@ -62,8 +62,15 @@ def get_config() -> ConfigDict:
 
     c.mesh = ConfigDict({'pp': 1, 'dp': 1, 'fsdp': 1, 'ep': 1, 'tp': 1})
 
+    c.fsdp_gather = 'layer'  # weights whole for one 'layer' at a time (twice a microbatch) | 'step'
+    c.pipeline = ConfigDict()
+    c.pipeline.schedule = '1f1b'  # 'gpipe' | '1f1b' | 'interleaved' | 'zero_bubble'; for pp > 1
+    c.pipeline.chunks = 1  # interleaved: parts of a stage, each a stage of its own on the ring
+
     c.data = d = ConfigDict()
     d.path = ''  # folder that data.py wrote; 'stdlib' prepares the Python standard library
+    d.sources = ()  # several instead: ((name, path, weight), ...); weights are shares of the rows
+    d.isolate_documents = False  # attention stays inside a document, where positions start anew
     d.tokenizer = 'vocab/stdlib-4096.tiktoken'  # for 'stdlib'; a folder brings its own
 
     c.optimizer = o = ConfigDict()

@@ -43,8 +43,8 @@ def config_of(name: str) -> ModelConfig:
 
 
 @functools.cache
-def params_of(cfg: ModelConfig, sizes: tuple = ()):
-    return init_params(jax.random.key(0), model_params(cfg), make_mesh(dict(sizes)))
+def params_of(cfg: ModelConfig, sizes: tuple = (), chunks: int = 1):
+    return init_params(jax.random.key(0), model_params(cfg, chunks), make_mesh(dict(sizes)))
 
 
 @functools.cache
@@ -145,6 +145,16 @@ def test_greedy_continuations_are_the_same_however_they_are_made(name, meshes):
     assert alone == want
 
 
+def test_stages_of_several_chunks_decode_alike():
+    config = small_config('gqa')
+    config.model.update(block=('dense',), n_layers=8)
+    cfg = model_config(config)
+    want = generate(params_of(cfg), cfg, PROMPTS, 6, CONTEXT)
+    params = params_of(cfg, (('pp', 2),), chunks=2)
+    assert generate(params, cfg, PROMPTS, 6, CONTEXT) == want
+    assert generate(params_of(cfg, (), chunks=2), cfg, PROMPTS, 6, CONTEXT) == want
+
+
 def test_samples_follow_from_the_seed_on_every_mesh():
     cfg = config_of('gqa tied')
     draw = functools.partial(generate, sampling=Sampling(temperature=1.0))
@@ -194,7 +204,7 @@ def test_the_cache_holds_what_attention_needs_and_is_updated_in_place():
     for name, numbers in (('mla moe tied', 16 + 4), ('gqa', 2 * 8 * 8)):
         cfg = decoding_config(config_of(name))
         mesh = make_mesh({})
-        prefill, decode = decoding.programs(cfg, mesh, Sampling(), CONTEXT, 8)
+        prefill, decode = decoding.programs(cfg, 1, mesh, Sampling(), CONTEXT, 8)
         like = functools.partial(jax.ShapeDtypeStruct, dtype=np.int32)
         rules = {'seed': np.uint32(0), 'stop': np.int32(-1), 'allowed': np.ones(64, bool)}
         state, _ = jax.eval_shape(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from common import batch_at, on_mesh, on_one_device, small_config
 
-import train
+import steps
 from moe import (
     BLOCK,
     grouped_matmul,
@@ -228,11 +228,11 @@ def test_biases_balance_a_skewed_router(bias_rate):
     )  # fmt: skip
     config.optimizer.update(peak_lr=1e-6, final_lr=1e-6)
     mesh = make_mesh({})
-    state, step = train.init_state(config, mesh), train.make_train_step(config, mesh)
+    state, step = steps.init_state(config, mesh), steps.make_train_step(config, mesh)
     ffn = state['params']['blocks']['0_moe']['ffn']
     ffn['router'] = ffn['router'] + jnp.linspace(0, 0.3, 8)  # acts with the tokens' mean
     for i in range(60):
-        state, metrics = step(state, train.put_batch(batch_at, i, config, mesh))
+        state, metrics = step(state, steps.put_batch(batch_at, i, config, mesh))
     load = np.asarray(metrics['router']['0_moe']['load'][0])
     balanced = load.max() / load.mean() < 1.5
     assert balanced == bool(bias_rate), load
@@ -258,6 +258,6 @@ def test_step_compiles_for_tpu(tpu_devices, dtype):
     config = on_mesh(small_config(moe=True), (1, 2, 1, 2))
     config.compute_dtype = dtype
     mesh = make_mesh(config.mesh, tpu_devices('v5e:2x2'))
-    lowered = train.lower_train_step(config, mesh)
+    lowered = steps.lower_train_step(config, mesh)
     assert 'ragged_all_to_all' in lowered.as_text()
     assert lowered.compile().memory_analysis().temp_size_in_bytes > 0

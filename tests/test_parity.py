@@ -10,7 +10,7 @@ from common import batch_at, on_mesh, small_config
 from ml_collections import ConfigDict
 
 from parallel import Tree, make_mesh
-from train import init_state, make_train_step, put_batch
+from steps import init_state, make_train_step, put_batch
 from validation import validate
 
 TOLERANCE = 2e-5

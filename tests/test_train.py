@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from common import batch_at, small_config
 
+import steps
 import train
 from parallel import make_mesh
 from validation import validate
@@ -25,8 +26,8 @@ def test_every_config_loads_and_evaluates_its_shapes(name):
     config.data.path = config.data.path or 'somewhere'
     validate(config, 4096)
     mesh = make_mesh({})
-    state = jax.eval_shape(lambda: train.init_state(config, mesh))
-    step = train.make_train_step(config, mesh)
+    state = jax.eval_shape(lambda: steps.init_state(config, mesh))
+    step = steps.make_train_step(config, mesh)
     tokens = jax.ShapeDtypeStruct((1, config.batch_size, config.seq_len + 1), np.int32)
     new_state, metrics = jax.eval_shape(step, state, tokens)
     shape = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
@@ -39,11 +40,11 @@ def test_masked_rows_change_nothing():
     """Rows without tokens leave loss and gradients as they are: no mean of means."""
     config = small_config()
     mesh = make_mesh({'dp': 2})
-    step = train.make_train_step(config, mesh)
+    step = steps.make_train_step(config, mesh)
 
     def norm_and_loss(read):
-        state = train.init_state(config, mesh)
-        _, metrics = step(state, train.put_batch(read, 0, config, mesh))
+        state = steps.init_state(config, mesh)
+        _, metrics = step(state, steps.put_batch(read, 0, config, mesh))
         return float(metrics['loss']), float(metrics['grad_norm'])
 
     def half(step, rows):
@@ -97,16 +98,16 @@ def test_command_trains_alike_on_one_and_on_eight_devices(corpus, tmp_path):
     )  # fmt: skip
     assert eight.returncode == 0, eight.stderr
     a, b = read_metrics(tmp_path / 'one'), read_metrics(tmp_path / 'eight')
-    steps = [r for r in a if 'loss' in r]
-    assert [r['step'] for r in steps] == [5, 10, 15, 20]
+    logged = [r for r in a if 'loss' in r]
+    assert [r['step'] for r in logged] == [5, 10, 15, 20]
     names = {'step', 'loss', 'grad_norm', 'lr', 'tokens', 'tokens_per_second', 'mfu'}
     router = {f'moe/{i}/{s}' for i in (0, 1) for s in ('load_max_over_mean', 'dropped', 'entropy')}
-    assert set(steps[0]) == names | router
-    assert set(steps[1]) == names | router | {'moe/0/load', 'moe/1/load'}
-    assert steps[1]['moe/0/load_max_over_mean'] == pytest.approx(8 * max(steps[1]['moe/0/load']))
-    assert sum(steps[1]['moe/0/load']) == pytest.approx(1)
-    assert steps[-1]['tokens'] == 20 * 32 * 64
-    assert steps[-1]['loss'] < steps[0]['loss'] - 0.5
+    assert set(logged[0]) == names | router
+    assert set(logged[1]) == names | router | {'moe/0/load', 'moe/1/load'}
+    assert logged[1]['moe/0/load_max_over_mean'] == pytest.approx(8 * max(logged[1]['moe/0/load']))
+    assert sum(logged[1]['moe/0/load']) == pytest.approx(1)
+    assert logged[-1]['tokens'] == 20 * 32 * 64
+    assert logged[-1]['loss'] < logged[0]['loss'] - 0.5
     evals = [r for r in a if 'eval_loss' in r]
     assert [r['step'] for r in evals] == [10, 20]
     assert evals[-1]['eval_bits_per_byte'] == pytest.approx(
@@ -122,6 +123,24 @@ def test_command_trains_alike_on_one_and_on_eight_devices(corpus, tmp_path):
     again = run_command(corpus, tmp_path / 'one')
     assert again.returncode != 0
     assert 'holds a run already' in again.stderr
+
+
+def test_command_trains_on_a_mixture(corpus, tmp_path):
+    given = f"--config.data.sources=(('a', '{corpus}', 0.75), ('b', '{corpus}', 0.25))"
+    two = run_command(corpus, tmp_path / 'two', '--config.data.path=', given)
+    assert two.returncode == 0, two.stderr
+    one = run_command(corpus, tmp_path / 'one')
+    evals = [r for r in read_metrics(tmp_path / 'two') if 'eval_loss' in r]
+    names = {'eval_loss', 'eval_bits_per_byte'}
+    assert set(evals[0]) == {'step', 'tokens'} | {n + s for n in names for s in ('', '/a', '/b')}
+    for record in evals:
+        for name in names:  # twice the same source
+            assert record[f'{name}/a'] == record[f'{name}/b'] == pytest.approx(record[name])
+    assert 'zlib_bits_per_byte/b' in two.stdout
+    single = [r for r in read_metrics(tmp_path / 'one') if 'eval_loss' in r]
+    assert single[-1]['eval_loss'] != evals[-1]['eval_loss']
+    assert single[-1]['eval_loss'] == pytest.approx(evals[-1]['eval_loss'], rel=0.2)
+    assert one.returncode == 0
 
 
 def test_command_refuses_unknown_flags_and_bad_values(corpus, tmp_path):

@@ -1,0 +1,295 @@
+"""The same documents from every format, place and cut; what cannot be read is named."""
+
+import gzip
+import json
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+from servers import serve_folder, serve_hub
+
+import corpus
+from corpus import Bad, Document, File, RemoteError, cut_into_parts, documents, find_files
+
+pa = pytest.importorskip('pyarrow')
+pq = pytest.importorskip('pyarrow.parquet')
+zstandard = pytest.importorskip('zstandard')
+fsspec = pytest.importorskip('fsspec')
+
+
+def some_texts(n: int = 200) -> list[str]:
+    rng = random.Random(1)
+    return [''.join(rng.choices('abc é\n\r(=東\0', k=rng.randint(0, 300))) for _ in range(n)]
+
+
+def as_lines(texts: list[str]) -> bytes:
+    return ''.join(json.dumps({'id': 1, 'text': text}) + '\n' for text in texts).encode()
+
+
+def write_formats(folder, texts: list[str]) -> None:
+    lines = as_lines(texts)
+    (folder / 'a.jsonl').write_bytes(lines)
+    (folder / 'b.jsonl.gz').write_bytes(gzip.compress(lines[:999]) + gzip.compress(lines[999:]))
+    pack = zstandard.ZstdCompressor().compress
+    (folder / 'c.jsonl.zst').write_bytes(pack(lines[:999]) + pack(lines[999:]))
+    table = pa.table({'id': ['noise' * 50 for _ in texts], 'text': texts})
+    pq.write_table(table, folder / 'd.parquet', row_group_size=30)
+    coded = pa.table({'text': pa.array(texts).dictionary_encode()})
+    pq.write_table(coded, folder / 'e.parquet', row_group_size=1000)
+    large = pa.table({'text': pa.array(texts, pa.large_string())})
+    pq.write_table(large, folder / 'f.parquet', row_group_size=7, compression='zstd')
+
+
+def read(patterns: str | list[str], part_bytes: int = 1 << 30, field: str = 'text') -> list:
+    files = find_files([patterns] if isinstance(patterns, str) else patterns)
+    parts = cut_into_parts(files, part_bytes, field)
+    return [item for part in parts for piece in part for item in documents(piece, field)]
+
+
+def test_every_format_gives_the_same_documents(tmp_path):
+    texts = some_texts()
+    write_formats(tmp_path, texts)
+    for name, prefix in {
+        'a.jsonl': 'a.jsonl',
+        'b.jsonl.gz': 'b.jsonl',
+        'c.jsonl.zst': 'c.jsonl',
+        'd.parquet': 'd.parquet',
+        'e.parquet': 'e.parquet',
+        'f.parquet': 'f.parquet',
+    }.items():
+        assert read(f'{tmp_path}/{name}') == [
+            Document(f'{prefix}:{i}', text, len(text.encode())) for i, text in enumerate(texts, 1)
+        ]
+    (tmp_path / 'g.txt').write_bytes(texts[5].encode())
+    assert read(f'{tmp_path}/g.txt') == [Document('g.txt', texts[5], len(texts[5].encode()))]
+
+
+@pytest.mark.parametrize('part_bytes', [1, 2, 7, 40, 333, 1000, 4096, 10**6])
+def test_byte_ranges_give_every_line_once(tmp_path, part_bytes, monkeypatch):
+    monkeypatch.setattr(corpus, 'READ_BYTES', 64)
+    texts = some_texts(20)
+    lines = as_lines(texts).replace(b'}\n', b'}\r\n\n \n', 3)
+    for i, content in enumerate([lines, lines.rstrip(b'\n'), b'\n\n' + lines, lines + b'\n\n']):
+        path = tmp_path / f'{i}.jsonl'
+        path.write_bytes(content)
+        found = read(str(path), part_bytes)
+        numbers = [n for n, line in enumerate(content.split(b'\n'), 1) if line.strip()]
+        assert [d.id for d in found] == [f'{i}.jsonl:{n}' for n in numbers]
+        assert [d.text for d in found] == texts
+    parts = cut_into_parts(find_files([str(path)]), part_bytes)
+    assert len(parts) == -(-len(content) // part_bytes)
+
+
+def test_row_groups_are_parts_of_their_own(tmp_path):
+    texts = some_texts()
+    write_formats(tmp_path, texts)
+    for part_bytes in (1, 5000, 20_000):
+        for name, groups in (('d', 7), ('e', 1), ('f', 29)):
+            files = find_files([f'{tmp_path}/{name}.parquet'])
+            parts = cut_into_parts(files, part_bytes)
+            assert len(parts) <= groups
+            assert len(parts) == groups or part_bytes > 1
+            assert all(len(part) == 1 for part in parts)
+            assert [d.text for d in read(str(files[0].path), part_bytes)] == texts
+
+
+def test_parts_are_of_about_the_same_size(tmp_path):
+    for i in range(30):
+        (tmp_path / f'{i:02}.txt').write_bytes(b'x' * 100)
+    (tmp_path / 'a.jsonl').write_bytes(b'{"text": "x"}\n' * 200)
+    parts = cut_into_parts(find_files([f'{tmp_path}/*']), 1000)
+    assert [sum(piece.size for piece in part) for part in parts] == [1000] * 5 + [800]
+
+
+def broken(tmp_path, name: str, content: bytes) -> list:
+    (tmp_path / name).write_bytes(content)
+    return read(f'{tmp_path}/{name}')
+
+
+@pytest.mark.parametrize('pack', ['gz', 'zst'])
+def test_compressed_file_cut_short(tmp_path, pack):
+    texts = some_texts(3000)
+    whole = {'gz': gzip.compress, 'zst': zstandard.ZstdCompressor().compress}[pack](as_lines(texts))
+    name = f'a.jsonl.{pack}'
+    for kept in (len(whole) - 1, len(whole) // 2):
+        *good, last = broken(tmp_path, name, whole[:kept])
+        assert [d.text for d in good] == texts[: len(good)]
+        assert isinstance(last, Bad)
+        assert last.broken
+        assert (
+            last.message('P')
+            == f'P is broken after line {len(good)} ({last.error}): fetch it again'
+        )
+    *good, last = broken(tmp_path, name, whole + b'garbage')
+    assert len(good) == len(texts)
+    assert last.broken
+
+
+def test_broken_parquet(tmp_path):
+    texts = some_texts()
+    write_formats(tmp_path, texts)
+    whole = (tmp_path / 'd.parquet').read_bytes()
+    (bad,) = broken(tmp_path, 'x.parquet', whole[:-9])
+    assert bad.broken
+    assert bad.lost_bytes == len(whole) - 9
+    assert 'x.parquet is broken (Parquet magic bytes not found' in bad.message('x.parquet')
+    column = pq.ParquetFile(tmp_path / 'd.parquet').metadata.row_group(2).column(1)
+    start = column.dictionary_page_offset or column.data_page_offset
+    found = broken(tmp_path, 'y.parquet', whole[:start] + b'\xff' * 60 + whole[start + 60 :])
+    (bad,) = [item for item in found if isinstance(item, Bad)]
+    assert (bad.file, bad.place, bad.count, bad.broken) == ('y.parquet', 'row 60', 30, True)
+    assert [d.text for d in found if d is not bad] == texts[:60] + texts[90:]
+
+
+def test_bad_rows(tmp_path):
+    raw = pa.array([b'fine', b'\xff', None, b''], pa.binary())
+    column = pa.Array.from_buffers(pa.string(), 4, raw.buffers())
+    pq.write_table(pa.table({'text': column, 'n': [1, 2, 3, 4]}), tmp_path / 'a.parquet')
+    fine, invalid, missing, empty = read(f'{tmp_path}/a.parquet')
+    assert fine == Document('a.parquet:1', 'fine', 4)
+    assert empty == Document('a.parquet:4', '', 0)
+    assert invalid.place == 'row 2'
+    assert 'utf-8' in invalid.error
+    assert missing.place == 'row 3'
+    assert "no text in the column 'text'" in missing.error
+    (bad,) = read(f'{tmp_path}/a.parquet', field='body')
+    assert bad.count == 4
+    assert "no column 'body' (--text_field) in text, n" in bad.error
+    (bad,) = read(f'{tmp_path}/a.parquet', field='n')
+    assert bad.count == 4
+    assert 'but int64' in bad.error
+
+
+def test_nesting_that_json_cannot_follow_is_a_bad_record(tmp_path):
+    bad, good = broken(tmp_path, 'a.jsonl', b'[' * 100_000 + b'\n{"text": "x"}\n')
+    assert bad.place == 'line 1'
+    assert good.text == 'x'
+
+
+# File systems
+
+
+def memory_copy(folder) -> str:
+    system = fsspec.filesystem('memory')
+    for path in folder.iterdir():
+        system.pipe(f'/{folder.name}/{path.name}', path.read_bytes())
+    return f'memory://{folder.name}'
+
+
+def test_urls_give_what_local_files_give(tmp_path):
+    write_formats(tmp_path, some_texts())
+    (tmp_path / 'broken.parquet').write_bytes(b'PAR1')
+    (tmp_path / 'broken.jsonl.gz').write_bytes(gzip.compress(b'{"text": "x"}')[:-5])
+    expected = read(f'{tmp_path}/*', 5000)
+    assert read(f'file://{tmp_path}/*', 5000) == expected
+    assert read(f'{memory_copy(tmp_path)}/*', 5000) == expected
+    names = [file.name for file in find_files([f'{tmp_path}/*'])]
+    urls = [f'{memory_copy(tmp_path)}/{name}' for name in names]
+    assert [file.name for file in find_files(urls)] == names
+    pytest.importorskip('aiohttp')
+    with serve_folder() as store:
+        store.objects = {f'x/{path.name}': path.read_bytes() for path in tmp_path.iterdir()}
+        web = f'http://127.0.0.1:{store.port}/x/'
+        assert read([web + name for name in names], 5000) == expected
+        assert [file.name for file in find_files([web + '*'])] == names
+        assert read(web + '*', 5000) == expected
+
+
+READ_HUB = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+from corpus import cut_into_parts, documents, find_files
+files = find_files(['hf://datasets/org/name/sample/*.parquet'])
+parts = cut_into_parts(files, 5000)
+print(json.dumps([d for part in parts for piece in part for d in documents(piece)]))
+"""
+
+
+def test_datasets_of_a_hub(tmp_path):
+    pytest.importorskip('huggingface_hub')
+    write_formats(tmp_path, some_texts())
+    with serve_hub() as store:
+        for path in tmp_path.glob('*.parquet'):
+            store.objects[f'sample/{path.name}'] = path.read_bytes()
+        done = subprocess.run(
+            [sys.executable, '-c', READ_HUB, os.path.dirname(corpus.__file__)],
+            env={**os.environ, 'HF_ENDPOINT': f'http://127.0.0.1:{store.port}'},
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+    found = [Document(*item) for item in json.loads(done.stdout)]
+    assert found == read(f'{tmp_path}/*.parquet', 5000)
+
+
+def test_only_the_needed_column_and_row_group_are_read(tmp_path):
+    pytest.importorskip('aiohttp')
+    noise = random.Random(0).randbytes(4_000_000)
+    table = pa.table({'noise': [noise[i::100] for i in range(100)], 'text': ['word'] * 100})
+    pq.write_table(table, tmp_path / 'a.parquet', row_group_size=10, compression='none')
+    with serve_folder() as store:
+        store.objects = {'a.parquet': (tmp_path / 'a.parquet').read_bytes()}
+        url = f'http://127.0.0.1:{store.port}/a.parquet'
+        parts = cut_into_parts(find_files([url]), 1)
+        assert len(parts) == 10
+        store.reads.clear()
+        assert len(list(documents(parts[4][0]))) == 10
+        assert sum(n for _, n in store.reads) < 0.1 * len(noise)
+
+
+def test_failing_server_is_asked_again_and_then_named(monkeypatch, capsys):
+    pytest.importorskip('aiohttp')
+    monkeypatch.setattr(corpus, 'PAUSE', 0.0)
+    with serve_folder() as store:
+        store.objects = {'a.jsonl': as_lines(['x', 'y'])}
+        files = find_files([f'http://127.0.0.1:{store.port}/a.jsonl'])
+        (piece,) = cut_into_parts(files, 1000)[0]
+        store.failures = 1
+        with pytest.raises(RemoteError, match=r'a\.jsonl: .*503'):
+            list(documents(piece))
+        store.failures = 2
+        assert len(corpus.retry(lambda: list(documents(piece)))) == 2
+        assert 'trying again' in capsys.readouterr().err
+        store.failures = 100
+        with pytest.raises(RemoteError, match='503'):
+            corpus.retry(lambda: list(documents(piece)))
+        assert store.failures == 96
+
+
+def test_failing_connection_is_no_broken_parquet(tmp_path, monkeypatch):
+    write_formats(tmp_path, some_texts())
+    files = find_files([f'{memory_copy(tmp_path)}/d.parquet'])
+    (piece,) = cut_into_parts(files, 1 << 30)[0]
+
+    def fail(self, *args):
+        raise ConnectionResetError('gone')
+
+    monkeypatch.setattr(fsspec.implementations.memory.MemoryFile, 'read', fail)
+    with pytest.raises(RemoteError, match=r'd\.parquet: ConnectionResetError: gone'):
+        list(documents(piece))
+
+
+def test_lost_local_file_is_no_bad_record(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        cut_into_parts([File('a.parquet', str(tmp_path / 'a.parquet'))], 1)
+
+
+@pytest.mark.parametrize(
+    ('package', 'name'),
+    [('pyarrow', 'd.parquet'), ('zstandard', 'c.jsonl.zst'), ('fsspec', 'a.jsonl')],
+)
+def test_missing_package_names_the_remedy(tmp_path, monkeypatch, package, name):
+    write_formats(tmp_path, ['x'] * 200)
+    monkeypatch.setitem(sys.modules, package, None)
+    url = f'file://{tmp_path}/{name}' if package == 'fsspec' else f'{tmp_path}/{name}'
+    with pytest.raises(ImportError, match=r'pip install -r requirements-data\.txt'):
+        read(url)
+
+
+def test_unknown_urls():
+    with pytest.raises(ValueError, match='no file matches --input=memory://nothing'):
+        find_files(['memory://nothing/*.txt'])
+    with pytest.raises(ValueError, match='use a URL that fsspec knows'):
+        find_files(['nosuch://bucket/*.txt'])

@@ -1,0 +1,370 @@
+"""Preparation is exact, repeatable and resumable; what cannot be read is counted and named."""
+
+import dataclasses
+import gzip
+import json
+import os
+import random
+import threading
+
+import numpy as np
+import pytest
+from test_shards import contents, prepared
+
+from corpus import File, find_files
+from prepare import Job, ahead, prepare
+from shards import SPLITS, Split, split_of
+from tokenizer import fingerprint, get_encoding
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SHIPPED = 'vocab/stdlib-4096.tiktoken'
+
+
+def make_corpus(folder) -> dict[str, str]:
+    """Files of all kinds below `folder`; returns the text of each document by its id."""
+    rng = random.Random(0)
+
+    def text() -> str:
+        pieces = [*'abc é\n(=東', '<|endoftext|>']
+        return ''.join(rng.choices(pieces, k=rng.randint(1, 1000)))
+
+    texts = {f'{kind}/{i}.{kind}': text() for kind in ('txt', 'py', 'md') for i in range(12)}
+    for name, content in texts.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content.encode())
+    (folder / 'txt/empty.txt').write_bytes(b'')
+    for name in ('lines.jsonl', 'sub/lines.jsonl.gz'):
+        (folder / name).parent.mkdir(exist_ok=True)
+        records = {f'{name.removesuffix(".gz")}:{i}': text() for i in range(1, 40)}
+        lines = ''.join(json.dumps({'id': 3, 'text': t}) + '\n' for t in records.values()).encode()
+        (folder / name).write_bytes(gzip.compress(lines) if name.endswith('.gz') else lines)
+        texts |= records
+    return texts
+
+
+@pytest.fixture(scope='module')
+def corpus(tmp_path_factory):
+    return prepared_corpus(tmp_path_factory)
+
+
+def prepared_corpus(tmp_path_factory) -> tuple[dict[str, str], str, list[File]]:
+    """(texts by id, prepared folder, the files) with many parts and a quarter for validation."""
+    folder = tmp_path_factory.mktemp('corpus')
+    texts = make_corpus(folder)
+    files = find_files([f'{folder}/**/*'])
+    output = str(tmp_path_factory.mktemp('tokens') / 'one')
+    prepare(files, Job(output, SHIPPED, 0.25), part_bytes=8000)
+    return texts, output, files
+
+
+def test_tokens_decode_to_the_documents(corpus):
+    texts, output, _ = corpus
+    enc = get_encoding(SHIPPED)
+    for name in SPLITS:
+        split = Split(output, name)
+        ids = split.read(0, split.n_tokens)
+        assert ids.dtype == np.int32
+        assert ids[-1] == split.end_of_text == enc.eot_token
+        ends = np.flatnonzero(ids == split.end_of_text)
+        found = [enc.decode(piece[:-1]) for piece in np.split(ids, ends + 1)[:-1]]
+        expected = [text for doc, text in texts.items() if split_of(doc, 0.25) == name]
+        assert sorted(found) == sorted(expected)
+        assert len(expected) > 10
+
+
+def test_manifest_totals(corpus):
+    texts, output, _ = corpus
+    manifest = json.loads(contents(output)['manifest.json'])
+    assert manifest['version'] == 1
+    assert manifest['tokenizer'] == {
+        'name': SHIPPED,
+        'fingerprint': fingerprint(get_encoding(SHIPPED)),
+        'n_vocab': 4096,
+        'end_of_text': 4095,
+    }
+    for name in SPLITS:
+        record, split = manifest['splits'][name], Split(output, name)
+        assert len(record['shards']) > 3
+        for key in ('tokens', 'documents', 'bytes'):
+            assert record[key] == sum(shard[key] for shard in record['shards'])
+            assert record[key] == getattr(split, f'n_{key}')
+        mine = [text for doc, text in texts.items() if split_of(doc, 0.25) == name]
+        assert split.n_documents == len(mine)
+        assert split.n_bytes == sum(len(text.encode()) for text in mine)
+        assert split.encoding().n_vocab == 4096
+        assert split.tokenizer == SHIPPED
+
+
+@pytest.mark.parametrize('workers', [2, 3])
+def test_bytes_do_not_depend_on_the_number_of_workers(corpus, tmp_path, workers):
+    _, output, files = corpus
+    prepare(files, Job(str(tmp_path / 'out'), SHIPPED, 0.25), workers, part_bytes=8000)
+    assert contents(tmp_path / 'out') == contents(output)
+
+
+def test_tokens_do_not_depend_on_the_cut_into_parts(corpus, tmp_path):
+    _, output, files = corpus
+    prepare(files, Job(str(tmp_path / 'out'), SHIPPED, 0.25))
+    for name in SPLITS:
+        one, many = Split(str(tmp_path / 'out'), name), Split(output, name)
+        np.testing.assert_array_equal(one.read(0, one.n_tokens), many.read(0, many.n_tokens))
+
+
+def test_rerun_over_the_leftovers_of_a_killed_run(corpus, tmp_path):
+    _, output, files = corpus
+    job = Job(str(tmp_path / 'out'), SHIPPED, 0.25)
+    prepare(files[:9], job, part_bytes=8000)
+    (tmp_path / 'out/manifest.json').unlink()
+    prepare(files, job, part_bytes=8000)
+    assert contents(tmp_path / 'out') == contents(output)
+
+
+def test_validation_share_and_independence():
+    names = [f'{i}.txt' for i in range(4000)]
+    chosen = {name for name in names if split_of(name, 0.1) == 'validation'}
+    assert 320 < len(chosen) < 480
+    assert not any(split_of(name, 0.0) == 'validation' for name in names)
+    larger = {name for name in names if split_of(name, 0.2) == 'validation'}
+    assert chosen < larger
+    # Fixed for ever: other values would mix validation text of old data into new training data.
+    assert sorted(chosen, key=names.index)[:4] == ['14.txt', '48.txt', '68.txt', '71.txt']
+
+
+def test_assignment_does_not_depend_on_other_documents_or_the_place(tmp_path):
+    texts = {f'{i}.txt': f'text {i}' for i in range(60)}
+    enc = get_encoding('bytes')
+    kept = {}
+    for label, names in {'all': list(texts), 'some': list(texts)[::-3]}.items():
+        folder = prepared(tmp_path / label, {n: texts[n] for n in names}, share=0.3)
+        split = Split(folder, 'validation')
+        decoded = enc.decode(split.read(0, split.n_tokens))
+        kept[label] = set(decoded.split('<|endoftext|>')[:-1])
+    some = {texts[n] for n in list(texts)[::-3]}
+    assert kept['some'] == kept['all'] & some
+    assert 0 < len(kept['some']) < len(some)
+
+
+def test_uint16_up_to_65536_ids_and_uint32_above(tmp_path):
+    ranks = (tmp_path / 'big.tiktoken').with_suffix('.json')
+    source = os.path.join(ROOT, SHIPPED)
+    with open(source, 'rb') as f:
+        (tmp_path / 'big.tiktoken').write_bytes(f.read())
+    for end, dtype in [(65535, 'uint16'), (65536, 'uint32')]:
+        ranks.write_text(json.dumps({'pattern': '.+', 'special_tokens': {'<|endoftext|>': end}}))
+        folder = prepared(
+            tmp_path / dtype, {'a.txt': 'abc', 'b.txt': 'd'}, str(tmp_path / 'big.tiktoken')
+        )
+        manifest = json.loads(contents(folder)['manifest.json'])
+        assert manifest['dtype'] == dtype
+        array = json.loads(contents(folder)['train/00000/zarr.json'])
+        assert array['data_type'] == dtype
+        split = Split(folder, 'train')
+        assert (split.read(0, split.n_tokens) == end).sum() == 2
+
+
+def test_text_that_the_tokenizer_refuses_is_named(tmp_path):
+    lines = '{"text": "x"}\n' + json.dumps({'text': ' ' * 1_000_000 + 'x'})
+    (tmp_path / 'a.jsonl').write_text(lines)
+    with pytest.raises(ValueError, match=r'/a\.jsonl, document a\.jsonl:2: the tokenizer cannot'):
+        prepare(find_files([f'{tmp_path}/*.jsonl']), Job(str(tmp_path / 'out'), SHIPPED))
+
+
+@pytest.mark.parametrize(
+    ('name', 'content', 'message'),
+    [
+        ('a.txt', b'ab\xff', r'a\.txt: .*utf-8'),
+        ('a.jsonl', b'{"text": "x"}\n\n{"text": ', r'a\.jsonl, line 3: Expecting value'),
+        ('a.jsonl', b'{"text": "x"}\n{"text": "\xff"}', r'a\.jsonl, line 2: .*utf-8'),
+        (
+            'a.jsonl',
+            b'{"content": "x"}',
+            r"a\.jsonl, line 1: no text in a field 'text' \(--text_field\)",
+        ),
+        ('a.jsonl', b'{"text": 3}', r'a\.jsonl, line 1: no text'),
+        ('a.jsonl', b'["text"]', r'a\.jsonl, line 1: no text'),
+        ('a.jsonl', b'{"text": "\\ud800"}', r'a\.jsonl, line 1: .*surrogates'),
+        ('a.jsonl.gz', b'not gzip', r'a\.jsonl\.gz is broken after line 0'),
+        (
+            'a.jsonl.gz',
+            gzip.compress(b'{"text": "x"}\n' * 9, mtime=0)[:-4],
+            r'a\.jsonl\.gz is broken after',
+        ),
+    ],
+)
+def test_bad_records_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        prepare(find_files([f'{tmp_path}/*.*']), Job(str(tmp_path / 'out'), 'bytes'))
+    assert not (tmp_path / 'out/manifest.json').exists()
+
+
+def test_bad_records_are_named_by_other_processes(tmp_path):
+    for name in 'abcd':
+        (tmp_path / f'{name}.txt').write_bytes(b'\xff' if name == 'c' else b'good')
+    files = find_files([f'{tmp_path}/*.txt'])
+    with pytest.raises(ValueError, match=r'c\.txt'):
+        prepare(files, Job(str(tmp_path / 'out'), 'bytes'), workers=2, part_bytes=1)
+    assert not (tmp_path / 'out/manifest.json').exists()
+
+
+def test_errors_of_the_input_and_the_output(tmp_path):
+    with pytest.raises(ValueError, match=r'no file matches --input=.*\*\.txt'):
+        find_files([f'{tmp_path}/*.txt'])
+    (tmp_path / 'a.txt').write_bytes(b'')
+    (tmp_path / 'b.csv').write_bytes(b'1,2')
+    with pytest.raises(ValueError, match=r'b\.csv is of no kind'):
+        find_files([f'{tmp_path}/*'])
+    files = find_files([f'{tmp_path}/a.txt'])
+    with pytest.raises(ValueError, match='hold no text'):
+        prepare(files, Job(str(tmp_path / 'out'), 'bytes'))
+    (tmp_path / 'a.txt').write_bytes(b'text')
+    prepare(files, Job(str(tmp_path / 'out'), 'bytes'))
+    with pytest.raises(ValueError, match='prepared already, with another value of valid'):
+        prepare(files, Job(str(tmp_path / 'out'), 'bytes', 0.5))
+    with pytest.raises(ValueError, match=r'validation_share lies in \[0, 1\), but is 1'):
+        prepare(files, Job(str(tmp_path / 'new'), 'bytes', 1.0))
+    with pytest.raises(ValueError, match='workers'):
+        prepare(files, Job(str(tmp_path / 'new'), 'bytes'), workers=0)
+
+
+def test_names_are_relative_to_the_fixed_part_of_the_glob(tmp_path, monkeypatch):
+    (tmp_path / 'x/y').mkdir(parents=True)
+    (tmp_path / 'x/y/b.txt').write_text('b')
+    (tmp_path / 'x/a.md').write_text('a')
+    monkeypatch.chdir(tmp_path)
+    for pattern in (f'{tmp_path}/x/**/*', 'x/**/*', './x/**/*.*'):
+        assert [file.name for file in find_files([pattern])] == ['a.md', 'y/b.txt']
+    assert [file.name for file in find_files(['x/a.md', 'x/*', 'x/y/b.txt'])] == ['a.md', 'b.txt']
+
+
+# Formats, counts and finished jobs
+
+
+def test_formats_give_the_same_tokens(tmp_path):
+    test_corpus = pytest.importorskip('test_corpus')
+    texts = test_corpus.some_texts()
+    (tmp_path / 'in').mkdir()
+    test_corpus.write_formats(tmp_path / 'in', texts)
+    found = {}
+    for file in find_files([f'{tmp_path}/in/*']):
+        job = Job(str(tmp_path / 'out' / file.name), SHIPPED, 0.0)
+        prepare([file], job, part_bytes=3000)
+        split = Split(job.output, 'train')
+        found[file.name] = split.read(0, split.n_tokens).tolist()
+    assert len(found) == 6
+    enc = get_encoding(SHIPPED)
+    expected = [i for text in texts if text for i in [*enc.encode_ordinary(text), enc.eot_token]]
+    assert all(ids == expected for ids in found.values())
+
+
+def test_packing_a_file_moves_no_document(tmp_path):
+    lines = b''.join(b'{"text": "%d"}\n' % i for i in range(300))
+    for name, content in {'a.jsonl': lines, 'a.jsonl.gz': gzip.compress(lines)}.items():
+        folder = tmp_path / name.replace('.', '-')
+        folder.mkdir()
+        (folder / name).write_bytes(content)
+        prepare(find_files([f'{folder}/*']), Job(f'{folder}/out', 'bytes', 0.3), part_bytes=999)
+    for name in SPLITS:
+        plain, packed = (Split(f'{tmp_path}/{f}/out', name) for f in ('a-jsonl', 'a-jsonl-gz'))
+        assert plain.n_documents > 50
+        np.testing.assert_array_equal(
+            plain.read(0, plain.n_tokens), packed.read(0, packed.n_tokens)
+        )
+
+
+def test_empty_and_bad_records_are_counted_and_named(tmp_path):
+    lines = [json.dumps({'text': f'text {i}'}) for i in range(100)]
+    lines[10], lines[20], lines[30], lines[40] = '{"text": ""}', '{"text"', '[]', ' '
+    (tmp_path / 'a.jsonl').write_text('\n'.join(lines))
+    (tmp_path / 'b.txt').write_bytes(b'\xff')
+    (tmp_path / 'c.txt').write_bytes(b'')
+    whole = gzip.compress(b'{"text": "x"}\n' * 5)
+    (tmp_path / 'd.jsonl.gz').write_bytes(whole[:-4])
+    files = find_files([f'{tmp_path}/*'])
+    job = Job(str(tmp_path / 'out'), SHIPPED, 0.0, max_bad_share=0.5)
+    manifest = prepare(files, job, part_bytes=200)
+    read, train = manifest['input'], manifest['splits']['train']
+    places = [(r['file'], r['place']) for r in read['reports']]
+    assert places[:3] == [('a.jsonl', 'line 21'), ('a.jsonl', 'line 31'), ('b.txt', '')]
+    assert places[3][0] == 'd.jsonl.gz'
+    assert (read['bad'], read['empty'], read['lost_bytes']) == (4, 2, 1)
+    assert train['documents'] == read['records'] - 6 == 96 + int(places[3][1].split()[1])
+    # The share decides at the end, too.
+    with pytest.raises(ValueError, match=r'4 of 10\d records are bad.*max_bad_share=0.03') as error:
+        prepare(files, Job(str(tmp_path / 'new'), SHIPPED, 0.0, max_bad_share=0.03))
+    for text in ('a.jsonl, line 21: ', 'a.jsonl, line 31: ', 'b.txt: ', 'd.jsonl.gz is broken'):
+        assert f'{tmp_path}/{text}' in str(error.value)
+
+
+def test_bad_share_stops_early_only_where_the_rest_cannot_help(tmp_path):
+    for i in range(40):
+        (tmp_path / f'{i:02}.txt').write_bytes(b'\xff' if i < 4 else b'x')
+    files = find_files([f'{tmp_path}/*.txt'])
+    prepare(files, Job(str(tmp_path / 'out'), 'bytes', 0.0, max_bad_share=0.1), part_bytes=1)
+    with pytest.raises(ValueError, match='4 of 4 records are bad'):
+        prepare(files, Job(str(tmp_path / 'new'), 'bytes', 0.0, max_bad_share=0.09), part_bytes=1)
+
+
+def test_a_lost_file_counts_by_its_bytes(tmp_path):
+    (tmp_path / 'a.jsonl').write_text('{"text": "x"}\n' * 5000)
+    (tmp_path / 'b.jsonl.gz').write_bytes(b'\x1f\x8b' + bytes(20_000))
+    files = find_files([f'{tmp_path}/*.*'])
+    with pytest.raises(ValueError, match=r'1 of 5,001 records are bad, and 19,\d{3} bytes'):
+        prepare(files, Job(str(tmp_path / 'out'), 'bytes', max_bad_share=0.01))
+
+
+def test_finished_job_is_no_work(corpus, capsys):
+    _, output, files = corpus
+    before = {path: os.stat(f'{output}/{path}').st_mtime_ns for path in contents(output)}
+    manifest = prepare(files, Job(output, SHIPPED, 0.25), part_bytes=8000)
+    assert 'is prepared already, from files of the same names and sizes: nothing to do' in (
+        capsys.readouterr().out
+    )
+    assert manifest == json.loads(contents(output)['manifest.json'])
+    assert {path: os.stat(f'{output}/{path}').st_mtime_ns for path in contents(output)} == before
+    for job, given, what in [
+        (Job(output, SHIPPED, 0.25), files[1:], r'the input \(files\)'),
+        (Job(output, SHIPPED, 0.25, 'body'), files, r'the input \(text_field\)'),
+        (Job(output, 'bytes', 0.25), files, 'the vocabulary'),
+    ]:
+        with pytest.raises(ValueError, match=f'prepared already, with another value of .*{what}'):
+            prepare(given, job, part_bytes=8000)
+
+
+def test_cleaning_up_removes_nothing_of_others(tmp_path):
+    out = tmp_path / 'out'
+    kept = ['train/photo.jpg', 'train/00009/c/x', 'parts/notes.json', 'train/7/zarr.json', 'a']
+    for name in [*kept, 'train/00007/zarr.json', 'validation/00003/c/0', 'parts/00004.json']:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text('{"key": "another"}')
+    (tmp_path / 'a.txt').write_text('text')
+    prepare(find_files([f'{tmp_path}/a.txt']), Job(str(out), 'bytes', 0.0))
+    left = {'manifest.json', 'train/00000/zarr.json', 'train/00000/c/0'}
+    assert set(contents(out)) == {*kept, *left}
+
+
+def test_remote_input_gives_the_same_bytes(corpus, tmp_path):
+    _, output, files = corpus
+    fsspec = pytest.importorskip('fsspec')
+    system = fsspec.filesystem('memory')
+    for file in files:
+        with open(file.path, 'rb') as f:
+            system.pipe(f'/corpus/{file.name}', f.read())
+    remote = [dataclasses.replace(file, path=f'memory://corpus/{file.name}') for file in files]
+    prepare(remote, Job(str(tmp_path / 'out'), SHIPPED, 0.25), part_bytes=8000)
+    assert contents(tmp_path / 'out') == contents(output)
+
+
+def test_reading_ahead_keeps_the_order_and_raises():
+    assert list(ahead(iter(range(1000)), 7)) == list(range(1000))
+    assert list(ahead(iter(()))) == []
+
+    def items():
+        yield from range(20)
+        raise OSError('gone')
+
+    stream = ahead(items(), 8)
+    assert [next(stream) for _ in range(16)] == list(range(16))
+    with pytest.raises(OSError, match='gone'):
+        next(stream)
+    assert not [t for t in threading.enumerate() if t.name.startswith('ahead')]
