@@ -330,6 +330,57 @@ def check_prompts(prompts: Sequence[Sequence[int]], context: int, vocab_size: in
             )
 
 
+def weight_types(declared: Tree, cfg: ModelConfig) -> Tree:
+    """The type that each parameter is used in: weights in the compute type; gains, and the router,
+    which decides in float32, in float32."""
+
+    def leaf(path: tuple, p: Param) -> np.dtype:
+        narrow = p.matrix and path[-1].key != 'router'
+        return np.dtype(cfg.compute_dtype if narrow else np.float32)
+
+    return jax.tree_util.tree_map_with_path(leaf, declared, is_leaf=is_param)
+
+
+def cast_weights(params: Tree, cfg: ModelConfig) -> Tree:
+    """Float32 parameters in the types that they are used in, so that no token has to cast them."""
+    types = weight_types(model_params(cfg, chunks_of(params, cfg)), cfg)
+    return jax.tree.map(lambda x, dtype: x.astype(dtype), params, types)
+
+
+def put_request(
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    context: int,
+    mesh: Mesh,
+    rules: dict[str, np.ndarray],
+) -> tuple[tuple[Array, Array, Array], Tree]:
+    """Checked prompts, on the mesh as `programs` take them: (ids_BT, lengths_B, limits_B), rules.
+
+    Rows are added so that each device has as many; these hold one token, and end when they begin.
+    """
+    shards = math.prod(mesh.shape[axis] for axis in ROWS)
+    B = -(-len(prompts) // shards) * shards
+    T = next(n for n in padded_lengths(context, mesh.shape[TP]) if n >= max(map(len, prompts)))
+    ids_BT = np.zeros((B, T), np.int32)
+    lengths_B, limits_B = np.ones((2, B), np.int32)
+    for row, prompt in enumerate(prompts):
+        ids_BT[row, : len(prompt)] = prompt
+        lengths_B[row] = len(prompt)
+        limits_B[row] = min(len(prompt) + max_tokens, context)
+    put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))  # noqa: E731
+    rows = tuple(put(x, P(ROWS)) for x in (ids_BT, lengths_B, limits_B))
+    return rows, {name: put(x, P()) for name, x in rules.items()}
+
+
+def fetch(shown: Array, mesh: Mesh, n_prompts: int) -> tuple[np.ndarray, np.ndarray]:
+    """What a program shows of its tokens: int32 [n_prompts, n], and the ends: bool [n_prompts].
+    tp devices hold the same rows; the first one's are taken."""
+    shown = np.asarray(shown)
+    shown = shown.reshape(mesh.size // mesh.shape[TP], mesh.shape[TP], -1, shown.shape[1])[:, 0]
+    shown = shown.reshape(-1, shown.shape[-1])[:n_prompts]
+    return shown[:, :-1], shown[:, -1].astype(bool)
+
+
 def stream(
     params: Tree,
     cfg: ModelConfig,
@@ -353,39 +404,24 @@ def stream(
     check_prompts(prompts, context, cfg.vocab_size)
     if max_tokens < 1:
         raise ValueError(f'max_tokens={max_tokens} is below 1; ask for a token or more')
-    cfg = decoding_config(cfg)
+    cfg, chunks = decoding_config(cfg), chunks_of(params, cfg)
     mesh = jax.tree.leaves(params)[0].sharding.mesh
-    shards = math.prod(mesh.shape[axis] for axis in ROWS)
-    lengths = padded_lengths(context, mesh.shape[TP])
-    B = -(-len(prompts) // shards) * shards
-    T = next(n for n in lengths if n >= max(map(len, prompts)))
-    # Rows that fill up the mesh hold one token and have ended when they begin.
-    ids_BT, lengths_B, limits_B = (
-        np.zeros((B, T), np.int32),
-        np.ones(B, np.int32),
-        np.ones(B, np.int32),
-    )
-    for row, prompt in enumerate(prompts):
-        ids_BT[row, : len(prompt)] = prompt
-        lengths_B[row] = len(prompt)
-        limits_B[row] = min(len(prompt) + max_tokens, context)
-    allowed = np.ones(cfg.vocab_size, bool) if allowed is None else allowed
-    rules = {'seed': np.uint32(seed), 'stop': np.int32(stop), 'allowed': allowed}
-    put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))  # noqa: E731
-    rules = jax.tree.map(lambda x: put(x, P()), rules)
-    rows = (put(x, P(ROWS)) for x in (ids_BT, lengths_B, limits_B))
+    rules = {'seed': np.uint32(seed), 'stop': np.int32(stop)}
+    rules['allowed'] = np.ones(cfg.vocab_size, bool) if allowed is None else allowed
+    rows, rules = put_request(prompts, max_tokens, context, mesh, rules)
+    length = padded_lengths(context, mesh.shape[TP])[-1]
+    prefill, decode = programs(cfg, chunks, mesh, sampling, length, n_tokens)
 
-    chunks = chunks_of(params, cfg)
-    prefill, decode = programs(cfg, chunks, mesh, sampling, lengths[-1], n_tokens)
     state, shown = prefill(params, *rows, rules)
-    running = True
-    while running:
-        state, following = decode(params, state, rules)  # runs while the former is looked at
-        # tp devices hold the same rows: the first one's are taken
-        both = np.asarray(shown).reshape(shards, mesh.shape[TP], B // shards, -1)[:, 0]
-        both = both.reshape(B, -1)[: len(prompts)]
-        running, shown = not np.all(both[:, -1]), following
-        yield both[:, :-1]
+    to_come = max(min(max_tokens, context - len(prompt)) for prompt in prompts) - 1
+    while shown is not None:
+        following = None
+        if to_come > 0:  # runs while the tokens before it are looked at
+            state, following = decode(params, state, rules)
+            to_come -= n_tokens
+        tokens, ended = fetch(shown, mesh, len(prompts))
+        yield tokens
+        shown = None if ended.all() else following
 
 
 def generate(
