@@ -35,7 +35,7 @@ from parallel import (
     zeros,
 )
 
-BLOCK = 64  # rows of one matmul of the CPU's grouped one; also the padding of grouped rows
+BLOCK = 256  # the most rows of one matmul of the CPU's grouped one; the padding of grouped rows
 
 
 def moe_params(cfg: ModelConfig) -> Tree:
@@ -347,19 +347,26 @@ def grouped_matmul(x_GI: Array, w_EIO: Array, sizes_E: Array) -> Array:
     return lax.platform_dependent(x_GI, w_EIO, sizes_E, cpu=_blocked_matmul, default=lax.ragged_dot)
 
 
+def _block_rows(rows: int, groups: int) -> int:
+    """Rows of a block: about those of a group, since half a block a group is computed in vain."""
+    return min(BLOCK, max(32, 1 << (rows // groups).bit_length() - 1))
+
+
 def _blocked_matmul(x_GI: Array, w_EIO: Array, sizes_E: Array, transposed: bool = False) -> Array:
+    rows = _block_rows(x_GI.shape[0] - BLOCK, w_EIO.shape[0])
+
     def expert(y_GO: Array, scanned: tuple[Array, Array, Array]):
         w_IO, start, size = scanned
 
         def block(i: Array, y_GO: Array) -> Array:
             # A last block that is not full spills into the next expert's rows, which are
             # written after it.
-            row = start + i * BLOCK
-            x = lax.dynamic_slice_in_dim(x_GI, row, BLOCK)
+            row = start + i * rows
+            x = lax.dynamic_slice_in_dim(x_GI, row, rows)
             y = jnp.einsum('go,io->gi' if transposed else 'gi,io->go', x, w_IO)
             return lax.dynamic_update_slice_in_dim(y_GO, y, row, axis=0)
 
-        return lax.fori_loop(0, -(-size // BLOCK), block, y_GO), None
+        return lax.fori_loop(0, -(-size // rows), block, y_GO), None
 
     starts_E = jnp.cumsum(sizes_E) - sizes_E
     y_GO = jnp.zeros_like(x_GI, shape=(x_GI.shape[0], w_EIO.shape[1 if transposed else 2]))
@@ -367,18 +374,20 @@ def _blocked_matmul(x_GI: Array, w_EIO: Array, sizes_E: Array, transposed: bool 
 
 
 def _blocked_weight_gradient(x_GI: Array, d_GO: Array, sizes_E: Array) -> Array:
+    rows = _block_rows(x_GI.shape[0] - BLOCK, sizes_E.shape[0])
+
     def expert(_: None, scanned: tuple[Array, Array]):
         start, size = scanned
 
         def block(i: Array, dw_IO: Array) -> Array:
-            row = start + i * BLOCK
-            x, d = (lax.dynamic_slice_in_dim(a, row, BLOCK) for a in (x_GI, d_GO))
-            x = jnp.where(i * BLOCK + jnp.arange(BLOCK)[:, None] < size, x, 0)
+            row = start + i * rows
+            x, d = (lax.dynamic_slice_in_dim(a, row, rows) for a in (x_GI, d_GO))
+            x = jnp.where(i * rows + jnp.arange(rows)[:, None] < size, x, 0)
             return dw_IO + jnp.einsum('gi,go->io', x, d, preferred_element_type=jnp.float32)
 
         shape = (x_GI.shape[-1], d_GO.shape[-1])
         dw_IO = jnp.zeros_like(x_GI, dtype=jnp.float32, shape=shape)
-        return None, lax.fori_loop(0, -(-size // BLOCK), block, dw_IO)
+        return None, lax.fori_loop(0, -(-size // rows), block, dw_IO)
 
     starts_E = jnp.cumsum(sizes_E) - sizes_E
     return lax.scan(expert, None, (starts_E, sizes_E))[1].astype(x_GI.dtype)

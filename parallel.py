@@ -190,6 +190,10 @@ def free_axes(spec: P) -> tuple[str, ...]:
 # ---------------------------------------------------------------------------------------------
 # Collectives, for use inside shard_map. n is the size of the axis; bytes are those that one
 # device sends, with `size` the bytes of the larger of input and output.
+#
+# Over axes of size 1 they are the identity, and say so: XLA:CPU would carry out the collective, and
+# copy whole weights into the layout that it asks for. Since what goes in and what comes out is
+# varying in any case, leaving it out changes no type.
 # ---------------------------------------------------------------------------------------------
 
 
@@ -208,7 +212,7 @@ def all_gather(x: Array, axis: Axis, dim: int) -> Array:
 
     Forward: all-gather, size·(n-1)/n bytes. Backward: reduce-scatter of the cotangents, as many.
     """
-    return lax.all_gather(x, axis, axis=dim, tiled=True)
+    return x if lax.axis_size(axis) == 1 else lax.all_gather(x, axis, axis=dim, tiled=True)
 
 
 def reduce_scatter(x: Array, axis: Axis, dim: int) -> Array:
@@ -216,6 +220,8 @@ def reduce_scatter(x: Array, axis: Axis, dim: int) -> Array:
 
     Forward: reduce-scatter, size·(n-1)/n bytes. Backward: all-gather of the cotangents, as many.
     """
+    if lax.axis_size(axis) == 1:
+        return x
     return lax.psum_scatter(x, axis, scatter_dimension=dim, tiled=True)
 
 
@@ -224,6 +230,8 @@ def all_to_all(x: Array, axis: Axis, dim: int) -> Array:
 
     Forward: all-to-all, size·(n-1)/n bytes. Backward: the same all-to-all of the cotangents.
     """
+    if lax.axis_size(axis) == 1:
+        return x
     return lax.all_to_all(x, axis, split_axis=dim, concat_axis=dim, tiled=True)
 
 
@@ -246,7 +254,7 @@ def psum(x: Array, axis: Axis) -> Array:
     Forward: all-reduce, 2·size·(n-1)/n bytes. Backward: all-reduce of the cotangents, as many:
     each device's share of the loss may depend on the sum in its own way.
     """
-    return varying(lax.psum(x, axis), axis)
+    return x if lax.axis_size(axis) == 1 else varying(lax.psum(x, axis), axis)
 
 
 def pmax(x: Array, axis: Axis) -> Array:
@@ -306,9 +314,8 @@ def unshard(params: Tree, declared: Tree, dtype: jnp.dtype) -> Tree:
         if p.matrix:
             x = x.astype(dtype)
         dim = fsdp_dim(p)
-        if dim is None or (x.shape[dim] == p.shape[dim] and lax.axis_size(FSDP) > 1):
-            return x
-        return all_gather(x, FSDP, dim)
+        whole = dim is None or x.shape[dim] == p.shape[dim]
+        return x if whole else all_gather(x, FSDP, dim)
 
     return map_params(leaf, declared, params)
 

@@ -158,11 +158,23 @@ def _file(ring: Array, slot: Array, value: Array) -> Array:
     return _put(ring, at, value)
 
 
+def _after(x: Array, done: Tree, row: dict[str, Array]) -> Array:
+    """x, but not before all of `done` is computed: so that collectives keep their order.
+
+    XLA:CPU runs what is independent in any order, also a collective and a condition that holds
+    others; two devices of a group could then wait for each other in different ones for ever. The
+    select depends on both, and only we know that no tick is negative. A barrier would not do: the
+    compiler drops it before it emits code.
+    """
+    first = [jnp.ravel(leaf)[0].astype(jnp.float32) for leaf in jax.tree.leaves(done)]
+    return jnp.where(row['tick'] < 0, sum(first).astype(x.dtype), x)
+
+
 def _rows(schedule: Schedule) -> dict[str, Array]:
     """What the scan reads: this stage's columns of the tables, and the head's; [ticks] each.
 
-    f, b, w, head: units and microbatches. The rest are ring slots, -1 where nothing is done: those
-    that F, B and W use, and those that x and g are filed in when they arrive.
+    tick: from 0. f, b, w, head: units and microbatches. The rest are ring slots, -1 where nothing
+    is done: those that F, B and W use, and those that x and g are filed in when they arrive.
     """
     stages = np.arange(schedule.stages)
 
@@ -174,6 +186,7 @@ def _rows(schedule: Schedule) -> dict[str, Array]:
     leaving = np.where(head >= 0, head + schedule.units - schedule.microbatches, -1)
     entering = (schedule.f < schedule.microbatches) & (stages == 0)
     tables = {
+        'tick': np.arange(schedule.ticks)[:, None] + 0 * stages,
         'f': schedule.f, 'b': schedule.b, 'w': schedule.w,
         'f_x': slots('x', schedule.f), 'b_x': slots('x', schedule.b),
         'b_g': slots('g', schedule.b), 'b_s': slots('s', schedule.b), 'w_s': slots('s', schedule.w),
@@ -294,18 +307,25 @@ def _weights(ctx: Context, state: State, row: dict[str, Array]) -> State:
 def _tick(ctx: Context, state: State, row: dict[str, Array]) -> State:
     x_ring = _file(state.x_ring, row['x_in'], state.x_arriving)
     g_ring = _file(state.g_ring, row['g_in'], state.g_arriving)
-    state = state._replace(x_ring=x_ring, g_ring=g_ring)
-    state, y = _forward(ctx, state, row)
+    state, y = _forward(ctx, state._replace(x_ring=x_ring, g_ring=g_ring), row)
+    if ctx.schedule.trains:
+        if ctx.schedule.head_before_b:
+            state = _head(ctx, state, row, y)
+        else:
+            row['b'] = _after(row['b'], y, row)
+        state, dx = _backward(ctx, state, row)
+        if ctx.schedule.split:
+            row['w'] = _after(row['w'], state.sums.shared, row)
+            state = _weights(ctx, state, row)
+        y = _after(y, (state.sums.shared, state.sums.blocks), row)
+    if not ctx.schedule.trains or not ctx.schedule.head_before_b:
+        state = _head(ctx, state, row, y)
+        y = _after(y, (state.g_ring, state.sums.last), row)
+    x_arriving = shift(y, PP, 1)
     if not ctx.schedule.trains:
-        return _head(ctx, state, row, y)._replace(x_arriving=shift(y, PP, 1))
-    if ctx.schedule.head_before_b:
-        state = _head(ctx, state, row, y)
-    state, dx = _backward(ctx, state, row)
-    if ctx.schedule.split:
-        state = _weights(ctx, state, row)
-    if not ctx.schedule.head_before_b:
-        state = _head(ctx, state, row, y)
-    return state._replace(x_arriving=shift(y, PP, 1), g_arriving=shift(dx, PP, -1))
+        return state._replace(x_arriving=x_arriving)
+    g_arriving = shift(_after(dx, x_arriving, row), PP, -1)
+    return state._replace(x_arriving=x_arriving, g_arriving=g_arriving)
 
 
 def _start(ctx: Context) -> State:

@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import re
+import socket
 import sys
 import threading
 import time
@@ -441,8 +442,12 @@ def _run_on_ray(
     started = not ray.is_initialized()
     if started:
         try:
+            host, _, port = address.rpartition(':')
+            # Ray itself waits for minutes where nobody answers.
+            if port.isdigit() and '://' not in address:
+                socket.create_connection((host, int(port)), timeout=10).close()
             ray.init(address=address, log_to_driver=False, logging_level='warning')
-        except ConnectionError as error:
+        except (ConnectionError, TimeoutError, socket.gaierror) as error:
             raise ValueError(
                 f'no Ray cluster answers at --ray={address} ({error}): start one with `ray start '
                 '--head`, or use --ray=local for one on this machine alone'

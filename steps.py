@@ -60,6 +60,17 @@ def init_state(config: ConfigDict, mesh: Mesh) -> Tree:
     return {'params': params, 'moments': adamw_init(params), 'step': step}
 
 
+def abstract_state(config: ConfigDict, mesh: Mesh) -> Tree:
+    """Shapes, types and shardings of `init_state`; nothing is computed."""
+
+    def like(p: Param) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=NamedSharding(mesh, p.spec))
+
+    params = map_params(like, declared_params(config))
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
+    return {'params': params, 'moments': {'m': params, 'v': params}, 'step': step}
+
+
 # ---------------------------------------------------------------------------------------------
 # Gradients
 # ---------------------------------------------------------------------------------------------
@@ -206,18 +217,10 @@ def make_train_step(config: ConfigDict, mesh: Mesh) -> Callable[[Tree, Array], t
 
 def lower_train_step(config: ConfigDict, mesh: Mesh) -> jax.stages.Lowered:
     """The step, lowered for a mesh whose devices need not be there."""
-    declared = declared_params(config)
-
-    def like(p: Param) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=NamedSharding(mesh, p.spec))
-
-    params = map_params(like, declared)
-    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
     M, B = config.microbatches, config.batch_size // config.microbatches
     sharding = NamedSharding(mesh, P(None, BATCH))
     tokens = jax.ShapeDtypeStruct((M, B, config.seq_len + 1), jnp.int32, sharding=sharding)
-    state = {'params': params, 'moments': {'m': params, 'v': params}, 'step': step}
-    return make_train_step(config, mesh).lower(state, tokens)
+    return make_train_step(config, mesh).lower(abstract_state(config, mesh), tokens)
 
 
 def make_eval_step(config: ConfigDict, mesh: Mesh) -> Callable[[Tree, Array, Array], dict]:

@@ -4,7 +4,9 @@
     python train.py --config=configs/tiny.py --config.optimizer.peak_lr=1e-3
     python train.py --config=configs/tiny.py --cpu_devices=8 --config.mesh.fsdp=4 --config.mesh.tp=2
 
-The workdir receives config.json and metrics.jsonl, one object a logged step.
+The workdir receives config.json, metrics.jsonl, one object a logged step, and checkpoints/. The
+same command goes on from the newest checkpoint there, however the run ended before; SIGTERM or
+Ctrl-C save one first. --init_from=WORKDIR starts a new run from another one's parameters.
 """
 
 import ctypes
@@ -27,9 +29,11 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict, config_flags
 
 import data
+from checkpoint import Checkpointer, CheckpointError
 from model import flops_per_token
 from parallel import Array, P, Tree, count, make_mesh
-from steps import init_state, lower_train_step, make_eval_step, put_batch
+from resume import StopSignals, first_step, keep_records, load_params, write_file
+from steps import abstract_state, init_state, lower_train_step, make_eval_step, put_batch
 from tokenizer import token_bytes
 from validation import declared_params, model_config, validate
 
@@ -53,7 +57,7 @@ PEAK_FLOPS = {
 
 def peak_flops(config: ConfigDict, mesh: Mesh) -> tuple[float, str]:
     """FLOP/s of the whole mesh, and where the figure comes from."""
-    device = mesh.devices.flat[0]
+    device = mesh.local_devices[0]
     if config.peak_flops:
         return config.peak_flops * mesh.size, 'config.peak_flops'
     if device.platform != 'cpu':
@@ -76,18 +80,16 @@ def peak_flops(config: ConfigDict, mesh: Mesh) -> tuple[float, str]:
 
 
 class Writer:
-    """metrics.jsonl in the workdir; only process 0 writes."""
+    """metrics.jsonl in the workdir, continued after the step `start`; only process 0 writes."""
 
-    def __init__(self, workdir: str, config: ConfigDict):
+    def __init__(self, workdir: str, config: ConfigDict, start: int):
         self.active = jax.process_index() == 0
         self.path = os.path.join(workdir, 'metrics.jsonl')
         if not self.active:
             return
         os.makedirs(workdir, exist_ok=True)
-        if os.path.exists(self.path):
-            raise ValueError(f'{workdir} holds a run already; use another --workdir, or remove it')
-        with open(os.path.join(workdir, 'config.json'), 'w') as f:
-            f.write(config.to_json(indent=2) + '\n')
+        keep_records(self.path, start)
+        write_file(os.path.join(workdir, 'config.json'), config.to_json(indent=2) + '\n')
 
     def write(self, **record: float) -> None:
         if self.active:
@@ -218,6 +220,10 @@ class Progress:
         every, last = self.config.eval.every, step == self.config.steps
         return bool(every) and (step % every == 0 or last)
 
+    def saves(self, step: int) -> bool:
+        every, last = self.config.checkpoint.every, step == self.config.steps
+        return last or (bool(every) and step % every == 0)
+
     def log(self, step: int, metrics: dict[str, Array]) -> None:
         """Fetches the metrics of a finished step, while the next one runs."""
         stats = metrics.pop('router')
@@ -246,19 +252,46 @@ class Progress:
         )
 
 
-def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
-    """The whole run; returns its summary."""
+def start_state(
+    config: ConfigDict, mesh: Mesh, checkpoints: Checkpointer, start: int, init_from: str
+) -> Tree:
+    """The state after step `start`; at 0 a new one, with the parameters of the run `init_from`."""
+    if start:
+        return checkpoints.restore(start, abstract_state(config, mesh))
+    state = init_state(config, mesh)
+    if init_from:
+        del state['params']  # make room
+        state['params'] = load_params(init_from, abstract_state(config, mesh)['params'])
+    return state
+
+
+def train(config: ConfigDict, workdir: str, init_from: str = '') -> dict[str, Any]:
+    """The whole run, or what is left of it in the workdir; returns the summary of what was done."""
     validate(config, jax.device_count())
+    path, c = os.path.join(workdir, 'checkpoints'), config.checkpoint
+    with Checkpointer(path, c.keep, c.keep_every) as checkpoints, StopSignals() as stop:
+        return run(config, workdir, checkpoints, stop, init_from)
+
+
+def run(
+    config: ConfigDict, workdir: str, checkpoints: Checkpointer, stop: StopSignals, init_from: str
+) -> dict[str, Any]:
     started = time.perf_counter()
+    start, where = first_step(config, workdir, checkpoints)
+    writer = Writer(workdir, config, start)
+    if where:
+        writer.say(where)
+    if start >= config.steps:
+        return {}
+    checkpoints.clean()
     loader, sources, encoding = open_data(config)
     mesh = make_mesh(config.mesh)
-    writer = Writer(workdir, config)
     n_params = count(declared_params(config))
     writer.say(f'{n_params:,} parameters · {loader.n_tokens:,} tokens · workdir {workdir}')
     progress = Progress(config, mesh, writer)
 
     put = functools.partial(put_batch, config=config, mesh=mesh)
-    state = init_state(config, mesh)
+    state = start_state(config, mesh, checkpoints, start, init_from)
     compile_start = time.perf_counter()
     train_step = lower_train_step(config, mesh).compile()
     writer.say(f'compiled in {time.perf_counter() - compile_start:.1f} s')
@@ -266,32 +299,41 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
 
     evaluation: dict[str, float] = {}
     pending = None  # the metrics of the step before, fetched while the present one runs
-    progress.start(0)
-    batches = data.prefetch(lambda i: put(loader.batch_at, i), 0, config.steps)
-    for step, batch in enumerate(batches, start=1):
+    progress.start(start)
+    batches = data.prefetch(lambda i: put(loader.batch_at, i), start, config.steps)
+    for step, batch in enumerate(batches, start=start + 1):
         state, metrics = train_step(state, batch)
         if pending:
             progress.log(*pending)
         pending = (step, metrics) if progress.logs(step) else None
-        if progress.evaluates(step):
-            if pending:
-                progress.log(*pending)
-                pending = None
+        stopping = stop.asked() and step < config.steps
+        if pending and (progress.evaluates(step) or progress.saves(step) or stopping):
+            progress.log(*pending)  # what a checkpoint includes is logged before it
+            pending = None
+        if progress.evaluates(step) and not stopping:
             jax.block_until_ready(state)
             paused = time.perf_counter()
             evaluation = over_sources(sources, functools.partial(evaluate, state['params']))
             progress.log_evaluation(step, evaluation, time.perf_counter() - paused)
+        if progress.saves(step) or stopping:
+            checkpoints.save(step, state, config.to_dict())
+        if stopping:
+            break
+    batches.close()
     if pending:
         progress.log(*pending)
     jax.block_until_ready(state)
+    checkpoints.wait()
+    if stopping:
+        writer.say(f'stopped by a signal: step {step} is saved, the same command goes on from it')
     summary = {
         'parameters': n_params,
         'active_parameters': count(declared_params(config), active=True),
-        'tokens': config.steps * progress.step_tokens,
+        'tokens': step * progress.step_tokens,
         'seconds': time.perf_counter() - started,
         **evaluation,
     }
-    if evaluation and writer.active:
+    if evaluation and writer.active and not stopping:
         summary |= over_sources(
             sources, lambda batches: {'zlib_bits_per_byte': zlib_bits_per_byte(batches, encoding)}
         )
@@ -323,7 +365,9 @@ def main(_: list[str]) -> None:
         jax.config.update('jax_num_cpu_devices', FLAGS.cpu_devices)
     name = time.strftime('runs/%Y%m%d-%H%M%S')
     try:
-        train(FLAGS.config, FLAGS.workdir or name)
+        train(FLAGS.config, FLAGS.workdir or name, FLAGS.init_from or '')
+    except CheckpointError as error:
+        sys.exit(str(error))
     except ValueError as error:
         if not str(error).startswith('the config cannot run'):
             raise
@@ -333,6 +377,11 @@ def main(_: list[str]) -> None:
 if __name__ == '__main__':
     config_flags.DEFINE_config_file('config', None, 'A file of configs/.', lock_config=True)
     flags.DEFINE_string('workdir', None, 'Where the run goes; a new folder in runs/ by default.')
+    flags.DEFINE_string(
+        'init_from',
+        None,
+        'Start from the parameters of this workdir, or of one of its checkpoints.',
+    )
     flags.DEFINE_integer('cpu_devices', 0, 'Simulate this many devices on the CPU.')
     flags.mark_flag_as_required('config')
     app.run(main)

@@ -139,10 +139,10 @@ def value_errors(config: ConfigDict) -> Iterator[str]:
     may_be_zero = {
         'seed', 'eval.every', 'eval.batches', 'log.every', 'optimizer.warmup_steps',
         'optimizer.decay_steps', 'model.q_rank', 'model.first_dense', 'model.n_shared_experts',
-        'log.loads_every',
+        'log.loads_every', 'checkpoint.every', 'checkpoint.keep', 'checkpoint.keep_every',
     }  # fmt: skip
     flat = dict(config)
-    for group in ('model', 'mesh', 'data', 'optimizer', 'eval', 'log', 'pipeline'):
+    for group in ('model', 'mesh', 'data', 'optimizer', 'eval', 'log', 'pipeline', 'checkpoint'):
         flat |= {f'{group}.{k}': v for k, v in flat.pop(group).items()}
     for name, value in flat.items():
         least = 0 if name in may_be_zero else 1

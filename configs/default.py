@@ -87,5 +87,11 @@ def get_config() -> ConfigDict:
 
     c.eval = ConfigDict({'every': 200, 'batches': 0})  # batches 0: all of the validation split
     c.log = ConfigDict({'every': 10, 'loads_every': 100})  # loads: each expert's share, for moe
+
+    c.checkpoint = k = ConfigDict()
+    k.every = 200  # steps; also at the last step, and on SIGTERM and SIGINT
+    k.keep = 2  # the newest ones; 0 keeps all
+    k.keep_every = 0  # steps whose multiples are kept for ever; 0: none
+
     c.peak_flops = 0.0  # of one device, for MFU; 0 looks the device up, or measures a CPU
     return c.lock()

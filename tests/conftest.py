@@ -1,6 +1,7 @@
-"""Eight simulated CPU devices for every test: set before jax starts."""
+"""Eight simulated CPU devices for every test: set before jax starts; a corpus to train on."""
 
 import os
+import pathlib
 
 # Most of the time goes into compiling small programs that run for milliseconds: LLVM's part of
 # that is halved. XLA's own passes, which decide what is computed, stay as they are.
@@ -8,6 +9,9 @@ os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_backend_opti
 
 import jax
 import pytest
+
+import corpus
+import prepare
 
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 8)
@@ -20,3 +24,15 @@ def tpu_devices():
     from jax.experimental import topologies
 
     return lambda name: topologies.get_topology_desc(platform='tpu', topology_name=name).devices
+
+
+@pytest.fixture(scope='session')
+def tokens(tmp_path_factory) -> pathlib.Path:
+    """A folder of token shards: counting, byte by byte."""
+    folder = tmp_path_factory.mktemp('text')
+    for i in range(40):
+        (folder / f'{i}.txt').write_text(f'The number {i} follows {i - 1}. ' * 40)
+    output = folder / 'tokens'
+    files = corpus.find_files([f'{folder}/*.txt'])
+    prepare.prepare(files, prepare.Job(str(output), 'bytes', validation_share=0.2))
+    return output

@@ -232,9 +232,11 @@ def test_ray_without_a_cluster_or_the_package(corpus, tmp_path, monkeypatch):
         prepare(files, Job(str(tmp_path / 'out'), SHIPPED), ray='auto')
     monkeypatch.undo()
     pytest.importorskip('ray', reason='Ray is not installed (requirements-data.txt)')
-    monkeypatch.setenv('RAY_ADDRESS', '')
-    with pytest.raises(ValueError, match=r'no Ray cluster answers at --ray=auto .*ray start'):
-        prepare(files, Job(str(tmp_path / 'out'), SHIPPED), ray='auto')
+    monkeypatch.setenv('RAY_TMPDIR', str(tmp_path))  # where clusters of this machine are noted
+    monkeypatch.delenv('RAY_ADDRESS', raising=False)
+    for address in ('auto', '127.0.0.1:1'):
+        with pytest.raises(ValueError, match=f'cluster answers at --ray={address} .*ray start'):
+            prepare(files, Job(str(tmp_path / 'out'), SHIPPED), ray=address)
 
 
 def test_code_that_ray_ships_needs_no_files_of_ours(tmp_path):

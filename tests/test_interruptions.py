@@ -1,0 +1,345 @@
+"""Training in processes of its own: killed in each phase of a save, stopped by signals, split over
+two processes and moved between meshes, on a full disk. Whatever happens, the next start goes on
+from the last committed step, and ends as the run that nothing happened to."""
+
+import json
+import pathlib
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+import zlib
+
+import numpy as np
+import pytest
+import tensorstore as ts
+from test_resume import records
+
+WORKER = pathlib.Path(__file__).with_name('training_worker.py')
+STEPS = 40
+TIMEOUT = 300  # seconds, for what would otherwise hang
+ONE_A_SAVE = ('before the marker', 'after the marker')  # announced once a save, others more often
+
+
+class Worker:
+    """A process of a training run, its output in a file beside the workdir, or in `folder`."""
+
+    def __init__(
+        self, workdir: pathlib.Path, setup: dict, folder: pathlib.Path | None = None, **options
+    ):
+        options = setup | {'workdir': str(workdir)} | options
+        self.file = (folder or workdir.parent) / f'output-{time.monotonic_ns()}.txt'
+        with open(self.file, 'w') as f:
+            self.process = subprocess.Popen(
+                [sys.executable, WORKER, json.dumps(options)], stdout=f, stderr=subprocess.STDOUT
+            )
+
+    @property
+    def output(self) -> str:
+        return self.file.read_text()
+
+    def wait_for(self, text: str, count: int = 1) -> None:
+        """Until the output holds the text so many times."""
+        deadline = time.monotonic() + TIMEOUT
+        while self.output.count(text) < count:
+            assert self.process.poll() is None, self.output
+            assert time.monotonic() < deadline, self.output
+            time.sleep(0.01)
+
+    def send(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def end(self) -> int:
+        return self.process.wait(TIMEOUT)
+
+    def succeed(self) -> str:
+        assert self.end() == 0, self.output
+        return self.output
+
+
+def start_together(n: int, workdir: pathlib.Path, setup: dict, *each: dict, **options):
+    """n processes of one run; `each` has more options for process 0, 1, ..."""
+    with socket.socket() as s:
+        s.bind(('localhost', 0))
+        options['address'] = f'localhost:{s.getsockname()[1]}'
+    each = each or ({},) * n
+    return [
+        Worker(workdir, setup, **options, **more, process=i, processes=n)
+        for i, more in enumerate(each)
+    ]
+
+
+def committed(workdir: pathlib.Path) -> list[int]:
+    """The steps whose marker matches their metadata, found without the code under test."""
+    steps = []
+    for marker in workdir.glob('checkpoints/*/COMMIT'):
+        metadata = (marker.parent / 'metadata.json').read_bytes()
+        assert int(marker.read_text(), 16) == zlib.crc32(metadata)
+        steps.append(int(marker.parent.name))
+    return sorted(steps)
+
+
+def arrays(folder: pathlib.Path) -> dict[str, np.ndarray]:
+    """The leaves of a checkpoint by their zarr.json, without the code under test."""
+    found = {}
+    for path in sorted((folder / 'arrays').iterdir()):
+        spec = {'driver': 'zarr3', 'kvstore': {'driver': 'file', 'path': f'{path}/'}}
+        found[path.name] = ts.open(spec).result().read().result()
+    return found
+
+
+def assert_bit_equal(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
+    assert set(a) == set(b)
+    for name in a:
+        assert a[name].tobytes() == b[name].tobytes(), name
+
+
+def said_start(workdir: pathlib.Path) -> str:
+    """What the next start has to say, if it does right."""
+    steps = committed(workdir)
+    return f'going on from step {steps[-1]} of {STEPS}' if steps else 'starting again'
+
+
+@pytest.fixture(scope='module')
+def setup(tokens, tmp_path_factory) -> dict:
+    cache = tmp_path_factory.mktemp('compiled')
+    return {'tokens': str(tokens), 'cache': str(cache), 'config': {'steps': STEPS}}
+
+
+@pytest.fixture(scope='module')
+def whole(setup, tmp_path_factory) -> pathlib.Path:
+    """The workdir of a run that nothing happened to."""
+    workdir = tmp_path_factory.mktemp('whole') / 'run'
+    Worker(workdir, setup).succeed()
+    return workdir
+
+
+def finish_and_compare(workdir: pathlib.Path, setup: dict, whole: pathlib.Path) -> None:
+    expected = said_start(workdir)
+    assert expected in Worker(workdir, setup).succeed()
+    assert records(workdir) == records(whole)
+    last = f'checkpoints/{STEPS}'
+    assert_bit_equal(arrays(workdir / last), arrays(whole / last))
+    # Nothing unfinished is left, nor what retention was removing.
+    assert [path.name for path in (workdir / 'checkpoints').iterdir()] == [str(STEPS)]
+
+
+@pytest.mark.parametrize(
+    'phase',
+    [
+        'writing',
+        pytest.param('copying', marks=pytest.mark.slow),
+        pytest.param('before the marker', marks=pytest.mark.slow),
+        pytest.param('after the marker', marks=pytest.mark.slow),
+        pytest.param('clean-up', marks=pytest.mark.slow),
+    ],
+)
+def test_killed_while(phase, setup, whole, tmp_path):
+    rng = random.Random(phase)
+    workdir = tmp_path / 'run'
+    for attempt in range(3):
+        expected = said_start(workdir)
+        worker = Worker(workdir, setup, phase=phase)
+        worker.wait_for(f'PHASE {phase}', rng.randint(1, 3 if phase in ONE_A_SAVE else 40))
+        time.sleep(rng.uniform(0, 0.1))
+        worker.send(signal.SIGKILL)
+        assert worker.end() == -signal.SIGKILL
+        assert attempt == 0 or expected in worker.output
+        assert committed(workdir)
+        assert committed(workdir)[-1] < STEPS
+    finish_and_compare(workdir, setup, whole)
+
+
+@pytest.mark.slow
+def test_killed_before_the_first_save(setup, whole, tmp_path):
+    workdir = tmp_path / 'run'
+    worker = Worker(workdir, setup | {'config': setup['config'] | {'checkpoint__every': 30}})
+    worker.wait_for('step 1/')
+    worker.send(signal.SIGKILL)
+    worker.end()
+    if not committed(workdir):
+        finish_and_compare(workdir, setup, whole)
+
+
+@pytest.mark.parametrize(
+    'number',
+    [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)],
+    ids=lambda number: number.name,
+)
+def test_a_signal_saves_the_step_and_ends_in_success(number, setup, whole, tmp_path):
+    workdir = tmp_path / 'run'
+    worker = Worker(workdir, setup, phase='step')
+    worker.wait_for('PHASE step', 3)
+    worker.send(number)
+    output = worker.succeed()
+    step = committed(workdir)[-1]
+    assert f'stopped by a signal: step {step} is saved' in output
+    assert records(workdir)[-1]['step'] == step < STEPS
+    finish_and_compare(workdir, setup, whole)
+
+
+def test_a_second_interrupt_stops_at_once(setup, tmp_path):
+    worker = Worker(tmp_path / 'run', setup, phase='copying')
+    worker.wait_for('PHASE copying', 3)
+    worker.send(signal.SIGINT)
+    time.sleep(0.2)
+    worker.send(signal.SIGINT)
+    assert worker.end() == -signal.SIGINT
+    assert 'stopped by a signal' not in worker.output
+
+
+def test_a_refused_write_says_what_is_safe(setup, whole, tmp_path):
+    workdir = tmp_path / 'run'
+    worker = Worker(workdir, setup, file_limit=10_000)
+    assert worker.end() == 1
+    assert 'step 4 could not be saved' in worker.output
+    assert 'File too large' in worker.output
+    assert 'Steps that are safe there: 2.' in worker.output
+    assert 'Traceback' not in worker.output
+    assert committed(workdir) == [2]
+    finish_and_compare(workdir, setup, whole)
+
+
+@pytest.mark.slow
+def test_a_full_disk_says_what_is_safe(setup, whole, tmp_path):
+    disk = tmp_path / 'disk'
+    disk.mkdir()
+    mount = ['mount', '-t', 'tmpfs', '-o', 'size=1m', 'tmpfs', str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip('this user may not mount a small disk')
+    try:
+        workdir = disk / 'run'
+        keep_all = setup | {'config': setup['config'] | {'checkpoint__keep': 0}}
+        worker = Worker(workdir, keep_all, tmp_path)
+        assert worker.end() == 1
+        safe = ', '.join(map(str, committed(workdir)))
+        assert f'Steps that are safe there: {safe}.' in worker.output
+        assert 'No space left on device' in worker.output
+        assert 'Traceback' not in worker.output
+        # With room the same command goes on.
+        subprocess.run(['mount', '-o', 'remount,size=100m', str(disk)], check=True)
+        output = Worker(workdir, setup, tmp_path).succeed()
+        assert f'going on from step {safe.split(", ")[-1]} of {STEPS}' in output
+        assert records(workdir) == records(whole)
+    finally:
+        subprocess.run(['umount', str(disk)], check=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# Two processes
+# ---------------------------------------------------------------------------------------------
+
+# (processes, devices of each, mesh): a run goes through them one after the other.
+LAYOUTS = [
+    (2, 4, {'dp': 2, 'fsdp': 2, 'tp': 2}),
+    (1, 8, {'fsdp': 4, 'tp': 2}),
+    (1, 4, {'fsdp': 2, 'tp': 2}),
+    (2, 4, {'fsdp': 8}),
+    (1, 1, {}),
+]
+
+
+def dumped(folder: pathlib.Path) -> dict[str, np.ndarray]:
+    """The global arrays that the workers' shards make up."""
+    found: dict[str, np.ndarray] = {}
+    for file in folder.glob('*.npz'):
+        for key, piece in np.load(file).items():
+            name, shape, bounds = json.loads(key)
+            whole = found.setdefault(name, np.zeros(shape, piece.dtype))
+            whole[tuple(slice(*b) for b in bounds)] = piece
+    return found
+
+
+@pytest.mark.slow
+def test_a_run_moves_between_processes_and_meshes(setup, whole, tmp_path):
+    workdir = tmp_path / 'run'
+    for i, (n, devices, mesh) in enumerate(LAYOUTS):
+        dump = tmp_path / f'dump-{i}'
+        dump.mkdir()
+        config = setup['config'] | {f'mesh__{axis}': size for axis, size in mesh.items()}
+        config |= {'checkpoint__keep': 0}
+        options = {'devices': devices, 'config': config, 'dump': str(dump)}
+        before = committed(workdir)
+        if i < len(LAYOUTS) - 1:  # one process alone gets a signal
+            options['stop_at'] = [n - 1, 7 * (i + 1)]
+        workers = (
+            start_together(n, workdir, setup, **options)
+            if n > 1
+            else [Worker(workdir, setup, **options)]
+        )
+        for worker in workers:
+            worker.succeed()
+        steps = committed(workdir)
+        if i:
+            assert f'going on from step {before[-1]}' in workers[0].output
+            restored = arrays(workdir / f'checkpoints/{before[-1]}')
+            assert_bit_equal(dumped(dump), restored)
+        if i < len(LAYOUTS) - 1:
+            assert steps[-1] == 7 * (i + 1) + (n > 1)  # processes agree one step later
+            assert f'stopped by a signal: step {steps[-1]} is saved' in workers[0].output
+    found, expected = records(workdir), records(whole)
+    assert [r['step'] for r in found] == list(range(1, STEPS + 1))
+    for a, b in zip(found, expected, strict=True):
+        assert a == pytest.approx(b, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_process_that_cannot_write_fails_the_save_of_all(setup, tmp_path):
+    workdir = tmp_path / 'run'
+    config = setup['config'] | {'mesh__fsdp': 2}
+    workers = start_together(2, workdir, setup, {}, {'fail': True}, config=config)
+    for worker in workers:
+        assert worker.end() != 0
+        assert 'step 4 could not be saved' in worker.output
+        assert 'Steps that are safe there: 2.' in worker.output
+    assert 'processes 1 did not write their chunks' in workers[0].output
+    assert 'the disk of this process is gone' in workers[1].output
+    assert committed(workdir) == [2]
+
+
+@pytest.mark.slow
+def test_damage_that_one_process_finds_stops_all(setup, tmp_path):
+    workdir = tmp_path / 'run'
+    config = setup['config'] | {'mesh__fsdp': 2}
+    for worker in start_together(2, workdir, setup, config=config, stop_at=[0, 3]):
+        worker.succeed()
+    step = committed(workdir)[-1]
+    chunk = workdir / f'checkpoints/{step}/arrays/params.embed.w_VD/c/0/1'  # of process 1
+    chunk.write_bytes(chunk.read_bytes()[:-1] + b'?')
+    workers = start_together(2, workdir, setup, config=config)
+    for worker in workers:
+        assert worker.end() != 0
+        assert 'Nothing was loaded' in worker.output
+    assert 'another process could not read it' in workers[0].output
+    assert (
+        f'leaf params.embed.w_VD: DATA_LOSS: Error reading local file "{chunk}"'
+        in workers[1].output
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('victim', [0, 1])
+def test_one_of_two_processes_is_killed_while_writing(victim, setup, tmp_path):
+    workdir = tmp_path / 'run'
+    config = setup['config'] | {'mesh__fsdp': 2}
+    for attempt in range(2):
+        expected = said_start(workdir)
+        each = [{}, {}]
+        each[victim] = {'phase': 'writing'}
+        workers = start_together(2, workdir, setup, *each, config=config)
+        workers[victim].wait_for('PHASE writing', 5 + attempt)
+        workers[victim].send(signal.SIGKILL)
+        workers[victim].end()
+        time.sleep(1)  # in which the other must not commit
+        steps = committed(workdir)
+        workers[1 - victim].send(signal.SIGKILL)
+        workers[1 - victim].end()
+        assert steps == committed(workdir)
+        assert attempt == 0 or expected in workers[0].output
+    expected = said_start(workdir)
+    workers = start_together(2, workdir, setup, config=config)
+    assert expected in workers[0].succeed()
+    workers[1].succeed()
+    assert committed(workdir) == [STEPS]

@@ -1,0 +1,167 @@
+"""A run goes on as if it had never been interrupted, and refuses what it could not go on with."""
+
+import json
+import pathlib
+import shutil
+
+import pytest
+from test_checkpoint import assert_same
+from training_worker import small_run
+
+import steps
+import train
+from checkpoint import Checkpointer
+from parallel import make_mesh
+from resume import differences, keep_records, load_params
+
+TIMES = {'tokens_per_second', 'mfu'}
+
+
+def records(workdir: pathlib.Path) -> list[dict]:
+    """metrics.jsonl without what a clock measured."""
+    lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+
+
+def final_state(workdir: pathlib.Path, config):
+    checkpoints = Checkpointer(f'{workdir}/checkpoints')
+    shapes = steps.abstract_state(config, make_mesh(config.mesh))
+    return checkpoints.restore(checkpoints.latest_step(), shapes)
+
+
+@pytest.fixture(scope='module')
+def whole(tokens, tmp_path_factory) -> pathlib.Path:
+    """The workdir of an uninterrupted run of 20 steps."""
+    workdir = tmp_path_factory.mktemp('whole') / 'run'
+    config = small_run(tokens, eval__every=5, checkpoint__every=10, checkpoint__keep=0)
+    train.train(config, str(workdir))
+    return workdir
+
+
+def interrupted(whole: pathlib.Path, workdir: pathlib.Path) -> pathlib.Path:
+    """The whole run's workdir as a kill between steps 13 and 14 would leave it."""
+    shutil.copytree(whole, workdir)
+    shutil.rmtree(workdir / 'checkpoints' / '20')
+    lines = (workdir / 'metrics.jsonl').read_text().splitlines(keepends=True)
+    after_13 = next(i for i, line in enumerate(lines) if json.loads(line)['step'] == 14)
+    (workdir / 'metrics.jsonl').write_text(''.join([*lines[:after_13], lines[after_13][:20]]))
+    return workdir
+
+
+SLOW_MESHES = [{'dp': 2}, {'dp': 2, 'fsdp': 2, 'tp': 2}]
+
+
+@pytest.mark.parametrize(
+    'mesh',
+    [{}, {'fsdp': 2, 'tp': 2}, *(pytest.param(m, marks=pytest.mark.slow) for m in SLOW_MESHES)],
+    ids=str,
+)
+def test_a_resumed_run_is_the_uninterrupted_one(mesh, whole, tokens, tmp_path, capsys):
+    workdir = interrupted(whole, tmp_path / 'run')
+    config = small_run(tokens, eval__every=5, checkpoint__every=10, checkpoint__keep=0)
+    config.mesh.update(mesh)
+    train.train(config, str(workdir))
+    assert f'going on from step 10 of 20 in {workdir}/checkpoints' in capsys.readouterr().out
+    found, expected = records(workdir), records(whole)
+    if not mesh:
+        assert found == expected
+        config = small_run(tokens)
+        assert_same(final_state(workdir, config), final_state(whole, config))
+        return
+    assert found[:12] == expected[:12]  # ten steps and two evaluations
+    for a, b in zip(found, expected, strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+
+
+def test_a_complete_run_ends_at_once(whole, tokens, monkeypatch, capsys):
+    monkeypatch.setattr(train, 'init_state', None)
+    monkeypatch.setattr(train, 'open_data', None)
+    before = records(whole)
+    assert train.train(small_run(tokens), str(whole)) == {}
+    assert 'is complete: step 20 of 20 is saved' in capsys.readouterr().out
+    assert records(whole) == before
+
+
+def test_more_steps_continue_a_complete_run(whole, tokens, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path / 'run')
+    config = small_run(tokens, steps=22, eval__every=0, optimizer__schedule='wsd')
+    train.train(config, str(tmp_path / 'run'))
+    assert " · optimizer.schedule 'cosine' -> 'wsd' · steps 20 -> 22\n" in capsys.readouterr().out
+    found = records(tmp_path / 'run')
+    assert found[: len(records(whole))] == records(whole)
+    assert [r['step'] for r in found[-2:]] == [21, 22]
+
+
+def test_another_model_or_order_of_the_data_is_refused(whole, tokens, tmp_path):
+    config = small_run(
+        tokens, model__d_ff=96, model__remat='full', seed=1, batch_size=8, optimizer__peak_lr=1.0
+    )
+    with pytest.raises(ValueError, match='the config cannot run') as caught:
+        train.train(config, str(whole))
+    text = str(caught.value)
+    assert 'model.d_ff: 48 there, 96 here' in text
+    assert 'seed: 0 there, 1 here' in text
+    assert 'batch_size: 16 there, 8 here' in text
+    assert text.count('\n  - ') == 3
+    # So it is where the run ended before its first checkpoint.
+    shutil.copytree(whole, tmp_path / 'run')
+    shutil.rmtree(tmp_path / 'run' / 'checkpoints')
+    with pytest.raises(ValueError, match=r'model\.d_ff: 48 there, 96 here'):
+        train.train(config, str(tmp_path / 'run'))
+
+
+def test_without_a_checkpoint_the_run_starts_again(whole, tokens, tmp_path, capsys):
+    workdir = tmp_path / 'run'
+    shutil.copytree(whole, workdir)
+    shutil.rmtree(workdir / 'checkpoints')
+    (workdir / 'checkpoints' / '10' / 'arrays').mkdir(parents=True)
+    train.train(small_run(tokens, steps=2), str(workdir))
+    assert 'starting again' in capsys.readouterr().out
+    assert [r['step'] for r in records(workdir)] == [1, 2]
+    assert [p.name for p in (workdir / 'checkpoints').iterdir()] == ['2']
+
+
+def test_init_from_takes_the_parameters_alone(whole, tokens, tmp_path):
+    config = small_run(tokens, steps=1, seed=3)
+    mesh = make_mesh(config.mesh)
+    there = Checkpointer(f'{whole}/checkpoints')
+    fresh = steps.init_state(config, mesh)
+    workdir = tmp_path / 'run'
+    checkpoints = Checkpointer(f'{workdir}/checkpoints')
+    for source, step in ((f'{whole}/', 20), (f'{whole}/checkpoints/10', 10)):
+        state = train.start_state(config, mesh, checkpoints, 0, source)
+        saved = there.restore(step, steps.abstract_state(config, mesh))
+        assert_same(state, fresh | {'params': saved['params']})
+    # The same command goes on from its own checkpoint.
+    train.train(config, str(workdir), str(whole))
+    config.steps = 2
+    train.train(config, str(workdir), str(whole))
+    assert [r['step'] for r in records(workdir)] == [1, 2]
+    assert records(workdir)[0]['loss'] < 5.3  # where log(264) is 5.6
+
+
+def test_init_from_refuses_what_does_not_fit(whole, tokens, tmp_path):
+    config = small_run(tokens, model__d_ff=96)
+    shapes = steps.abstract_state(config, make_mesh({}))['params']
+    with pytest.raises(
+        ValueError, match=r'the config cannot run: --init_from.*\n.*d_ff|\[2, 32, 48\]'
+    ):
+        load_params(str(whole), shapes)
+    with pytest.raises(ValueError, match='holds no checkpoint'):
+        load_params(str(tmp_path), shapes)
+
+
+def test_records_beyond_the_step_and_torn_lines_go(tmp_path):
+    file = tmp_path / 'metrics.jsonl'
+    keep_records(str(file), 3)
+    assert not file.exists()
+    lines = [json.dumps({'step': i, 'loss': 0.5}) + '\n' for i in (1, 2, 3, 3, 4)]
+    file.write_text(''.join(lines) + '{"step": 5, "lo')
+    keep_records(str(file), 3)
+    assert file.read_text() == ''.join(lines[:4])
+
+
+def test_differences():
+    old = {'a': 1, 'b': {'c': (1, 2), 'd': 3, 'gone': 1}}
+    new = {'a': 1, 'b': {'c': [1, 3], 'd': 4, 'new': 1}}
+    assert differences(old, new) == [('b.c', [1, 2], [1, 3]), ('b.d', 3, 4)]
