@@ -214,6 +214,45 @@ def _attention_backward(scale: float, block: int, saved: tuple, d_out: Array):
 causal_attention.defvjp(_attention_forward, _attention_backward)
 
 
+def cached_attention(
+    q_BKGH: Array,
+    cache: tuple[Array, Array],
+    own: tuple[Array, Array],
+    lengths_B: Array,
+    scale: float,
+) -> Array:
+    """One query a row against the row's first `lengths` cached positions and its own.
+
+    `cache` is (k_BKSH, v_BKSH), where entries from lengths on may be anything finite; `own` is
+    (k_BKH, v_BKH) of the query's position. All S positions are computed, so the time does not
+    depend on the lengths. Scores and softmax are float32. -> [B, K, G, value head size].
+    """
+    (k_BKSH, v_BKSH), (own_k_BKH, own_v_BKH) = cache, own
+    f32 = {'preferred_element_type': jnp.float32}
+    scores_BKGS = jnp.einsum('bkgh,bksh->bkgs', q_BKGH, k_BKSH, **f32) * scale
+    visible_BS = jnp.arange(k_BKSH.shape[2]) < lengths_B[:, None]
+    scores_BKGS = jnp.where(visible_BS[:, None, None], scores_BKGS, _MASKED)
+    own_BKG1 = (jnp.einsum('bkgh,bkh->bkg', q_BKGH, own_k_BKH, **f32) * scale)[..., None]
+    top_BKG1 = jnp.maximum(jnp.max(scores_BKGS, axis=-1, keepdims=True), own_BKG1)
+    p_BKGS, own_p_BKG1 = jnp.exp(scores_BKGS - top_BKG1), jnp.exp(own_BKG1 - top_BKG1)
+    out_BKGH = jnp.einsum('bkgs,bksh->bkgh', p_BKGS.astype(v_BKSH.dtype), v_BKSH, **f32)
+    out_BKGH += own_p_BKG1 * own_v_BKH[:, :, None]
+    total_BKG1 = jnp.sum(p_BKGS, axis=-1, keepdims=True) + own_p_BKG1
+    return (out_BKGH / total_BKG1).astype(q_BKGH.dtype)
+
+
+def _rows_first(x_1NTH: Array, rows: int) -> Array:
+    """Decoding's layout to the cache's: rows stand where positions do, and the last of them only
+    fill up the tp devices. [1, N, T, H] -> [B, N, H]."""
+    return x_1NTH[0, :, :rows].swapaxes(0, 1)
+
+
+def _rows_last(x_BNH: Array, rows: int) -> Array:
+    """The way back: [B, N, H] -> [1, N, T, H] with T = rows, where the last row is repeated."""
+    filled = jnp.pad(x_BNH, ((0, rows - x_BNH.shape[0]), (0, 0), (0, 0)), mode='edge')
+    return filled.swapaxes(0, 1)[None]
+
+
 def mla_params(cfg: ModelConfig) -> Tree:
     D, N, R, Rq = cfg.d_model, cfg.n_heads, cfg.kv_rank, cfg.q_rank
     Hn, Hr, Hv = cfg.nope_dim, cfg.rope_dim, cfg.v_dim
@@ -234,15 +273,38 @@ def mla_params(cfg: ModelConfig) -> Tree:
     }
 
 
-def mla(params: Tree, x_BTD: Array, table: Positions, cfg: ModelConfig) -> Array:
+def mla(params: Tree, x_BTD: Array, table: Positions, cfg: ModelConfig) -> tuple[Array, Tree]:
     """Multi-head latent attention (DeepSeek-V2, section 2.1; q_rank = 0 leaves the query whole).
 
     Keys and values rise from one latent of R numbers a token; position enters through H_rope
-    further ones, a single key shared by all heads. Latents are made on the local positions and
-    only then gathered over tp: R + H_rope (+ q_rank) numbers a token travel instead of D.
-    x_BTD: [B, T/tp, D] -> the same.
+    further ones, a single key shared by all heads. x_BTD: [B, T/tp, D] -> the same, and what
+    decoding keeps of each position, [B, 1, T, R + H_rope].
     """
     w = unshard(params, mla_params(cfg), x_BTD.dtype)
+    q_nope_BNTH, q_rope_BNTH, latent_BSR, k_rope_BSH = _mla_inputs(w, x_BTD, table, cfg)
+    k_nope_BNSH = to_heads(latent_BSR, w['w_k_up'])
+    v_BNSH = to_heads(latent_BSR, w['w_v_up'])
+    k_rope_BNSH = jnp.broadcast_to(k_rope_BSH[:, None], (*k_nope_BNSH.shape[:-1], cfg.rope_dim))
+    q_BNTH = jnp.concatenate((q_nope_BNTH, q_rope_BNTH), axis=-1)
+    k_BNSH = jnp.concatenate((k_nope_BNSH, k_rope_BNSH), axis=-1)
+    out_BNTH = causal_attention(
+        q_BNTH[:, :, None],
+        k_BNSH,
+        v_BNSH,
+        table.documents,
+        attention_scale(cfg),
+        cfg.attention_block,
+    )[:, :, 0]
+    kept = {'latent': jnp.concatenate((latent_BSR, k_rope_BSH), axis=-1)[:, None]}
+    return reduce_scatter(from_heads(out_BNTH, w['w_o']), TP, 1), kept
+
+
+def _mla_inputs(
+    w: Tree, x_BTD: Array, table: Positions, cfg: ModelConfig
+) -> tuple[Array, Array, Array, Array]:
+    """Both parts of the query, [B, N, T, H], the latent and the rotary key, [B, T, R] and
+    [B, T, H_rope], all rotated. Latents are made on the local positions and only then gathered
+    over tp: R + H_rope (+ q_rank) numbers a token travel instead of D."""
     kv_BTR = linear(x_BTD, w['w_kv_down'])
     latent_BTR, k_rope_BTH = jnp.split(kv_BTR, [cfg.kv_rank], axis=-1)
     latent_BTR = rms_norm(latent_BTR, w['kv_norm'], cfg.norm_eps)
@@ -256,25 +318,39 @@ def mla(params: Tree, x_BTD: Array, table: Positions, cfg: ModelConfig) -> Array
     all_BTR = all_gather(jnp.concatenate((latent_BTR, k_rope_BTH, q_BTR), -1), TP, 1)
     # B T/tp R -> B T R
     latent_BSR, k_rope_BSH, q_BTR = jnp.split(all_BTR, sizes, axis=-1)
-
     q_BNTH = to_heads(q_BTR, w_q)
     q_nope_BNTH, q_rope_BNTH = jnp.split(q_BNTH, [cfg.nope_dim], axis=-1)
-    k_nope_BNSH = to_heads(latent_BSR, w['w_k_up'])
-    v_BNSH = to_heads(latent_BSR, w['w_v_up'])
-    k_rope_BNSH = jnp.broadcast_to(
-        rope(k_rope_BSH[:, None], table), (*k_nope_BNSH.shape[:-1], cfg.rope_dim)
-    )
-    q_BNTH = jnp.concatenate((q_nope_BNTH, rope(q_rope_BNTH, table)), axis=-1)
-    k_BNSH = jnp.concatenate((k_nope_BNSH, k_rope_BNSH), axis=-1)
-    out_BNTH = causal_attention(
-        q_BNTH[:, :, None],
-        k_BNSH,
-        v_BNSH,
-        table.documents,
-        attention_scale(cfg),
-        cfg.attention_block,
-    )[:, :, 0]
-    return reduce_scatter(from_heads(out_BNTH, w['w_o']), TP, 1)
+    k_rope_BSH = rope(k_rope_BSH[:, None], table)[:, 0]
+    return q_nope_BNTH, rope(q_rope_BNTH, table), latent_BSR, k_rope_BSH
+
+
+def mla_decode(
+    params: Tree,
+    x_BD: Array,
+    table: Positions,
+    cache: Tree,
+    lengths_B: Array,
+    cfg: ModelConfig,
+) -> tuple[Array, Tree]:
+    """`mla` of one more position of each row, in the layout of `Attention.decode`.
+
+    Absorbed (DeepSeek-V2, appendix C): the query passes through the keys' up-projection and meets
+    latents, the weighted sum of latents passes through the values'. So this is multi-query
+    attention with heads of R + H_rope, and no key or value of the cache is ever expanded.
+    """
+    w = unshard(params, mla_params(cfg), x_BD.dtype)
+    q_nope_BNTH, q_rope_BNTH, latent_BSR, k_rope_BSH = _mla_inputs(w, x_BD, table, cfg)
+    rows, filled = lengths_B.shape[0], latent_BSR.shape[1]
+    q_BNR = jnp.einsum('bnh,rnh->bnr', _rows_first(q_nope_BNTH, rows), w['w_k_up'])
+    q_BNR = jnp.concatenate((q_BNR, _rows_first(q_rope_BNTH, rows)), axis=-1)
+    own_B1R = jnp.concatenate((latent_BSR, k_rope_BSH), axis=-1)[0, :rows, None]
+    latent = cache['latent']
+    out_BNR = cached_attention(
+        q_BNR[:, None], (latent, latent), (own_B1R, own_B1R), lengths_B, attention_scale(cfg)
+    )[:, 0, :, : cfg.kv_rank]
+    out_BNH = jnp.einsum('bnr,rnh->bnh', out_BNR, w['w_v_up'])
+    out_BTD = from_heads(_rows_last(out_BNH, filled), w['w_o'])
+    return reduce_scatter(out_BTD, TP, 1), {'latent': own_B1R}
 
 
 def gqa_params(cfg: ModelConfig) -> Tree:
@@ -289,12 +365,26 @@ def gqa_params(cfg: ModelConfig) -> Tree:
     }
 
 
-def gqa(params: Tree, x_BTD: Array, table: Positions, cfg: ModelConfig) -> Array:
+def gqa(params: Tree, x_BTD: Array, table: Positions, cfg: ModelConfig) -> tuple[Array, Tree]:
     """Grouped-query attention (Ainslie et al. 2023); n_kv_heads = n_heads is multi-head, 1 is
     multi-query, whose single key and value are made on the local positions and then gathered.
-    x_BTD: [B, T/tp, D] -> the same.
+    x_BTD: [B, T/tp, D] -> the same, and what decoding keeps, keys and values [B, K, T, H].
     """
     w = unshard(params, gqa_params(cfg), x_BTD.dtype)
+    q_BNTH, k_BKSH, v_BKSH = _gqa_inputs(w, x_BTD, table, cfg)
+    B, N, T, H = q_BNTH.shape
+    q_BKGTH = q_BNTH.reshape(B, k_BKSH.shape[1], -1, T, H)
+    out_BKGTH = causal_attention(
+        q_BKGTH, k_BKSH, v_BKSH, table.documents, attention_scale(cfg), cfg.attention_block
+    )
+    out_BTD = from_heads(out_BKGTH.reshape(B, N, T, H), w['w_o'])
+    return reduce_scatter(out_BTD, TP, 1), {'k': k_BKSH, 'v': v_BKSH}
+
+
+def _gqa_inputs(
+    w: Tree, x_BTD: Array, table: Positions, cfg: ModelConfig
+) -> tuple[Array, Array, Array]:
+    """Queries, keys and values of all positions: [B, N, T, H], and [B, K, T, H] twice."""
     all_BTD = all_gather(x_BTD, TP, 1)  # B T/tp D -> B T D
     q_BNTH = to_heads(all_BTD, w['w_q'])
     if cfg.n_kv_heads > 1:
@@ -306,17 +396,49 @@ def gqa(params: Tree, x_BTD: Array, table: Positions, cfg: ModelConfig) -> Array
     if cfg.qk_norm:
         q_BNTH = rms_norm(q_BNTH, w['q_norm'], cfg.norm_eps)
         k_BKSH = rms_norm(k_BKSH, w['k_norm'], cfg.norm_eps)
-    q_BNTH, k_BKSH = rope(q_BNTH, table), rope(k_BKSH, table)
-    B, N, T, H = q_BNTH.shape
-    q_BKGTH = q_BNTH.reshape(B, k_BKSH.shape[1], -1, T, H)
-    out_BKGTH = causal_attention(
-        q_BKGTH, k_BKSH, v_BKSH, table.documents, attention_scale(cfg), cfg.attention_block
+    return rope(q_BNTH, table), rope(k_BKSH, table), v_BKSH
+
+
+def gqa_decode(
+    params: Tree,
+    x_BD: Array,
+    table: Positions,
+    cache: Tree,
+    lengths_B: Array,
+    cfg: ModelConfig,
+) -> tuple[Array, Tree]:
+    """`gqa` of one more position of each row, in the layout of `Attention.decode`."""
+    w = unshard(params, gqa_params(cfg), x_BD.dtype)
+    q_BNTH, k_BKTH, v_BKTH = _gqa_inputs(w, x_BD, table, cfg)
+    rows, filled = lengths_B.shape[0], q_BNTH.shape[2]
+    q_BNH, k_BKH, v_BKH = (_rows_first(y, rows) for y in (q_BNTH, k_BKTH, v_BKTH))
+    q_BKGH = q_BNH.reshape(rows, k_BKH.shape[1], -1, cfg.head_dim)
+    out_BKGH = cached_attention(
+        q_BKGH, (cache['k'], cache['v']), (k_BKH, v_BKH), lengths_B, attention_scale(cfg)
     )
-    out_BNTH = out_BKGTH.reshape(B, N, T, H)
-    return reduce_scatter(from_heads(out_BNTH, w['w_o']), TP, 1)
+    out_BTD = from_heads(_rows_last(out_BKGH.reshape(q_BNH.shape), filled), w['w_o'])
+    return reduce_scatter(out_BTD, TP, 1), {'k': k_BKH, 'v': v_BKH}
 
 
-ATTENTION: dict[str, tuple[Callable, Callable]] = {
-    'mla': (mla_params, mla),
-    'gqa': (gqa_params, gqa),
+class Attention(NamedTuple):
+    """A kind of attention: its parameters' declaration, and the two functions that use them.
+
+    Both return what is added to the residual stream, and what later positions need of these ones:
+    leaves [B, K, T, H], sharded over tp in K, or copies of one head.
+
+    `decode` takes one new position of each of B rows. In the residual stream, rows then stand where
+    positions stand in training, so that linear layers, feed-forward parts and collectives are the
+    same: x_BD is [1, T/tp, D], where T is B rounded up to a multiple of tp by repeating the last
+    row, and the table has a position for each of the T. Its cache has leaves [B, K, S, H], of which
+    row b fills the first lengths[b] of S; what it returns of the new position is [B, K, H].
+    """
+
+    params: Callable[[ModelConfig], Tree]
+    forward: Callable[..., tuple[Array, Tree]]
+    decode: Callable[..., tuple[Array, Tree]]
+
+
+ATTENTION: dict[str, Attention] = {
+    'mla': Attention(mla_params, mla, mla_decode),
+    'gqa': Attention(gqa_params, gqa, gqa_decode),
 }

@@ -40,23 +40,28 @@ FEED_FORWARD: dict[str, tuple[Callable, Callable]] = {
 def layer_params(cfg: ModelConfig, kind: str) -> Tree:
     return {
         'attention_norm': gain(cfg.d_model),
-        'attention': ATTENTION[cfg.attention][0](cfg),
+        'attention': ATTENTION[cfg.attention].params(cfg),
         'ffn_norm': gain(cfg.d_model),
         'ffn': FEED_FORWARD[kind][0](cfg),
     }
 
 
 def layer(
-    params: Tree, x_BTD: Array, table: Positions, key: Array, cfg: ModelConfig, kind: str
-) -> tuple[Array, dict[str, Array]]:
-    """One pre-norm layer. x_BTD: [B, T/tp, D] -> the same, and the feed-forward's statistics."""
-    attention, ffn = ATTENTION[cfg.attention][1], FEED_FORWARD[kind][1]
+    params: Tree,
+    x_BTD: Array,
+    attend: Callable[[Tree, Array], tuple[Array, Tree]],
+    key: Array,
+    cfg: ModelConfig,
+    kind: str,
+) -> tuple[Array, Tree, dict[str, Array]]:
+    """One pre-norm layer, with `attend` (parameters, input) as its attention. x_BTD: [B, T/tp, D]
+    -> the same, what attention keeps for decoding, and the feed-forward's statistics."""
     h_BTD = rms_norm(x_BTD, params['attention_norm'], cfg.norm_eps)
-    h_BTD = attention(params['attention'], h_BTD, table, cfg)
+    h_BTD, kept = attend(params['attention'], h_BTD)
     x_BTD = x_BTD + dropout(h_BTD, cfg.dropout, jax.random.fold_in(key, 0))
     h_BTD = rms_norm(x_BTD, params['ffn_norm'], cfg.norm_eps)
-    h_BTD, stats = ffn(params['ffn'], h_BTD, cfg)
-    return x_BTD + dropout(h_BTD, cfg.dropout, jax.random.fold_in(key, 1)), stats
+    h_BTD, stats = FEED_FORWARD[kind][1](params['ffn'], h_BTD, cfg)
+    return x_BTD + dropout(h_BTD, cfg.dropout, jax.random.fold_in(key, 1)), kept, stats
 
 
 def block_names(kinds: tuple[str, ...]) -> list[str]:
@@ -89,13 +94,14 @@ def run_blocks(
     """A scan over stacked blocks of layers of these kinds, the first of them being layer number
     `first_layer` of the model. x_BTD: [B, T/tp, D] -> the same, and statistics by layer of the
     block: {name: {statistic: [blocks, ...]}}."""
+    attend = functools.partial(ATTENTION[cfg.attention].forward, table=table, cfg=cfg)
 
     def block(x_BTD: Array, scanned: tuple[Tree, Array]):
         params, index = scanned
         stats = {}
         for i, name in enumerate(block_names(kinds)):
             layer_key = jax.random.fold_in(key, first_layer + index * len(kinds) + i)
-            x_BTD, layer_stats = layer(params[name], x_BTD, table, layer_key, cfg, kinds[i])
+            x_BTD, _, layer_stats = layer(params[name], x_BTD, attend, layer_key, cfg, kinds[i])
             stats |= {name: layer_stats} if layer_stats else {}
         return x_BTD, stats
 
@@ -276,12 +282,17 @@ def split_router_loss(stats: Tree) -> tuple[Array | float, Tree]:
     return total, lax.stop_gradient(others)
 
 
+def head_logits(params: Tree, x_BTD: Array, cfg: ModelConfig) -> Array:
+    """Logits of the last x_BTD, all positions [B, T, D]: float32 [B, T, V/tp]."""
+    x_BTD = rms_norm(x_BTD, params['final_norm'], cfg.norm_eps)
+    w_VD = head_weight(params, cfg)
+    return jnp.einsum('btd,vd->btv', x_BTD, w_VD, preferred_element_type=jnp.float32)
+
+
 def logits(params: Tree, ids_BT: Array, cfg: ModelConfig) -> Array:
     """Logits of all positions, float32 [B, T, V/tp]: for tests and small models."""
     x_BTD, _ = hidden_states(params, ids_BT, cfg, jax.random.key(0))
-    x_BTD = all_gather(rms_norm(x_BTD, params['final_norm'], cfg.norm_eps), TP, 1)
-    w_VD = head_weight(params, cfg)
-    return jnp.einsum('btd,vd->btv', x_BTD, w_VD, preferred_element_type=jnp.float32)
+    return head_logits(params, all_gather(x_BTD, TP, 1), cfg)  # B T/tp D -> B T D
 
 
 def flops_per_token(cfg: ModelConfig, seq_len: int) -> float:

@@ -349,7 +349,7 @@ def grouped_matmul(x_GI: Array, w_EIO: Array, sizes_E: Array) -> Array:
 
 def _block_rows(rows: int, groups: int) -> int:
     """Rows of a block: about those of a group, since half a block a group is computed in vain."""
-    return min(BLOCK, max(32, 1 << (rows // groups).bit_length() - 1))
+    return min(BLOCK, 1 << max(rows // groups, 32).bit_length() - 1)
 
 
 def _blocked_matmul(x_GI: Array, w_EIO: Array, sizes_E: Array, transposed: bool = False) -> Array:

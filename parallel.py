@@ -265,6 +265,17 @@ def pmax(x: Array, axis: Axis) -> Array:
     return varying(lax.pmax(lax.stop_gradient(x), axis), axis)
 
 
+def broadcast(x: Array, axis: str, source: Array) -> Array:
+    """Layout: each device's own -> that of device `source` of the axis, on all of them.
+
+    Forward: all-reduce, 2·size·(n-1)/n bytes. Not differentiated: layers of a pipeline come this
+    way to where tokens are generated.
+    """
+    if lax.axis_size(axis) == 1:
+        return x
+    return psum(jnp.where(lax.axis_index(axis) == source, x, 0), axis)
+
+
 def shift(x: Array, axis: str, by: int) -> Array:
     """Layout: unchanged; device i's x goes to device i + by of the axis, around its ring.
 

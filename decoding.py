@@ -1,0 +1,438 @@
+"""Decoding: prompts in, tokens out, with a cache of fixed size on any mesh.
+
+    tokens = generate(params, cfg, prompts, max_tokens=200, context=1024)
+
+Two compiled programs do it: `prefill` takes all prompts, padded on the right to one of a few
+lengths, and leaves what attention keeps of each position; `decode` extends every row by some
+tokens, at its own position. So neither compiles anew for another position, and prefill only for
+another padded length. Rows of the batch are spread over every axis but tp; dimension letters as in
+layers.py.
+
+In the residual stream of `decode`, rows stand where positions stand in training (see
+`attention.Attention`): x is [1, B/tp, D], and each part of the model runs as it is trained.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+
+from attention import ATTENTION, rope_table
+from layers import ModelConfig
+from model import block_names, embed, head_logits, layer, model_params
+from parallel import (
+    AXES,
+    BATCH,
+    PP,
+    TP,
+    Array,
+    P,
+    Param,
+    Tree,
+    all_gather,
+    broadcast,
+    free_axes,
+    is_param,
+    map_params,
+    replicate,
+    specs,
+    varying,
+)
+
+ROWS = (PP, *BATCH)  # the axes that rows are spread over: stages of a pipeline take their share
+SHORTEST = 16  # the least padded length of a prompt
+
+# Each device's own copy, so that what is alike on the tp devices never has to be compared.
+STATE = {
+    'cache': P(None, ROWS, TP),
+    'token': P(AXES),
+    'position': P(AXES),
+    'limit': P(AXES),
+    'done': P(AXES),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn. Filters apply in the order of the fields, each to what is left.
+
+    temperature 0 takes the likeliest token. top_k (0: all) keeps so many; top_p (1: all) keeps the
+    likeliest that together reach this share (nucleus sampling, Holtzman et al. 2020); min_p (0:
+    all) keeps those at least this share as likely as the likeliest (Nguyen et al. 2024). Tokens
+    exactly as likely as the last one kept are kept too. Raises ValueError if out of range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        rules = {
+            'temperature': (0 <= self.temperature < math.inf, '0 (greedy) or more'),
+            'top_k': (self.top_k >= 0, '0 (all tokens) or more'),
+            'top_p': (0 < self.top_p <= 1, 'a share above 0, up to 1 (all tokens)'),
+            'min_p': (0 <= self.min_p <= 1, 'a share from 0 (all tokens) to 1'),
+        }
+        for name, (holds, remedy) in rules.items():
+            if not holds:
+                raise ValueError(f'{name}={getattr(self, name)} is out of range; use {remedy}')
+
+
+def sample(logits_V: Array, key: Array, sampling: Sampling) -> Array:
+    """One token, int32, from float32 logits."""
+    if sampling.temperature == 0:
+        return jnp.argmax(logits_V).astype(jnp.int32)
+    logits_V = logits_V / sampling.temperature
+    if sampling.top_k or sampling.top_p < 1:
+        sorted_V = jnp.sort(logits_V, descending=True)
+        if sampling.top_k:
+            sorted_V = jnp.where(jnp.arange(len(sorted_V)) < sampling.top_k, sorted_V, -jnp.inf)
+        probs_V = jax.nn.softmax(sorted_V)
+        before_V = jnp.cumsum(probs_V) - probs_V
+        kept_V = (before_V < sampling.top_p) & (sorted_V > -jnp.inf)
+        least = jnp.min(jnp.where(kept_V, sorted_V, jnp.inf))
+        logits_V = jnp.where(logits_V >= least, logits_V, -jnp.inf)
+    if sampling.min_p:
+        least = jnp.max(logits_V) + math.log(sampling.min_p)
+        logits_V = jnp.where(logits_V >= least, logits_V, -jnp.inf)
+    return jax.random.categorical(key, logits_V).astype(jnp.int32)
+
+
+# ---------------------------------------------------------------------------------------------
+# The model with a cache; inside shard_map
+# ---------------------------------------------------------------------------------------------
+
+
+def decoding_config(cfg: ModelConfig) -> ModelConfig:
+    """Without what serves training alone. Experts take all choices: a capacity is a share of a
+    whole sequence, of which decoding does not know the rest."""
+    return dataclasses.replace(
+        cfg, dropout=0.0, capacity_factor=0.0, buffer_factor=0.0, balance_loss=0.0,
+        router_z_loss=0.0,
+    )  # fmt: skip
+
+
+def chunks_of(params: Tree, cfg: ModelConfig) -> int:
+    """How many chunks a stage of the pipeline had that these parameters were laid out for."""
+    declared = model_params(cfg)
+    found, plain = (jax.tree.leaves(x['blocks'], is_leaf=is_param)[0] for x in (params, declared))
+    return 1 if found.ndim == len(plain.shape) else found.shape[0]
+
+
+def block_at(blocks: Tree, declared: Tree, i: Array) -> Tree:
+    """The parameters of block i, from the pipeline stage that holds it."""
+
+    def leaf(p: Param, x: Array) -> Array:
+        if PP not in p.spec[:2]:
+            return lax.dynamic_index_in_dim(x, i, keepdims=False)
+        if p.spec[0] == PP:
+            x = x[None]  # a single chunk
+        n = x.shape[1]  # blocks of a chunk of a stage; see `parallel.stacked`
+        chunk, stage = jnp.divmod(i // n, lax.axis_size(PP))
+        return broadcast(x[chunk, i % n], PP, stage)
+
+    return map_params(leaf, declared, blocks)
+
+
+def run_layers(
+    params: Tree,
+    x_BTD: Array,
+    cache: Tree | None,
+    attend: Callable[[Tree, Array, Tree | None], tuple[Array, Tree]],
+    cfg: ModelConfig,
+) -> tuple[Array, Tree]:
+    """All layers in scans over blocks; `attend` takes a layer's parameters, input and cache.
+
+    Returns the last x_BTD, and what attention keeps, by group, layer of the block and name; like
+    the cache's its leaves are stacked over blocks. The cache is only read: one write after the
+    scans leaves it where it is, a write in each layer could make the compiler copy it.
+    """
+    declared, kept = model_params(cfg, chunks_of(params, cfg)), {}
+    key = jax.random.key(0)  # of dropout, which is off
+    groups = {'first': ('dense',)} if cfg.first_dense else {}
+    for group, kinds in (groups | {'blocks': cfg.block}).items():
+        names = block_names(kinds)
+
+        def block(x_BTD: Array, scanned: tuple[Array, Tree], group=group, kinds=kinds, names=names):
+            i, cached = scanned
+            weights = block_at(params[group], declared[group], i)
+            kept = {}
+            for name, kind in zip(names, kinds, strict=True):
+                with_cache = lambda p, h, name=name: attend(p, h, cached[name])  # noqa: E731
+                x_BTD, kept[name], _ = layer(weights[name], x_BTD, with_cache, key, cfg, kind)
+            return x_BTD, kept
+
+        n_blocks = cfg.first_dense if group == 'first' else cfg.n_blocks
+        cached = cache[group] if cache else dict.fromkeys(names)
+        x_BTD, kept[group] = lax.scan(block, x_BTD, (jnp.arange(n_blocks), cached))
+    return x_BTD, kept
+
+
+def prefill_logits(
+    params: Tree, ids_BT: Array, lengths_B: Array, cfg: ModelConfig, context: int
+) -> tuple[Array, Tree]:
+    """All positions of prompts at once. ids_BT: int32 [B, T], padded on the right.
+
+    Returns the logits after each prompt's last token, float32 [B, V], and the cache: leaves
+    [blocks, B, K, context, H]. Its entries beyond a prompt mean nothing; decoding overwrites each
+    before it is visible.
+    """
+    T = ids_BT.shape[1]
+    block = max(d for d in range(1, cfg.attention_block + 1) if T % d == 0)
+    cfg = dataclasses.replace(cfg, attention_block=block)
+    table = rope_table(cfg, jnp.arange(T))
+    forward = ATTENTION[cfg.attention].forward
+    x_BTD = embed(params['embed'], ids_BT, cfg)
+    x_BTD, kept = run_layers(
+        params, x_BTD, None, lambda p, h_BTD, _: forward(p, h_BTD, table, cfg), cfg
+    )
+    fill = ((0, 0), (0, 0), (0, 0), (0, context - T), (0, 0))
+    cache = jax.tree.map(lambda x: jnp.pad(x, fill), kept)
+    x_BTD = all_gather(x_BTD, TP, 1)  # B T/tp D -> B T D
+    last_B1D = jnp.take_along_axis(x_BTD, lengths_B[:, None, None] - 1, axis=1)
+    return all_gather(head_logits(params, last_B1D, cfg), TP, 2)[:, 0], cache
+
+
+def decode_logits(
+    params: Tree, cache: Tree, ids_B: Array, positions_B: Array, cfg: ModelConfig
+) -> tuple[Array, Tree]:
+    """One more token a row, int32 [B], at its position -> logits after it, float32 [B, V], and the
+    cache with it."""
+    rows, tp = ids_B.shape[0], lax.axis_size(TP)
+    fill = (0, -rows % tp)
+    table = rope_table(cfg, jnp.pad(positions_B, fill, mode='edge'))
+    x_BD = embed(params['embed'], jnp.pad(ids_B, fill, mode='edge')[None], cfg)
+    decode = ATTENTION[cfg.attention].decode
+    x_BD, kept = run_layers(
+        params, x_BD, cache, lambda p, h, cached: decode(p, h, table, cached, positions_B, cfg), cfg
+    )
+    write = lambda c, new: c.at[:, jnp.arange(rows), :, positions_B].set(new.swapaxes(0, 1))  # noqa: E731
+    cache = jax.tree.map(write, cache, kept)
+    x_BD = all_gather(x_BD, TP, 1)[:, :rows]  # 1 B/tp D -> 1 B D
+    return all_gather(head_logits(params, x_BD, cfg), TP, 2)[0], cache
+
+
+# ---------------------------------------------------------------------------------------------
+# The two programs
+# ---------------------------------------------------------------------------------------------
+
+
+def _place(state: Tree, logits_BV: Array, rules: Tree, sampling: Sampling) -> Tree:
+    """The state with a token drawn for each row's position. A row's randomness follows from the
+    seed, its number in the batch and the position: not from the mesh, nor from other rows."""
+    B = logits_BV.shape[0]
+    rows_B = lax.axis_index(ROWS) * B + jnp.arange(B)
+    key = jax.random.key(rules['seed'])
+    logits_BV = jnp.where(rules['allowed'], logits_BV, -jnp.inf)
+
+    def draw(row: Array, position: Array, logits_V: Array) -> Array:
+        return sample(
+            logits_V, jax.random.fold_in(jax.random.fold_in(key, row), position), sampling
+        )
+
+    token_B = jax.vmap(draw)(rows_B, state['position'], logits_BV)
+    done_B = (token_B == rules['stop']) | (state['position'] + 1 >= state['limit'])
+    return state | {'token': token_B, 'done': done_B}
+
+
+def _varying_params(params: Tree, cfg: ModelConfig) -> Tree:
+    declared = model_params(cfg, chunks_of(params, cfg))
+    return map_params(lambda p, x: varying(x, free_axes(p.spec)), declared, params)
+
+
+def _prefill(params, ids_BT, lengths_B, limits_B, rules, *, cfg, sampling, context):
+    params = _varying_params(params, cfg)
+    ids_BT, lengths_B, limits_B = (varying(x, TP) for x in (ids_BT, lengths_B, limits_B))
+    rules = jax.tree.map(lambda x: varying(x, AXES), rules)
+    logits_BV, cache = prefill_logits(params, ids_BT, lengths_B, cfg, context)
+    state = {'cache': cache, 'position': lengths_B, 'limit': limits_B}
+    state = _place(state, logits_BV, rules, sampling)
+    return state, _shown(state['token'][:, None], state['done'])
+
+
+def _decode(params, state, rules, *, cfg, sampling, n_tokens):
+    params = _varying_params(params, cfg)
+    rules = jax.tree.map(lambda x: varying(x, AXES), rules)
+
+    def step(state: Tree, _: None):
+        logits_BV, cache = decode_logits(
+            params, state['cache'], state['token'], state['position'], cfg
+        )
+        old = {name: x for name, x in state.items() if name != 'cache'}
+        new = _place(old | {'position': old['position'] + 1}, logits_BV, rules, sampling)
+        kept = jax.tree.map(functools.partial(jnp.where, old['done']), old, new)
+        return kept | {'cache': cache}, jnp.where(old['done'], -1, new['token'])
+
+    state, tokens_TB = lax.scan(step, state, length=n_tokens)
+    return state, _shown(tokens_TB.T, state['done'])
+
+
+def _shown(tokens_BT: Array, done_B: Array) -> Array:
+    """Tokens, and in a last column whether the row has ended, of all devices for the host."""
+    both = jnp.concatenate((tokens_BT, done_B[:, None].astype(jnp.int32)), axis=1)
+    return replicate(both, AXES, 0)
+
+
+@functools.cache
+def programs(
+    cfg: ModelConfig, chunks: int, mesh: Mesh, sampling: Sampling, context: int, n_tokens: int
+) -> tuple[Callable, Callable]:
+    """jitted prefill (params, ids_BT, lengths_B, limits_B, rules) -> (state, tokens and ends), and
+    decode (params, state, rules) -> the same for n_tokens more; the state's buffers are donated."""
+    params = specs(model_params(cfg, chunks))
+    prefill = functools.partial(_prefill, cfg=cfg, sampling=sampling, context=context)
+    decode = functools.partial(_decode, cfg=cfg, sampling=sampling, n_tokens=n_tokens)
+    shard = functools.partial(jax.shard_map, mesh=mesh, out_specs=(STATE, P()))
+    prefill = shard(prefill, in_specs=(params, P(ROWS), P(ROWS), P(ROWS), P()))
+    decode = shard(decode, in_specs=(params, STATE, P()))
+    return jax.jit(prefill), jax.jit(decode, donate_argnums=1)
+
+
+# ---------------------------------------------------------------------------------------------
+# For the host
+# ---------------------------------------------------------------------------------------------
+
+
+def padded_lengths(context: int, tp: int) -> list[int]:
+    """The lengths that prompts are padded to, the last one being the cache's: each twice the one
+    before, all divisible by tp."""
+    unit = math.lcm(SHORTEST, tp)
+    longest = -(-context // unit) * unit
+    lengths = [unit]
+    while lengths[-1] < longest:
+        lengths.append(min(2 * lengths[-1], longest))
+    return lengths
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], context: int, vocab_size: int) -> None:
+    """ValueError for what cannot be continued."""
+    if not prompts:
+        raise ValueError('there is no prompt; give at least one')
+    for i, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ValueError(f'prompt {i} is empty; give at least one token, as end of text')
+        if len(prompt) >= context:
+            raise ValueError(
+                f'prompt {i} has {len(prompt)} tokens, and the context of {context} must hold it '
+                f'and a token more; shorten it, or use a larger context'
+            )
+        if not 0 <= min(prompt) <= max(prompt) < vocab_size:
+            raise ValueError(
+                f'prompt {i} has ids from {min(prompt)} to {max(prompt)}, outside of the '
+                f'vocabulary of {vocab_size}; encode it with the tokenizer of the run'
+            )
+
+
+def weight_types(declared: Tree, cfg: ModelConfig) -> Tree:
+    """The type that each parameter is used in: weights in the compute type; gains, and the router,
+    which decides in float32, in float32."""
+
+    def leaf(path: tuple, p: Param) -> np.dtype:
+        narrow = p.matrix and path[-1].key != 'router'
+        return np.dtype(cfg.compute_dtype if narrow else np.float32)
+
+    return jax.tree_util.tree_map_with_path(leaf, declared, is_leaf=is_param)
+
+
+def cast_weights(params: Tree, cfg: ModelConfig) -> Tree:
+    """Float32 parameters in the types that they are used in, so that no token has to cast them."""
+    types = weight_types(model_params(cfg, chunks_of(params, cfg)), cfg)
+    return jax.tree.map(lambda x, dtype: x.astype(dtype), params, types)
+
+
+def put_request(
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    context: int,
+    mesh: Mesh,
+    rules: dict[str, np.ndarray],
+) -> tuple[tuple[Array, Array, Array], Tree]:
+    """Checked prompts, on the mesh as `programs` take them: (ids_BT, lengths_B, limits_B), rules.
+
+    Rows are added so that each device has as many; these hold one token, and end when they begin.
+    """
+    shards = math.prod(mesh.shape[axis] for axis in ROWS)
+    B = -(-len(prompts) // shards) * shards
+    T = next(n for n in padded_lengths(context, mesh.shape[TP]) if n >= max(map(len, prompts)))
+    ids_BT = np.zeros((B, T), np.int32)
+    lengths_B, limits_B = np.ones((2, B), np.int32)
+    for row, prompt in enumerate(prompts):
+        ids_BT[row, : len(prompt)] = prompt
+        lengths_B[row] = len(prompt)
+        limits_B[row] = min(len(prompt) + max_tokens, context)
+    put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))  # noqa: E731
+    rows = tuple(put(x, P(ROWS)) for x in (ids_BT, lengths_B, limits_B))
+    return rows, {name: put(x, P()) for name, x in rules.items()}
+
+
+def fetch(shown: Array, mesh: Mesh, n_prompts: int) -> tuple[np.ndarray, np.ndarray]:
+    """What a program shows of its tokens: int32 [n_prompts, n], and the ends: bool [n_prompts].
+    tp devices hold the same rows; the first one's are taken."""
+    shown = np.asarray(shown)
+    shown = shown.reshape(mesh.size // mesh.shape[TP], mesh.shape[TP], -1, shown.shape[1])[:, 0]
+    shown = shown.reshape(-1, shown.shape[-1])[:n_prompts]
+    return shown[:, :-1], shown[:, -1].astype(bool)
+
+
+def stream(
+    params: Tree,
+    cfg: ModelConfig,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    context: int,
+    *,
+    sampling: Sampling = Sampling(),
+    seed: int = 0,
+    stop: int = -1,
+    allowed: np.ndarray | None = None,
+    n_tokens: int = 8,
+) -> Iterator[np.ndarray]:
+    """Continues prompts: yields int32 [prompts, n] as tokens come, -1 where a row has ended.
+
+    `params` lie on a mesh as `model_params` declares, pp > 1 included, and in any float type. A row
+    ends with the token `stop` (-1: none), after max_tokens, or when prompt and tokens fill the
+    context. `allowed`: bool [V], the tokens that may come. `n_tokens` come at a time, after a first
+    one. Raises ValueError for empty or too long prompts. With several processes all call this.
+    """
+    check_prompts(prompts, context, cfg.vocab_size)
+    if max_tokens < 1:
+        raise ValueError(f'max_tokens={max_tokens} is below 1; ask for a token or more')
+    cfg, chunks = decoding_config(cfg), chunks_of(params, cfg)
+    mesh = jax.tree.leaves(params)[0].sharding.mesh
+    rules = {'seed': np.uint32(seed), 'stop': np.int32(stop)}
+    rules['allowed'] = np.ones(cfg.vocab_size, bool) if allowed is None else allowed
+    rows, rules = put_request(prompts, max_tokens, context, mesh, rules)
+    length = padded_lengths(context, mesh.shape[TP])[-1]
+    prefill, decode = programs(cfg, chunks, mesh, sampling, length, n_tokens)
+
+    state, shown = prefill(params, *rows, rules)
+    to_come = max(min(max_tokens, context - len(prompt)) for prompt in prompts) - 1
+    while shown is not None:
+        following = None
+        if to_come > 0:  # runs while the tokens before it are looked at
+            state, following = decode(params, state, rules)
+            to_come -= n_tokens
+        tokens, ended = fetch(shown, mesh, len(prompts))
+        yield tokens
+        shown = None if ended.all() else following
+
+
+def generate(
+    params: Tree,
+    cfg: ModelConfig,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    context: int,
+    **options,
+) -> list[list[int]]:
+    """The tokens that follow each prompt; a `stop` token is the last one where it came. Arguments
+    and errors as of `stream`."""
+    tokens = np.concatenate(list(stream(params, cfg, prompts, max_tokens, context, **options)), 1)
+    return [row[row >= 0].tolist() for row in tokens]

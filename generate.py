@@ -1,0 +1,375 @@
+"""Continues text with the model of a run.
+
+    python generate.py --workdir=runs/tiny --prompt='def main(' --max_tokens=200
+    python generate.py --workdir=runs/tiny --prompts_file=prompts.txt --json --temperature=0
+
+Text is printed as it comes, and the speed at the end on standard error. With --json standard output
+holds nothing but one object a completion, in the order of the prompts: prompt, text, tokens (ids)
+and finish_reason ('stop': end of text or a stop string, which the text leaves out; 'length').
+
+`Completion` and `make_sampler` serve others too; `generate` and `stream`, on tokens, are those of
+decoding.py.
+"""
+
+import codecs
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import tiktoken
+from absl import app, flags
+from jax.sharding import Mesh, NamedSharding
+from ml_collections import ConfigDict
+
+from checkpoint import Checkpointer, CheckpointError
+from configs import default
+from decoding import Sampling, check_prompts, generate, stream, weight_types
+from layers import ModelConfig
+from parallel import FSDP, TP, Tree, is_param, make_mesh, spec_axes
+from tokenizer import END_OF_TEXT, fingerprint, get_encoding, token_bytes
+from validation import declared_params, divisors, model_config
+
+__all__ = ['Completion', 'Sampling', 'generate', 'load', 'make_sampler', 'stream']
+
+TOKENIZER = 'tokenizer.json'  # in the workdir
+
+# ---------------------------------------------------------------------------------------------
+# Text
+# ---------------------------------------------------------------------------------------------
+
+
+def tokenizer_record(encoding: tiktoken.Encoding) -> str:
+    """What a run keeps of its tokenizer, as JSON: the name, and the fingerprint to check it by."""
+    return json.dumps({'name': encoding.name, 'fingerprint': fingerprint(encoding)}) + '\n'
+
+
+def run_encoding(workdir: str, name: str = '') -> tiktoken.Encoding:
+    """The tokenizer of a run, which `name` may find elsewhere than where the run found it.
+
+    Raises ValueError if it is unknown or another one than the run's.
+    """
+    path, record = os.path.join(workdir, TOKENIZER), {}
+    if os.path.exists(path):
+        with open(path, encoding='utf-8') as f:
+            record = json.load(f)
+    if not name and not record:
+        raise ValueError(
+            f'{workdir} does not say which tokenizer its run has: there is no {TOKENIZER}; name '
+            f'the one of its data with --tokenizer'
+        )
+    encoding = get_encoding(name or record['name'])
+    if record and fingerprint(encoding) != record['fingerprint']:
+        raise ValueError(
+            f'{encoding.name} is another vocabulary than {record["name"]!r} was when {workdir} was '
+            f'trained: name a copy of that one with --tokenizer'
+        )
+    return encoding
+
+
+def end_of_text(encoding: tiktoken.Encoding) -> int:
+    """Its id, or -1 if the vocabulary has none."""
+    has_one = END_OF_TEXT in encoding.special_tokens_set
+    return encoding.encode_single_token(END_OF_TEXT) if has_one else -1
+
+
+def allowed_tokens(encoding: tiktoken.Encoding, vocab_size: int) -> np.ndarray:
+    """The ids that stand for text, and end of text: bool [V]. A model may have further ids."""
+    if encoding.n_vocab > vocab_size:
+        raise ValueError(
+            f'{encoding.name} has {encoding.n_vocab} tokens, and the model has {vocab_size}: it '
+            f'was trained with another tokenizer; name that one with --tokenizer'
+        )
+    allowed = np.zeros(vocab_size, bool)
+    allowed[: encoding.n_vocab] = token_bytes(encoding) > 0
+    if (stop := end_of_text(encoding)) >= 0:
+        allowed[stop] = True
+    return allowed
+
+
+def encode(encoding: tiktoken.Encoding, prompt: str) -> list[int]:
+    """Where a prompt says <|endoftext|>, the token of that name is meant."""
+    return encoding.encode(
+        prompt, allowed_special={END_OF_TEXT} & encoding.special_tokens_set, disallowed_special=()
+    )
+
+
+class Completion:
+    """What follows one prompt, as its tokens come.
+
+    `tokens` leaves out end of text; `text` also the stop string and what came after it. Bytes that
+    are no UTF-8 read as U+FFFD.
+    """
+
+    def __init__(self, prompt: str, encoding: tiktoken.Encoding, stops: Sequence[str] = ()):
+        self.prompt, self.text, self.finish_reason = prompt, '', ''
+        self.tokens: list[int] = []
+        self._encoding, self._stops, self._end = encoding, stops, end_of_text(encoding)
+        self._decoder = codecs.getincrementaldecoder('utf-8')('replace')
+        self._taken = 0
+
+    def add(self, tokens: Sequence[int]) -> None:
+        """Further tokens; a negative one says that there are no more."""
+        for token in map(int, tokens):
+            if self.finish_reason:
+                return
+            if token < 0 or token == self._end:
+                self.finish('length' if token < 0 else 'stop')
+                return
+            self.tokens.append(token)
+            self._append(self._decoder.decode(self._encoding.decode_single_token_bytes(token)))
+
+    def finish(self, reason: str = 'length') -> None:
+        if not self.finish_reason:
+            self._append(self._decoder.decode(b'', final=True))
+            self.finish_reason = self.finish_reason or reason
+
+    def _append(self, text: str) -> None:
+        longest = max(map(len, self._stops), default=0)
+        start = max(0, len(self.text) - longest + 1)
+        self.text += text
+        found = [i for stop in self._stops if (i := self.text.find(stop, start)) >= 0]
+        if found:
+            self.text, self.finish_reason = self.text[: min(found)], 'stop'
+
+    def take(self) -> str:
+        """The text since the last call; but not yet what may be the start of a stop string."""
+        end = len(self.text)
+        if not self.finish_reason:
+            starts = (stop[:n] for stop in self._stops for n in range(1, len(stop)))
+            end -= max((len(s) for s in starts if self.text.endswith(s)), default=0)
+        text, self._taken = self.text[self._taken : end], max(end, self._taken)
+        return text
+
+    def record(self) -> dict[str, Any]:
+        fields = ('prompt', 'text', 'tokens', 'finish_reason')
+        return {name: getattr(self, name) for name in fields}
+
+
+def make_sampler(
+    config: ConfigDict, encoding: tiktoken.Encoding
+) -> Callable[[Tree, int], list[dict[str, str]]]:
+    """(params on their training mesh, step) -> [{prompt, text}] for config.log.prompts.
+
+    Raises ValueError, before the run starts, for prompts that cannot be continued. With several
+    processes all call the sampler.
+    """
+    log, cfg = config.log, model_config(config)
+    prompts = [encode(encoding, prompt) for prompt in log.prompts]
+    check_prompts(prompts, config.seq_len, cfg.vocab_size)
+    options = {
+        'sampling': Sampling(temperature=log.sample_temperature),
+        'stop': end_of_text(encoding),
+        'allowed': allowed_tokens(encoding, cfg.vocab_size),
+    }
+
+    def sample(params: Tree, step: int) -> list[dict[str, str]]:
+        rows = generate(
+            params, cfg, prompts, log.sample_tokens, config.seq_len, seed=step, **options
+        )
+        completions = [Completion(prompt, encoding) for prompt in log.prompts]
+        for completion, tokens in zip(completions, rows, strict=True):
+            completion.add([*tokens, -1])
+        return [{'prompt': c.prompt, 'text': c.text} for c in completions]
+
+    return sample
+
+
+# ---------------------------------------------------------------------------------------------
+# A run's model
+# ---------------------------------------------------------------------------------------------
+
+
+def saved_config(saved: dict[str, Any]) -> ConfigDict:
+    """The config of a checkpoint; fields that came later have their defaults."""
+    config = default.get_config().to_dict()
+    for name, value in saved.items():
+        group = config.get(name)
+        config[name] = group | value if isinstance(group, dict) else value
+    config['model']['block'] = tuple(config['model']['block'])  # JSON has lists only
+    return ConfigDict(config)
+
+
+def make_decoding_mesh(declared: Tree, tp: int, fsdp: int) -> Mesh:
+    """A mesh of tp · fsdp devices; ValueError if they do not divide the model or are not there."""
+    sizes = {TP: tp, FSDP: fsdp}
+    for axis, size in sizes.items():
+        dims = [
+            p.shape[dim]
+            for p in jax.tree.leaves(declared, is_leaf=is_param)
+            for dim, entry in enumerate(p.spec)
+            if axis in spec_axes((entry,))
+        ]
+        if size < 1 or math.gcd(*dims) % size:
+            raise ValueError(
+                f'--{axis}={size} does not divide all dimensions of the model that it shards; use '
+                f'{divisors(math.gcd(*dims))}'
+            )
+    if tp * fsdp > jax.device_count():
+        raise ValueError(
+            f'--tp={tp} times --fsdp={fsdp} takes {tp * fsdp} devices and {jax.device_count()} are '
+            f'there; use smaller ones, or --cpu_devices={tp * fsdp} to simulate them'
+        )
+    return make_mesh(sizes)
+
+
+def load(
+    workdir: str, step: int | None = None, tp: int = 1, fsdp: int = 1, dtype: str = ''
+) -> tuple[Tree, ModelConfig, ConfigDict]:
+    """Parameters of a run's checkpoint, on a mesh of this machine: (params, model, config).
+
+    Whatever mesh wrote them; each is cast to the type that it is used in (`dtype`, or the run's) as
+    soon as it is read. `step` None is the newest. Raises ValueError if there is no such
+    checkpoint or it does not fit the mesh, CheckpointError if it is damaged.
+    """
+    path = os.path.join(workdir, 'checkpoints')
+    with Checkpointer(path) as checkpoints:
+        newest = checkpoints.latest_step()
+        if newest is None:
+            raise ValueError(
+                f'{path} holds no checkpoint; use the --workdir of a run that has saved one'
+            )
+        step = newest if step is None else step
+        config = saved_config(checkpoints.metadata(step)['config'])
+        config.compute_dtype = dtype or config.compute_dtype
+        cfg, declared = model_config(config), declared_params(config)
+        mesh = make_decoding_mesh(declared, tp, fsdp)
+        leaves, tree = jax.tree_util.tree_flatten_with_path(declared, is_leaf=is_param)
+        params = []
+        types = jax.tree.leaves(weight_types(declared, cfg))
+        for (keys, p), used in zip(leaves, types, strict=True):
+            sharding = NamedSharding(mesh, p.spec)
+            wanted = jax.ShapeDtypeStruct(p.shape, np.float32, sharding=sharding)
+            for entry in reversed(keys):
+                wanted = {entry.key: wanted}
+            (x,) = jax.tree.leaves(checkpoints.restore(step, {'params': wanted}))
+            params.append(x.astype(used))
+    return jax.tree.unflatten(tree, params), cfg, config
+
+
+# ---------------------------------------------------------------------------------------------
+# The command
+# ---------------------------------------------------------------------------------------------
+
+FLAGS = flags.FLAGS
+
+
+def read_prompts() -> list[str]:
+    """--prompt, and the lines of --prompts_file; in a file .jsonl each line is a JSON string."""
+    prompts, path = list(FLAGS.prompt), FLAGS.prompts_file
+    if path:
+        try:
+            with open(path, encoding='utf-8') as f:
+                lines = f.read().splitlines()
+            prompts += map(json.loads, lines) if path.endswith('.jsonl') else lines
+        except (OSError, ValueError) as error:
+            raise ValueError(f'--prompts_file={path} cannot be read: {error}') from error
+    if not prompts or not all(isinstance(prompt, str) and prompt for prompt in prompts):
+        raise ValueError(
+            f'each prompt is a text that is not empty, but these are {prompts}; give --prompt or '
+            f'--prompts_file, and {END_OF_TEXT} to start from nothing'
+        )
+    return prompts
+
+
+class Printer:
+    """Prints completions in order: the first that has not ended as its text comes."""
+
+    def __init__(self, completions: list[Completion]):
+        self._waiting = list(completions)
+        self._begun = False
+
+    def update(self) -> None:
+        while self._waiting:
+            completion = self._waiting[0]
+            text = completion.take()
+            print(text if self._begun else completion.prompt + text, end='', flush=True)
+            self._begun = True
+            if not completion.finish_reason:
+                return
+            print('\n' if self._waiting[1:] else '')
+            self._begun = not self._waiting.pop(0)
+
+
+def report(completions: list[Completion], seconds: float, first: float) -> None:
+    """The speed, to standard error; compiling belongs to the time before the first tokens."""
+    n_tokens = sum(len(c.tokens) for c in completions)
+    rest = max(n_tokens - len(completions), 0)
+    print(
+        f'{n_tokens} tokens for {len(completions)} prompts: the first after {first:.2f} s, then '
+        f'{rest / max(seconds - first, 1e-9):.1f} tokens/s',
+        file=sys.stderr,
+    )
+
+
+def run() -> None:
+    f, prompts = FLAGS, read_prompts()
+    sampling = Sampling(f.temperature, f.top_k, f.top_p, f.min_p)
+    params, cfg, config = load(f.workdir, f.step, f.tp, f.fsdp, f.dtype)
+    encoding = run_encoding(f.workdir, f.tokenizer)
+    allowed = allowed_tokens(encoding, cfg.vocab_size)
+    completions = [Completion(prompt, encoding, f.stop) for prompt in prompts]
+    active = jax.process_index() == 0
+    printer = Printer(completions if active and not f.json else [])
+    started, first = time.perf_counter(), 0.0
+    for tokens in stream(
+        params,
+        cfg,
+        [encode(encoding, prompt) for prompt in prompts],
+        f.max_tokens,
+        f.context or config.seq_len,
+        sampling=sampling,
+        seed=f.seed,
+        stop=end_of_text(encoding),
+        allowed=allowed,
+    ):
+        first = first or time.perf_counter() - started
+        for completion, row in zip(completions, tokens, strict=True):
+            completion.add(row)
+        printer.update()
+        if all(completion.finish_reason for completion in completions):
+            break
+    for completion in completions:
+        completion.finish()
+    printer.update()
+    if active and f.json:
+        print('\n'.join(json.dumps(completion.record()) for completion in completions))
+    if active:
+        report(completions, time.perf_counter() - started, first)
+
+
+def main(_: list[str]) -> None:
+    if FLAGS.cpu_devices:
+        jax.config.update('jax_platforms', 'cpu')
+        jax.config.update('jax_num_cpu_devices', FLAGS.cpu_devices)
+    try:
+        run()
+    except (ValueError, CheckpointError) as error:
+        sys.exit(str(error))
+
+
+if __name__ == '__main__':
+    flags.DEFINE_string('workdir', None, 'The run, as train.py left it.', required=True)
+    flags.DEFINE_integer('step', None, 'The checkpoint; the newest by default.', lower_bound=0)
+    flags.DEFINE_multi_string('prompt', [], 'A text to continue; several times for several.')
+    flags.DEFINE_string('prompts_file', '', 'A prompt a line; .jsonl: each line a JSON string.')
+    flags.DEFINE_integer('max_tokens', 200, 'The most tokens that follow a prompt.', lower_bound=1)
+    flags.DEFINE_integer('context', 0, 'Of prompt and tokens; 0: the seq_len of training.')
+    flags.DEFINE_float('temperature', 0.8, '0 takes the likeliest token.')
+    flags.DEFINE_integer('top_k', 0, 'Draw from so many likeliest tokens; 0: from all.')
+    flags.DEFINE_float('top_p', 1.0, 'Draw from the likeliest that reach this share together.')
+    flags.DEFINE_float('min_p', 0.0, 'Draw from those at least this share as likely as the first.')
+    flags.DEFINE_integer('seed', 0, 'Of what is drawn.', lower_bound=0, upper_bound=2**32 - 1)
+    flags.DEFINE_multi_string('stop', [], 'A text before which a completion ends.')
+    flags.DEFINE_string('tokenizer', '', "Where the run's tokenizer is now, if it has moved.")
+    flags.DEFINE_integer('tp', 1, 'Shards of heads, feed-forward and vocabulary.')
+    flags.DEFINE_integer('fsdp', 1, 'Shards of the weights and of the prompts.')
+    flags.DEFINE_enum('dtype', '', ['', 'float32', 'bfloat16'], "Compute type; the run's if empty.")
+    flags.DEFINE_integer('cpu_devices', 0, 'Simulate this many devices on the CPU.')
+    flags.DEFINE_boolean('json', False, 'One JSON object a completion, and nothing else.')
+    app.run(main)

@@ -1,0 +1,266 @@
+"""Decoding with a cache gives what the whole model gives, on every mesh."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from common import small_config
+from jax import lax
+
+import decoding
+from decoding import ROWS, Sampling, decode_logits, decoding_config, generate, prefill_logits
+from layers import ModelConfig
+from model import logits, model_params
+from parallel import (
+    AXES,
+    TP,
+    P,
+    free_axes,
+    init_params,
+    make_mesh,
+    map_params,
+    specs,
+    varying,
+)
+from validation import model_config
+
+CONTEXT = 32
+PROMPTS = [[1, 2, 3], list(range(20, 42)), [7], [9] * 16, [5, 4, 3, 2, 1]]
+MESHES = [{}, {'fsdp': 2, 'ep': 2, 'tp': 2}, {'dp': 2, 'ep': 4}, {'pp': 2, 'tp': 4}]
+
+
+def config_of(name: str) -> ModelConfig:
+    config = small_config('mla' if 'mla' in name else 'gqa', tied='tied' in name, moe='moe' in name)
+    if 'multi-query' in name:
+        config.model.n_kv_heads = 1
+    if 'whole query' in name:
+        config.model.update(q_rank=0, rope_scaling='yarn', rope_factor=4.0)
+    if 'capacity' in name:
+        config.model.update(capacity_factor=0.5, dropout=0.5)
+    return model_config(config)
+
+
+@functools.cache
+def params_of(cfg: ModelConfig, sizes: tuple = (), chunks: int = 1):
+    return init_params(jax.random.key(0), model_params(cfg, chunks), make_mesh(dict(sizes)))
+
+
+@functools.cache
+def whole_model(cfg: ModelConfig):
+    """jitted ids [8, CONTEXT] -> logits of all positions, on one device and without a cache."""
+
+    def body(params, ids_BT):
+        params, ids_BT = jax.tree.map(lambda x: varying(x, AXES), (params, ids_BT))
+        return logits(params, ids_BT, cfg)
+
+    sharded = jax.shard_map(body, mesh=make_mesh({}), in_specs=(P(), P()), out_specs=P(AXES))
+    return functools.partial(jax.jit(sharded), params_of(cfg))
+
+
+def cached_logits(params, ids_BT, lengths_B, *, cfg, n):
+    """Logits after each of n tokens from the end of each prompt on: [n, B, V]."""
+    declared = model_params(cfg)
+    params = map_params(lambda p, x: varying(x, free_axes(p.spec)), declared, params)
+    ids_BT, lengths_B = varying(ids_BT, TP), varying(lengths_B, TP)
+    first_BV, cache = prefill_logits(params, ids_BT, lengths_B, cfg, CONTEXT)
+    rows = jnp.arange(len(lengths_B))
+
+    def step(cache, i):
+        positions_B = lengths_B + i
+        logits_BV, cache = decode_logits(params, cache, ids_BT[rows, positions_B], positions_B, cfg)
+        return cache, logits_BV
+
+    _, rest_TBV = lax.scan(step, cache, jnp.arange(n - 1))
+    return jnp.concatenate((first_BV[None], rest_TBV))
+
+
+@pytest.mark.parametrize(
+    ('name', 'sizes'),
+    [
+        ('mla moe tied', {}),
+        ('mla moe tied', {'fsdp': 2, 'tp': 2, 'ep': 2}),
+        ('mla whole query', {'dp': 2, 'tp': 4}),
+        ('mla moe capacity', {'tp': 2, 'pp': 2}),
+        ('gqa moe', {'fsdp': 2, 'ep': 2}),
+        ('gqa tied', {'fsdp': 2, 'tp': 4}),
+        ('gqa multi-query', {'fsdp': 2, 'tp': 2}),
+    ],
+    ids=str,
+)
+def test_cached_logits_are_the_uncached_ones(name, sizes):
+    cfg = decoding_config(config_of(name))
+    params = params_of(cfg, tuple(sizes.items()))
+    ids = np.random.default_rng(0).integers(0, 64, (8, CONTEXT)).astype(np.int32)
+    lengths = np.array([1, 5, 12, 20, 3, 8, 15, 19], np.int32)  # n more fit the context
+    sharded = jax.shard_map(
+        functools.partial(cached_logits, cfg=cfg, n=12),
+        mesh=make_mesh(sizes),
+        in_specs=(specs(model_params(cfg)), P(ROWS), P(ROWS)),
+        out_specs=P(None, AXES),
+    )
+    got = np.asarray(jax.jit(sharded)(params, ids, lengths))
+    # tp devices hold the same rows
+    tp = sizes.get('tp', 1)
+    got = got.reshape(12, -1, tp, 8 * tp // make_mesh(sizes).size, 64)
+    want_BTV = np.asarray(whole_model(cfg)(ids))
+    want = np.stack([want_BTV[np.arange(8), lengths - 1 + i] for i in range(12)])
+    assert want.std() > 0.1
+    for i in range(tp):
+        np.testing.assert_allclose(got[:, :, i].reshape(want.shape), want, rtol=1e-5, atol=1e-5)
+
+
+def without_cache(cfg: ModelConfig, prompts: list[list[int]], n: int) -> list[list[int]]:
+    """Greedy continuations by running the whole model for each token."""
+    forward = whole_model(decoding_config(cfg))
+    rows = [list(prompt) for prompt in prompts]
+    for _ in range(n):
+        ids = np.zeros((8, CONTEXT), np.int32)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = row
+        chosen = np.argmax(forward(ids), axis=-1)
+        rows = [[*row, int(chosen[i, len(row) - 1])] for i, row in enumerate(rows)]
+    return [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ('name', 'meshes'),
+    [
+        ('mla moe tied', MESHES[:2]),
+        ('gqa', [{}, {'dp': 2, 'pp': 2, 'tp': 2}]),
+        pytest.param('mla moe', MESHES, marks=pytest.mark.slow),
+        pytest.param('gqa moe', MESHES, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_greedy_continuations_are_the_same_however_they_are_made(name, meshes):
+    cfg = config_of(name)
+    want = without_cache(cfg, PROMPTS, 10)
+    assert len({tuple(row) for row in want}) == len(want)
+    for sizes in meshes:
+        params = params_of(cfg, tuple(sizes.items()))
+        assert generate(params, cfg, PROMPTS, 10, CONTEXT) == want, sizes
+    alone = [generate(params_of(cfg), cfg, [prompt], 10, CONTEXT)[0] for prompt in PROMPTS]
+    assert alone == want
+
+
+def test_stages_of_several_chunks_decode_alike():
+    config = small_config('gqa')
+    config.model.update(block=('dense',), n_layers=8)
+    cfg = model_config(config)
+    want = generate(params_of(cfg), cfg, PROMPTS, 6, CONTEXT)
+    params = params_of(cfg, (('pp', 2),), chunks=2)
+    assert generate(params, cfg, PROMPTS, 6, CONTEXT) == want
+    assert generate(params_of(cfg, (), chunks=2), cfg, PROMPTS, 6, CONTEXT) == want
+
+
+def test_samples_follow_from_the_seed_on_every_mesh():
+    cfg = config_of('gqa tied')
+    draw = functools.partial(generate, sampling=Sampling(temperature=1.0))
+    one = draw(params_of(cfg), cfg, PROMPTS, 10, CONTEXT, seed=3)
+    assert draw(params_of(cfg, (('fsdp', 2), ('tp', 2))), cfg, PROMPTS, 10, CONTEXT, seed=3) == one
+    assert draw(params_of(cfg), cfg, PROMPTS[:1], 10, CONTEXT, seed=3) == one[:1]
+    assert draw(params_of(cfg), cfg, PROMPTS, 10, CONTEXT, seed=4) != one
+    twice = draw(params_of(cfg), cfg, [PROMPTS[0]] * 2, 10, CONTEXT, seed=3)
+    assert twice[0] != twice[1]
+
+
+def test_rows_end_at_the_stop_token_the_limit_and_the_context():
+    cfg = config_of('gqa tied')
+    whole = generate(params_of(cfg), cfg, PROMPTS, 20, CONTEXT)
+    assert [len(row) for row in whole] == [20, CONTEXT - 22, 20, 16, 20]
+    assert [row[:1] for row in whole] == generate(params_of(cfg), cfg, PROMPTS, 1, CONTEXT)
+    stop = whole[0][4]
+    cut = generate(params_of(cfg), cfg, PROMPTS, 20, CONTEXT, stop=stop)
+    assert cut == [row[: row.index(stop) + 1] if stop in row else row for row in whole]
+    allowed = np.arange(cfg.vocab_size) != stop
+    without = generate(params_of(cfg), cfg, PROMPTS, 20, CONTEXT, allowed=allowed)
+    assert all(stop not in row for row in without)
+
+
+def test_nothing_compiles_anew_for_other_lengths_positions_or_seeds(monkeypatch):
+    cfg, traced = config_of('gqa tied'), []
+
+    def counted(name):
+        f = getattr(decoding, name)
+
+        def wrapper(*args, **kwargs):
+            traced.append(name)
+            return f(*args, **kwargs)
+
+        monkeypatch.setattr(decoding, name, wrapper)
+
+    counted('_prefill')
+    counted('_decode')
+    for prompt, max_tokens, seed in [([1], 20, 0), ([1] * 9, 5, 1), ([1] * 16, 16, 2)]:
+        generate(params_of(cfg), cfg, [prompt], max_tokens, CONTEXT, seed=seed, n_tokens=3)
+        assert traced == ['_prefill', '_decode']
+    generate(params_of(cfg), cfg, [[1] * 17], 5, CONTEXT, n_tokens=3)
+    assert traced == ['_prefill', '_decode', '_prefill']
+
+
+def test_the_cache_holds_what_attention_needs_and_is_updated_in_place():
+    for name, numbers in (('mla moe tied', 16 + 4), ('gqa', 2 * 8 * 8)):
+        cfg = decoding_config(config_of(name))
+        mesh = make_mesh({})
+        prefill, decode = decoding.programs(cfg, 1, mesh, Sampling(), CONTEXT, 8)
+        like = functools.partial(jax.ShapeDtypeStruct, dtype=np.int32)
+        rules = {'seed': np.uint32(0), 'stop': np.int32(-1), 'allowed': np.ones(64, bool)}
+        state, _ = jax.eval_shape(
+            prefill, params_of(cfg), like((1, 16)), like((1,)), like((1,)), rules
+        )
+        cached = sum(x.size for x in jax.tree.leaves(state['cache']))
+        assert cached == CONTEXT * cfg.n_layers * numbers
+        memory = decode.lower(params_of(cfg), state, rules).compile().memory_analysis()
+        assert memory.alias_size_in_bytes >= 4 * cached
+
+
+@pytest.mark.parametrize(
+    ('prompts', 'message'),
+    [
+        ([], 'there is no prompt'),
+        ([[1], []], 'prompt 1 is empty'),
+        ([[1] * CONTEXT], 'prompt 0 has 32 tokens, and the context of 32'),
+        ([[1, 64]], 'outside of the vocabulary of 64'),
+        ([[-1]], 'outside of the vocabulary of 64'),
+    ],
+)
+def test_prompts_that_cannot_be_continued_are_refused(prompts, message):
+    cfg = config_of('gqa')
+    with pytest.raises(ValueError, match=message):
+        generate(params_of(cfg), cfg, prompts, 10, CONTEXT)
+
+
+def test_no_tokens_asked_for():
+    with pytest.raises(ValueError, match='max_tokens=0 is below 1'):
+        generate(params_of(config_of('gqa')), config_of('gqa'), [[1]], 0, CONTEXT)
+
+
+@pytest.mark.parametrize(
+    'bad', [{'temperature': -1.0}, {'top_k': -1}, {'top_p': 0.0}, {'top_p': 1.1}, {'min_p': 2.0}]
+)
+def test_sampling_out_of_range(bad):
+    with pytest.raises(ValueError, match=f'{next(iter(bad))}=.* is out of range'):
+        Sampling(**bad)
+
+
+def test_filters_keep_the_likeliest():
+    probs = np.array([0.05, 0.4, 0.1, 0.3, 0.15])
+    keys = jax.random.split(jax.random.key(0), 2000)
+
+    def drawn(**options) -> np.ndarray:
+        draw = lambda key: decoding.sample(jnp.log(probs), key, Sampling(**options))  # noqa: E731
+        return np.bincount(jax.jit(jax.vmap(draw))(keys), minlength=5) / len(keys)
+
+    np.testing.assert_allclose(drawn(temperature=1.0), probs, atol=0.04)
+    kept = lambda **options: np.flatnonzero(drawn(temperature=1.0, **options)).tolist()  # noqa: E731
+    assert kept(top_k=2) == [1, 3]
+    assert kept(top_k=100) == [0, 1, 2, 3, 4]
+    assert kept(top_p=0.71) == [1, 3, 4]
+    assert kept(top_p=0.01) == [1]
+    assert kept(top_k=3, top_p=0.8) == [1, 3]  # 0.4 and 0.3 of 0.85
+    assert kept(min_p=0.3) == [1, 3, 4]
+    assert drawn(temperature=0.0)[1] == 1
+    sharp = probs**2 / np.sum(probs**2)
+    np.testing.assert_allclose(drawn(temperature=0.5), sharp, atol=0.04)
