@@ -161,7 +161,10 @@ def make_sampler(
     """
     log, cfg = config.log, model_config(config)
     prompts = [encode(encoding, prompt) for prompt in log.prompts]
-    check_prompts(prompts, config.seq_len, cfg.vocab_size)
+    try:
+        check_prompts(prompts, config.seq_len, cfg.vocab_size)
+    except ValueError as error:
+        raise ValueError(f'the config cannot run: log.prompts: {error}') from error
     options = {
         'sampling': Sampling(temperature=log.sample_temperature),
         'stop': end_of_text(encoding),

@@ -349,16 +349,19 @@ def grouped_matmul(x_GI: Array, w_EIO: Array, sizes_E: Array) -> Array:
 
 def _block_rows(rows: int, groups: int) -> int:
     """Rows of a block: about those of a group, since half a block a group is computed in vain."""
-    return min(BLOCK, 1 << max(rows // groups, 32).bit_length() - 1)
+    return min(BLOCK, max(8, 1 << max(1, rows // groups).bit_length() - 1))
 
 
 def _blocked_matmul(x_GI: Array, w_EIO: Array, sizes_E: Array, transposed: bool = False) -> Array:
-    rows = _block_rows(x_GI.shape[0] - BLOCK, w_EIO.shape[0])
+    n_groups = w_EIO.shape[0]
+    rows = _block_rows(x_GI.shape[0] - BLOCK, n_groups)
+    few = x_GI.shape[0] - BLOCK <= n_groups * rows // 2  # as in decoding: many groups have none
 
     def expert(y_GO: Array, scanned: tuple[Array, Array, Array]):
-        w_IO, start, size = scanned
+        w, start, size = scanned
 
         def block(i: Array, y_GO: Array) -> Array:
+            w_IO = w_EIO[w] if few else w  # a copy, here or by the scan
             # A last block that is not full spills into the next expert's rows, which are
             # written after it.
             row = start + i * rows
@@ -370,7 +373,8 @@ def _blocked_matmul(x_GI: Array, w_EIO: Array, sizes_E: Array, transposed: bool 
 
     starts_E = jnp.cumsum(sizes_E) - sizes_E
     y_GO = jnp.zeros_like(x_GI, shape=(x_GI.shape[0], w_EIO.shape[1 if transposed else 2]))
-    return lax.scan(expert, y_GO, (w_EIO, starts_E, sizes_E))[0]
+    w = jnp.arange(n_groups) if few else w_EIO
+    return lax.scan(expert, y_GO, (w, starts_E, sizes_E))[0]
 
 
 def _blocked_weight_gradient(x_GI: Array, d_GO: Array, sizes_E: Array) -> Array:

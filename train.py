@@ -30,6 +30,7 @@ from ml_collections import ConfigDict, config_flags
 
 import data
 from checkpoint import Checkpointer, CheckpointError
+from generate import TOKENIZER, make_sampler, tokenizer_record
 from model import flops_per_token
 from parallel import Array, P, Tree, count, make_mesh
 from resume import (
@@ -98,7 +99,11 @@ class Writer:
         keep_records(self.path, start)
         write_file(os.path.join(workdir, 'config.json'), config.to_json(indent=2) + '\n')
 
-    def write(self, **record: float) -> None:
+    def keep(self, name: str, content: str) -> None:
+        if self.active:
+            write_file(os.path.join(os.path.dirname(self.path), name), content)
+
+    def write(self, **record: Any) -> None:
         if self.active:
             with open(self.path, 'a') as f:
                 f.write(json.dumps(record) + '\n')
@@ -227,6 +232,10 @@ class Progress:
         every, last = self.config.eval.every, step == self.config.steps
         return bool(every) and (step % every == 0 or last)
 
+    def samples(self, step: int) -> bool:
+        every = self.config.log.sample_every
+        return bool(every) and step % every == 0
+
     def saves(self, step: int) -> bool:
         every, last = self.config.checkpoint.every, step == self.config.steps
         return last or (bool(every) and step % every == 0)
@@ -257,6 +266,12 @@ class Progress:
             f'step {step}/{self.config.steps}  eval loss {evaluation["eval_loss"]:.4f}  '
             f'{evaluation["eval_bits_per_byte"]:.4f} bits/byte'
         )
+
+    def log_samples(self, step: int, samples: list[dict[str, str]], seconds: float) -> None:
+        self.last_time += seconds
+        self.writer.write(step=step, tokens=step * self.step_tokens, samples=samples)
+        for sample in samples:
+            self.writer.say(f'step {step}/{self.config.steps}  {sample["prompt"]}{sample["text"]}')
 
 
 def start_state(
@@ -294,6 +309,8 @@ def run(
     loader, sources, encoding = open_data(config)
     if config.data.isolate_documents:
         config.model.document_end = encoding.eot_token
+    writer.keep(TOKENIZER, tokenizer_record(encoding))
+    sample = make_sampler(config, encoding) if config.log.sample_every else None
     mesh = make_mesh(config.mesh)
     n_params = count(declared_params(config))
     writer.say(f'{n_params:,} parameters · {loader.n_tokens:,} tokens · workdir {workdir}')
@@ -316,7 +333,8 @@ def run(
             progress.log(*pending)
         pending = (step, metrics) if progress.logs(step) else None
         stopping = stop.asked() and step < config.steps
-        if pending and (progress.evaluates(step) or progress.saves(step) or stopping):
+        pauses = progress.evaluates(step) or progress.samples(step) or progress.saves(step)
+        if pending and (pauses or stopping):
             progress.log(*pending)  # what a checkpoint includes is logged before it
             pending = None
         if progress.evaluates(step) and not stopping:
@@ -324,6 +342,11 @@ def run(
             paused = time.perf_counter()
             evaluation = over_sources(sources, functools.partial(evaluate, state['params']))
             progress.log_evaluation(step, evaluation, time.perf_counter() - paused)
+        if sample and progress.samples(step) and not stopping:
+            jax.block_until_ready(state)
+            paused = time.perf_counter()
+            samples = sample(state['params'], step)
+            progress.log_samples(step, samples, time.perf_counter() - paused)
         if progress.saves(step) or stopping:
             checkpoints.save(step, state, config.to_dict())
         if stopping:

@@ -140,6 +140,7 @@ def value_errors(config: ConfigDict) -> Iterator[str]:
         'seed', 'eval.every', 'eval.batches', 'log.every', 'optimizer.warmup_steps',
         'optimizer.decay_steps', 'model.q_rank', 'model.first_dense', 'model.n_shared_experts',
         'log.loads_every', 'checkpoint.every', 'checkpoint.keep', 'checkpoint.keep_every',
+        'log.sample_every',
     }  # fmt: skip
     flat = dict(config)
     for group in ('model', 'mesh', 'data', 'optimizer', 'eval', 'log', 'pipeline', 'checkpoint'):

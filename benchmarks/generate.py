@@ -33,6 +33,7 @@ CONTEXT, CHUNK = 2048, 16
 POSITIONS = (64, 512, 1024)
 KINDS = {
     'mla': {'attention': 'mla'},
+    'moe': {'attention': 'mla', 'block': ('moe',)},
     'gqa': {'attention': 'gqa', 'n_heads': 8, 'n_kv_heads': 2, 'head_dim': 32},
     'mha': {'attention': 'gqa', 'n_heads': 4, 'n_kv_heads': 4, 'head_dim': 64},
 }
@@ -102,11 +103,11 @@ def main(_):
     if FLAGS.cpu_devices:
         jax.config.update('jax_num_cpu_devices', FLAGS.cpu_devices)
     result: dict[str, float] = {}
-    for kind in KINDS:
+    for kind in FLAGS.kinds:
         result |= measure(kind)
-    result['mha_over_mla_cache'] = (
-        result['mha_cache_bytes_a_token'] / result['mla_cache_bytes_a_token']
-    )
+    mla, mha = (result.get(f'{kind}_cache_bytes_a_token') for kind in ('mla', 'mha'))
+    if mla and mha:
+        result['mha_over_mla_cache'] = mha / mla
     for name, value in result.items():
         print(f'{name:>30}  {value:,.3f}' if isinstance(value, float) else f'{name:>30}  {value:,}')
     if FLAGS.json:
@@ -114,6 +115,7 @@ def main(_):
 
 
 if __name__ == '__main__':
+    flags.DEFINE_list('kinds', list(KINDS), 'Of attention; moe is mla with experts.')
     flags.DEFINE_string('dtype', 'float32', 'Compute type, of weights and cache too.')
     flags.DEFINE_integer('n_layers', 4, 'Layers.')
     flags.DEFINE_integer('d_model', 256, 'Width; the feed-forward is three times as wide.')

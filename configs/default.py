@@ -87,7 +87,14 @@ def get_config() -> ConfigDict:
     o.clip_norm = 1.0  # of the gradient of the whole model; 0 never clips
 
     c.eval = ConfigDict({'every': 200, 'batches': 0})  # batches 0: all of the validation split
-    c.log = ConfigDict({'every': 10, 'loads_every': 100})  # loads: each expert's share, for moe
+
+    c.log = g = ConfigDict()
+    g.every = 10  # steps
+    g.loads_every = 100  # steps; each expert's share of the choices, for moe
+    g.sample_every = 0  # steps; continuations of the prompts, to the terminal and metrics.jsonl
+    g.prompts = ('def ',)
+    g.sample_tokens = 64  # a continuation, at most
+    g.sample_temperature = 0.0  # 0 takes the likeliest token
 
     c.checkpoint = k = ConfigDict()
     k.every = 200  # steps; also at the last step, and on SIGTERM and SIGINT

@@ -13,6 +13,7 @@ from common import batch_at, small_config
 
 import steps
 import train
+from generate import run_encoding
 from parallel import make_mesh
 from validation import validate
 
@@ -80,7 +81,8 @@ def run_command(corpus: pathlib.Path, workdir: pathlib.Path, *more: str):
         '--config.eval.every=10', '--config.model.n_layers=2', '--config.model.d_model=64',
         '--config.seq_len=64', '--config.model.vocab_size=264', '--config.model.attention_block=64',
         '--config.optimizer.warmup_steps=2', '--config.batch_size=32',
-        '--config.log.loads_every=10', *more,
+        '--config.log.loads_every=10', '--config.log.sample_every=10',
+        '--config.log.sample_tokens=8', *more,
     ]  # fmt: skip
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
@@ -116,6 +118,12 @@ def test_command_trains_alike_on_one_and_on_eight_devices(corpus, tmp_path):
     for x, y in zip(a, b, strict=True):
         for name in {'loss', 'grad_norm', 'eval_loss'} & set(x):
             assert x[name] == pytest.approx(y[name], rel=1e-3)
+    for records in (a, b):
+        samples = {r['step']: r['samples'] for r in records if 'samples' in r}
+        assert list(samples) == [10, 20]
+        assert [s['prompt'] for s in samples[20]] == ['def ']
+        assert 1 <= len(samples[20][0]['text']) <= 8
+    assert run_encoding(str(tmp_path / 'one')).name == 'bytes'
     saved = json.loads((tmp_path / 'one' / 'config.json').read_text())
     assert saved['model']['d_model'] == 64
     assert 'zlib_bits_per_byte' in one.stdout

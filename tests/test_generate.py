@@ -1,0 +1,196 @@
+"""From a run's checkpoint to text: the command, and the parts of it."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from common import small_config
+
+import generate
+from checkpoint import Checkpointer
+from generate import Completion, allowed_tokens, load, make_sampler, run_encoding, tokenizer_record
+from parallel import init_params, make_mesh
+from tokenizer import get_encoding
+from validation import declared_params
+
+ROOT = pathlib.Path(generate.__file__).parent
+BYTES = get_encoding('bytes')
+PROMPTS = ['def main(', 'x' * 20, 'é']
+
+
+def config():
+    c = small_config('mla', tied=False, moe=True)
+    c.model.vocab_size, c.seq_len = 264, 48
+    return c
+
+
+def write_run(workdir: pathlib.Path, mesh: dict[str, int], c, steps: tuple[int, ...]) -> None:
+    """What generation needs of what train.py leaves."""
+    with Checkpointer(str(workdir / 'checkpoints')) as checkpoints:
+        for step in steps:
+            params = init_params(jax.random.key(step), declared_params(c), make_mesh(mesh))
+            state = {'params': params, 'step': np.int32(step)}
+            checkpoints.save(step, state, json.loads(c.to_json()))
+    (workdir / 'tokenizer.json').write_text(tokenizer_record(BYTES))
+
+
+@pytest.fixture(scope='module')
+def workdir(tmp_path_factory) -> pathlib.Path:
+    path = tmp_path_factory.mktemp('run')
+    write_run(path, {'pp': 2, 'tp': 2}, config(), (3, 7))
+    return path
+
+
+def command(workdir: pathlib.Path, *more: str) -> subprocess.CompletedProcess:
+    line = [sys.executable, 'generate.py', f'--workdir={workdir}', '--max_tokens=20', *more]
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_command_says_the_same_on_one_and_on_four_devices(workdir, tmp_path):
+    prompts = [f'--prompt={PROMPTS[0]}', f'--prompts_file={tmp_path}/more.jsonl']
+    (tmp_path / 'more.jsonl').write_text('\n'.join(map(json.dumps, PROMPTS[1:])) + '\n')
+    one = command(workdir, *prompts, '--json', '--seed=5')
+    assert one.returncode == 0, one.stderr
+    four = command(workdir, *prompts, '--json', '--seed=5', '--cpu_devices=4', '--tp=2', '--fsdp=2')
+    assert four.returncode == 0, four.stderr
+    assert four.stdout == one.stdout
+    completions = [json.loads(line) for line in one.stdout.splitlines()]
+    assert [c['prompt'] for c in completions] == PROMPTS
+    for c in completions:
+        assert set(c) == {'prompt', 'text', 'tokens', 'finish_reason'}
+        assert c['text'] == bytes(c['tokens']).decode(errors='replace')
+        assert c['finish_reason'] == 'stop' or len(c['tokens']) == 20
+    assert 'tokens/s' in one.stderr
+    printed = command(workdir, *prompts, '--seed=5')
+    assert printed.stdout == '\n\n'.join(c['prompt'] + c['text'] for c in completions) + '\n'
+
+
+def test_command_refuses_without_a_traceback(workdir, tmp_path):
+    bad = command(tmp_path / 'nothing', '--prompt=a')
+    assert bad.returncode != 0
+    assert f'{tmp_path}/nothing/checkpoints holds no checkpoint' in bad.stderr
+    assert 'Traceback' not in bad.stderr
+    empty = command(workdir, '--prompt=')
+    assert empty.returncode != 0
+    assert 'a text that is not empty' in empty.stderr
+    long = command(workdir, f'--prompt={"x" * 48}')
+    assert 'prompt 0 has 48 tokens, and the context of 48 must hold it' in long.stderr
+    assert 'Traceback' not in long.stderr
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'step': 4}, 'holds no committed step 4; use one of: 3, 7'),
+        ({'tp': 3}, '--tp=3 does not divide .* use 1, 2, 4 or 8'),
+        ({'tp': 4, 'fsdp': 4}, 'takes 16 devices and 8 are there'),
+    ],
+)
+def test_what_cannot_be_loaded(workdir, options, message):
+    with pytest.raises(ValueError, match=message):
+        load(str(workdir), **options)
+
+
+@pytest.mark.parametrize('chunks', [1, 2])
+def test_checkpoints_of_any_mesh_are_loaded_in_the_type_of_use(tmp_path, chunks):
+    c = config()
+    c.pipeline.chunks = chunks
+    c.model.n_layers = 9
+    write_run(tmp_path, {'pp': 2, 'fsdp': 2}, c, (2,))
+    params, cfg, loaded = load(str(tmp_path), tp=2, fsdp=2, dtype='bfloat16')
+    assert loaded.seq_len == 48
+    assert cfg.compute_dtype == 'bfloat16'
+    want = init_params(jax.random.key(2), declared_params(c), make_mesh({}))
+    for (path, x), y in zip(
+        jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(want), strict=True
+    ):
+        name = path[-1].key
+        exact = name.endswith('norm') or name in ('router', 'bias')
+        assert x.dtype == (np.float32 if exact else jax.numpy.bfloat16), name
+        assert np.array_equal(x, y.astype(x.dtype))
+    if chunks > 1:
+        assert len(generate.generate(params, cfg, [[1, 2, 3]], 5, 48)[0]) == 5
+
+
+def test_the_newest_step_is_taken(workdir):
+    newest, _, _ = load(str(workdir))
+    for step in (3, 7):
+        params, _, _ = load(str(workdir), step)
+        assert np.array_equal(params['head']['w_VD'], newest['head']['w_VD']) == (step == 7)
+
+
+def test_tokenizer_of_the_run(workdir, tmp_path):
+    assert run_encoding(str(workdir)).name == 'bytes'
+    with pytest.raises(ValueError, match='does not say which tokenizer'):
+        run_encoding(str(tmp_path))
+    other = 'vocab/stdlib-4096.tiktoken'
+    assert run_encoding(str(tmp_path), other).n_vocab == 4096
+    with pytest.raises(ValueError, match="another vocabulary than 'bytes' was"):
+        run_encoding(str(workdir), other)
+    with pytest.raises(ValueError, match='has 4096 tokens, and the model has 264'):
+        allowed_tokens(get_encoding(other), 264)
+    assert np.flatnonzero(~allowed_tokens(BYTES, 264)).tolist() == list(range(257, 264))
+
+
+def test_end_of_text_in_a_prompt_is_the_token():
+    assert generate.encode(BYTES, '<|endoftext|>a') == [256, 97]
+
+
+def text_of(*chunks: bytes, stops: tuple[str, ...] = ()) -> tuple[Completion, list[str]]:
+    completion, taken = Completion('', BYTES, stops), []
+    for chunk in chunks:
+        completion.add(list(chunk))
+        taken.append(completion.take())
+    return completion, taken
+
+
+def test_characters_come_whole():
+    completion, taken = text_of('aé'.encode()[:2], 'aé'.encode()[2:], b'\xff', b'\xc3')
+    assert taken == ['a', 'é', '\ufffd', '']
+    completion.add([-1])
+    assert (completion.take(), completion.text) == ('\ufffd', 'aé\ufffd\ufffd')
+    assert completion.finish_reason == 'length'
+
+
+def test_stop_strings_are_held_back_and_left_out():
+    completion, taken = text_of(b'one\n', b'\ntwo\n', b'\nd', b'ef three', stops=('\n\ndef', '@'))
+    assert taken == ['one', '\n\ntwo', '', '']
+    assert (completion.text, completion.finish_reason) == ('one\n\ntwo', 'stop')
+    assert bytes(completion.tokens) == b'one\n\ntwo\n\ndef'
+    completion, _ = text_of(b'ab@cd', stops=('cd', '@'))
+    assert completion.text == 'ab'
+    completion, taken = text_of(b'one\n', stops=('\n\ndef',))
+    completion.finish()
+    assert [*taken, completion.take()] == ['one', '\n']
+
+
+def test_end_of_text_ends_a_completion():
+    completion = Completion('p', BYTES)
+    completion.add([97, 256, 98])
+    assert completion.record() == {
+        'prompt': 'p',
+        'text': 'a',
+        'tokens': [97],
+        'finish_reason': 'stop',
+    }
+
+
+def test_samples_of_a_run_do_not_depend_on_its_mesh():
+    c = small_config('gqa')
+    c.model.vocab_size, c.log.prompts, c.log.sample_tokens = 264, ('a', 'bcd'), 6
+
+    def samples(**mesh: int):
+        params = init_params(jax.random.key(0), declared_params(c), make_mesh(mesh))
+        return make_sampler(c, BYTES)(params, 10)
+
+    want = samples()
+    assert [s['prompt'] for s in want] == ['a', 'bcd']
+    assert all(s['text'] for s in want)
+    assert samples(pp=2, fsdp=2, tp=2) == want
+    c.log.prompts = ('x' * 16,)
+    with pytest.raises(ValueError, match=r'the config cannot run: log\.prompts: prompt 0 has 16'):
+        make_sampler(c, BYTES)
