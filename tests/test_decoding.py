@@ -79,12 +79,12 @@ def cached_logits(params, ids_BT, lengths_B, *, cfg, n):
 @pytest.mark.parametrize(
     ('name', 'sizes'),
     [
-        ('mla moe tied', {}),
+        pytest.param(*('mla moe tied', {}), marks=pytest.mark.slow),
         ('mla moe tied', {'fsdp': 2, 'tp': 2, 'ep': 2}),
-        ('mla whole query', {'dp': 2, 'tp': 4}),
-        ('mla moe capacity', {'tp': 2, 'pp': 2}),
+        pytest.param(*('mla whole query', {'dp': 2, 'tp': 4}), marks=pytest.mark.slow),
+        pytest.param(*('mla moe capacity', {'tp': 2, 'pp': 2}), marks=pytest.mark.slow),
         ('gqa moe', {'fsdp': 2, 'ep': 2}),
-        ('gqa tied', {'fsdp': 2, 'tp': 4}),
+        pytest.param(*('gqa tied', {'fsdp': 2, 'tp': 4}), marks=pytest.mark.slow),
         ('gqa multi-query', {'fsdp': 2, 'tp': 2}),
     ],
     ids=str,

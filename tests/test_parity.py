@@ -15,7 +15,7 @@ from validation import validate
 
 TOLERANCE = 2e-5
 MESHES = [(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 2), (1, 4, 2), (1, 1, 8), (2, 1, 4), (8, 1, 1)]
-FAST_MESHES = [(2, 1, 1), (1, 2, 1), (2, 2, 2), (1, 1, 8)]
+FAST_MESHES = [(2, 2, 2), (1, 1, 8)]
 
 
 def run(config: ConfigDict) -> dict[str, Tree]:
@@ -101,10 +101,18 @@ def test_mesh_matches_without_check_vma(attention):
     check(config, (2, 2, 2))
 
 
-EXPERT_MESHES = [(1, 1, 1, 2), (2, 1, 1, 4), (1, 2, 1, 2), (1, 1, 2, 4), (1, 2, 2, 2), (2, 1, 2, 2)]
+EXPERT_MESHES = [
+    (1, 1, 1, 2),
+    (1, 1, 1, 4),
+    (2, 1, 1, 4),
+    (1, 2, 1, 2),
+    (1, 1, 2, 4),
+    (1, 2, 2, 2),
+    (2, 1, 2, 2),
+]
 
 
-@pytest.mark.parametrize('sizes', [(1, 1, 1, 4), (1, 2, 2, 2), (2, 1, 4, 1)], ids=str)
+@pytest.mark.parametrize('sizes', [(1, 2, 2, 2), (2, 1, 4, 1)], ids=str)
 def test_experts_match(sizes):
     check(small_config(moe=True), sizes)
 
