@@ -52,15 +52,37 @@ def attention_scale(cfg: ModelConfig) -> float:
     return sharpen**2 / math.sqrt(head_dim)
 
 
-def rope_table(cfg: ModelConfig, positions_T: Array) -> tuple[Array, Array]:
-    """cos and sin of the rotation angles: float32 [T, rotary_dim / 2] each."""
-    angles = positions_T[:, None].astype(jnp.float32) * rope_frequencies(cfg).astype(np.float32)
-    return jnp.cos(angles), jnp.sin(angles)
+class Positions(NamedTuple):
+    """What attention knows of where tokens stand."""
+
+    cos: Array  # of the rotation angles, float32 [T, rotary_dim / 2], or [B, 1, T, ...]
+    sin: Array
+    documents: Array | None = None  # [B, T] the number of each token's document; None: all are one
 
 
-def rope(x: Array, table: tuple[Array, Array]) -> Array:
+def rope_table(cfg: ModelConfig, positions_T: Array) -> Positions:
+    """Of positions [..., T]: angles [..., T, rotary_dim / 2]."""
+    angles = positions_T[..., None].astype(jnp.float32) * rope_frequencies(cfg).astype(np.float32)
+    return Positions(jnp.cos(angles), jnp.sin(angles))
+
+
+def positions(ids_BT: Array, cfg: ModelConfig) -> Positions:
+    """0, 1, 2, ... along all of T; with cfg.document_end, anew after each token of that id, and
+    numbered documents that attention stays within."""
+    T = ids_BT.shape[1]
+    if cfg.document_end < 0:
+        return rope_table(cfg, jnp.arange(T))
+    ends_BT = (ids_BT == cfg.document_end).astype(jnp.int32)
+    documents_BT = jnp.cumsum(ends_BT, axis=1) - ends_BT  # the end belongs to what it ends
+    after_end_BT = jnp.pad(ends_BT, ((0, 0), (1, 0)))[:, :-1]
+    starts_BT = lax.cummax(after_end_BT * jnp.arange(T), axis=1)
+    table = rope_table(cfg, (jnp.arange(T) - starts_BT)[:, None])
+    return table._replace(documents=documents_BT)
+
+
+def rope(x: Array, table: Positions) -> Array:
     """Rotates the pairs (i, i + H/2) of [..., T, H] by their position's angles (Su et al. 2021)."""
-    cos, sin = table
+    cos, sin = table.cos, table.sin
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate((a * cos - b * sin, b * cos + a * sin), axis=-1).astype(x.dtype)
 
@@ -100,35 +122,45 @@ def _put(x: Array, i: Array, value: Array) -> Array:
     return lax.dynamic_update_slice_in_dim(x, value, i * value.shape[-2], axis=-2)
 
 
-def _scores(q: Array, k: Array, i: Array, j: Array, scale: float) -> Array:
+def _scores(q: Array, k: Array, documents: Array | None, i: Array, j: Array, scale: float) -> Array:
     """Masked scores of one pair of blocks, float32 [B, K, G, block, block]."""
-    positions = jnp.arange(q.shape[-2])
-    visible = (i * q.shape[-2] + positions)[:, None] >= j * k.shape[-2] + positions
+    block = q.shape[-2]
+    within = jnp.arange(block)
+    visible = (i * block + within)[:, None] >= j * block + within
+    if documents is not None:
+        of_q, of_k = (lax.dynamic_slice_in_dim(documents, n * block, block, 1) for n in (i, j))
+        visible &= (of_q[:, :, None] == of_k[:, None, :])[:, None, None]
     scores = jnp.einsum('bkgth,bksh->bkgts', q, k, preferred_element_type=jnp.float32)
     return jnp.where(visible, scores * scale, _MASKED)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def causal_attention(
-    q_BKGTH: Array, k_BKSH: Array, v_BKSH: Array, scale: float, block: int
+    q_BKGTH: Array,
+    k_BKSH: Array,
+    v_BKSH: Array,
+    documents_BT: Array | None,
+    scale: float,
+    block: int,
 ) -> Array:
-    """softmax(scale · q kᵀ + causal mask) v -> [B, K, G, T, value head size].
+    """softmax(scale · q kᵀ + mask) v -> [B, K, G, T, value head size]; the mask shows what is not
+    later and, where documents are numbered, in the same one.
 
     Blockwise with a running maximum and sum (FlashAttention-2, Dao 2023): one scan over the pairs
     of blocks on and below the diagonal, so the program does not grow with T, blocks above the
     diagonal cost nothing, and no score array exceeds B·N·block². The backward pass recomputes the
     scores from the saved log-sum-exp. Scores and softmax are float32 whatever the inputs are.
     """
-    return _attention_forward(q_BKGTH, k_BKSH, v_BKSH, scale, block)[0]
+    return _attention_forward(q_BKGTH, k_BKSH, v_BKSH, documents_BT, scale, block)[0]
 
 
-def _attention_forward(q: Array, k: Array, v: Array, scale: float, block: int):
+def _attention_forward(q, k, v, documents: Array | None, scale: float, block: int):
     block, pairs = _lower_triangle(q.shape[-2], block)
 
     def step(carry: tuple, pair: Array):
         out, top, total = carry
         i, j = pair
-        scores = _scores(_block(q, i, block), _block(k, j, block), i, j, scale)
+        scores = _scores(_block(q, i, block), _block(k, j, block), documents, i, j, scale)
         old_top = _block(top, i, block)
         new_top = jnp.maximum(old_top, jnp.max(scores, axis=-1, keepdims=True))
         p = jnp.exp(scores - new_top)
@@ -148,11 +180,11 @@ def _attention_forward(q: Array, k: Array, v: Array, scale: float, block: int):
     start = (zeros(shape=(*rows, v.shape[-1])), zeros(shape=(*rows, 1)) + _MASKED)
     (out, top, total), _ = lax.scan(step, (*start, zeros(shape=(*rows, 1))), pairs)
     out = (out / total).astype(q.dtype)
-    return out, (q, k, v, out, top + jnp.log(total))
+    return out, (q, k, v, documents, out, top + jnp.log(total))
 
 
 def _attention_backward(scale: float, block: int, saved: tuple, d_out: Array):
-    q, k, v, out, logsumexp = saved
+    q, k, v, documents, out, logsumexp = saved
     block, pairs = _lower_triangle(q.shape[-2], block)
     f32 = {'preferred_element_type': jnp.float32}
     delta = jnp.einsum('...h,...h->...', out, d_out, **f32)[..., None]
@@ -162,7 +194,7 @@ def _attention_backward(scale: float, block: int, saved: tuple, d_out: Array):
         i, j = pair
         q_i, k_j, v_j = _block(q, i, block), _block(k, j, block), _block(v, j, block)
         do_i = _block(d_out, i, block)
-        p = jnp.exp(_scores(q_i, k_j, i, j, scale) - _block(logsumexp, i, block))
+        p = jnp.exp(_scores(q_i, k_j, documents, i, j, scale) - _block(logsumexp, i, block))
         dp = jnp.einsum('bkgth,bksh->bkgts', do_i, v_j, **f32)
         ds = (p * (dp - _block(delta, i, block)) * scale).astype(q.dtype)
         p = p.astype(q.dtype)
@@ -176,7 +208,7 @@ def _attention_backward(scale: float, block: int, saved: tuple, d_out: Array):
 
     start = tuple(jnp.zeros_like(x, dtype=jnp.float32) for x in (q, k, v))
     (dq, dk, dv), _ = lax.scan(step, start, pairs)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
 causal_attention.defvjp(_attention_forward, _attention_backward)
@@ -186,19 +218,18 @@ def cached_attention(
     q_BKGH: Array,
     cache: tuple[Array, Array],
     own: tuple[Array, Array],
-    lengths_B: Array,
+    visible_BS: Array,
     scale: float,
 ) -> Array:
-    """One query a row against the row's first `lengths` cached positions and its own.
+    """One query a row against its visible cached positions and its own position.
 
-    `cache` is (k_BKSH, v_BKSH), where entries from lengths on may be anything finite; `own` is
-    (k_BKH, v_BKH) of the query's position. All S positions are computed, so the time does not
-    depend on the lengths. Scores and softmax are float32. -> [B, K, G, value head size].
+    `cache` is (k_BKSH, v_BKSH), whose other entries may be anything finite; `own` is (k_BKH, v_BKH)
+    of the query's position. All S positions are computed, so the time does not depend on how many
+    are visible. Scores and softmax are float32. -> [B, K, G, value head size].
     """
     (k_BKSH, v_BKSH), (own_k_BKH, own_v_BKH) = cache, own
     f32 = {'preferred_element_type': jnp.float32}
     scores_BKGS = jnp.einsum('bkgh,bksh->bkgs', q_BKGH, k_BKSH, **f32) * scale
-    visible_BS = jnp.arange(k_BKSH.shape[2]) < lengths_B[:, None]
     scores_BKGS = jnp.where(visible_BS[:, None, None], scores_BKGS, _MASKED)
     own_BKG1 = (jnp.einsum('bkgh,bkh->bkg', q_BKGH, own_k_BKH, **f32) * scale)[..., None]
     top_BKG1 = jnp.maximum(jnp.max(scores_BKGS, axis=-1, keepdims=True), own_BKG1)
@@ -241,9 +272,7 @@ def mla_params(cfg: ModelConfig) -> Tree:
     }
 
 
-def mla(
-    params: Tree, x_BTD: Array, table: tuple[Array, Array], cfg: ModelConfig
-) -> tuple[Array, Tree]:
+def mla(params: Tree, x_BTD: Array, table: Positions, cfg: ModelConfig) -> tuple[Array, Tree]:
     """Multi-head latent attention (DeepSeek-V2, section 2.1; q_rank = 0 leaves the query whole).
 
     Keys and values rise from one latent of R numbers a token; position enters through H_rope
@@ -258,14 +287,19 @@ def mla(
     q_BNTH = jnp.concatenate((q_nope_BNTH, q_rope_BNTH), axis=-1)
     k_BNSH = jnp.concatenate((k_nope_BNSH, k_rope_BNSH), axis=-1)
     out_BNTH = causal_attention(
-        q_BNTH[:, :, None], k_BNSH, v_BNSH, attention_scale(cfg), cfg.attention_block
+        q_BNTH[:, :, None],
+        k_BNSH,
+        v_BNSH,
+        table.documents,
+        attention_scale(cfg),
+        cfg.attention_block,
     )[:, :, 0]
     kept = {'latent': jnp.concatenate((latent_BSR, k_rope_BSH), axis=-1)[:, None]}
     return reduce_scatter(from_heads(out_BNTH, w['w_o']), TP, 1), kept
 
 
 def _mla_inputs(
-    w: Tree, x_BTD: Array, table: tuple[Array, Array], cfg: ModelConfig
+    w: Tree, x_BTD: Array, table: Positions, cfg: ModelConfig
 ) -> tuple[Array, Array, Array, Array]:
     """Both parts of the query, [B, N, T, H], the latent and the rotary key, [B, T, R] and
     [B, T, H_rope], all rotated. Latents are made on the local positions and only then gathered
@@ -285,15 +319,16 @@ def _mla_inputs(
     latent_BSR, k_rope_BSH, q_BTR = jnp.split(all_BTR, sizes, axis=-1)
     q_BNTH = to_heads(q_BTR, w_q)
     q_nope_BNTH, q_rope_BNTH = jnp.split(q_BNTH, [cfg.nope_dim], axis=-1)
-    return q_nope_BNTH, rope(q_rope_BNTH, table), latent_BSR, rope(k_rope_BSH, table)
+    k_rope_BSH = rope(k_rope_BSH[:, None], table)[:, 0]
+    return q_nope_BNTH, rope(q_rope_BNTH, table), latent_BSR, k_rope_BSH
 
 
 def mla_decode(
     params: Tree,
     x_BD: Array,
-    table: tuple[Array, Array],
+    table: Positions,
     cache: Tree,
-    lengths_B: Array,
+    visible_BS: Array,
     cfg: ModelConfig,
 ) -> tuple[Array, Tree]:
     """`mla` of one more position of each row, in the layout of `Attention.decode`.
@@ -304,13 +339,13 @@ def mla_decode(
     """
     w = unshard(params, mla_params(cfg), x_BD.dtype)
     q_nope_BNTH, q_rope_BNTH, latent_BSR, k_rope_BSH = _mla_inputs(w, x_BD, table, cfg)
-    rows, filled = lengths_B.shape[0], latent_BSR.shape[1]
+    rows, filled = visible_BS.shape[0], latent_BSR.shape[1]
     q_BNR = jnp.einsum('bnh,rnh->bnr', _rows_first(q_nope_BNTH, rows), w['w_k_up'])
     q_BNR = jnp.concatenate((q_BNR, _rows_first(q_rope_BNTH, rows)), axis=-1)
     own_B1R = jnp.concatenate((latent_BSR, k_rope_BSH), axis=-1)[0, :rows, None]
     latent = cache['latent']
     out_BNR = cached_attention(
-        q_BNR[:, None], (latent, latent), (own_B1R, own_B1R), lengths_B, attention_scale(cfg)
+        q_BNR[:, None], (latent, latent), (own_B1R, own_B1R), visible_BS, attention_scale(cfg)
     )[:, 0, :, : cfg.kv_rank]
     out_BNH = jnp.einsum('bnr,rnh->bnh', out_BNR, w['w_v_up'])
     out_BTD = from_heads(_rows_last(out_BNH, filled), w['w_o'])
@@ -329,9 +364,7 @@ def gqa_params(cfg: ModelConfig) -> Tree:
     }
 
 
-def gqa(
-    params: Tree, x_BTD: Array, table: tuple[Array, Array], cfg: ModelConfig
-) -> tuple[Array, Tree]:
+def gqa(params: Tree, x_BTD: Array, table: Positions, cfg: ModelConfig) -> tuple[Array, Tree]:
     """Grouped-query attention (Ainslie et al. 2023); n_kv_heads = n_heads is multi-head, 1 is
     multi-query, whose single key and value are made on the local positions and then gathered.
     x_BTD: [B, T/tp, D] -> the same, and what decoding keeps, keys and values [B, K, T, H].
@@ -340,13 +373,15 @@ def gqa(
     q_BNTH, k_BKSH, v_BKSH = _gqa_inputs(w, x_BTD, table, cfg)
     B, N, T, H = q_BNTH.shape
     q_BKGTH = q_BNTH.reshape(B, k_BKSH.shape[1], -1, T, H)
-    out_BKGTH = causal_attention(q_BKGTH, k_BKSH, v_BKSH, attention_scale(cfg), cfg.attention_block)
+    out_BKGTH = causal_attention(
+        q_BKGTH, k_BKSH, v_BKSH, table.documents, attention_scale(cfg), cfg.attention_block
+    )
     out_BTD = from_heads(out_BKGTH.reshape(B, N, T, H), w['w_o'])
     return reduce_scatter(out_BTD, TP, 1), {'k': k_BKSH, 'v': v_BKSH}
 
 
 def _gqa_inputs(
-    w: Tree, x_BTD: Array, table: tuple[Array, Array], cfg: ModelConfig
+    w: Tree, x_BTD: Array, table: Positions, cfg: ModelConfig
 ) -> tuple[Array, Array, Array]:
     """Queries, keys and values of all positions: [B, N, T, H], and [B, K, T, H] twice."""
     all_BTD = all_gather(x_BTD, TP, 1)  # B T/tp D -> B T D
@@ -366,19 +401,19 @@ def _gqa_inputs(
 def gqa_decode(
     params: Tree,
     x_BD: Array,
-    table: tuple[Array, Array],
+    table: Positions,
     cache: Tree,
-    lengths_B: Array,
+    visible_BS: Array,
     cfg: ModelConfig,
 ) -> tuple[Array, Tree]:
     """`gqa` of one more position of each row, in the layout of `Attention.decode`."""
     w = unshard(params, gqa_params(cfg), x_BD.dtype)
     q_BNTH, k_BKTH, v_BKTH = _gqa_inputs(w, x_BD, table, cfg)
-    rows, filled = lengths_B.shape[0], q_BNTH.shape[2]
+    rows, filled = visible_BS.shape[0], q_BNTH.shape[2]
     q_BNH, k_BKH, v_BKH = (_rows_first(y, rows) for y in (q_BNTH, k_BKTH, v_BKTH))
     q_BKGH = q_BNH.reshape(rows, k_BKH.shape[1], -1, cfg.head_dim)
     out_BKGH = cached_attention(
-        q_BKGH, (cache['k'], cache['v']), (k_BKH, v_BKH), lengths_B, attention_scale(cfg)
+        q_BKGH, (cache['k'], cache['v']), (k_BKH, v_BKH), visible_BS, attention_scale(cfg)
     )
     out_BTD = from_heads(_rows_last(out_BKGH.reshape(q_BNH.shape), filled), w['w_o'])
     return reduce_scatter(out_BTD, TP, 1), {'k': k_BKH, 'v': v_BKH}
@@ -394,7 +429,7 @@ class Attention(NamedTuple):
     positions stand in training, so that linear layers, feed-forward parts and collectives are the
     same: x_BD is [1, T/tp, D], where T is B rounded up to a multiple of tp by repeating the last
     row, and the table has a position for each of the T. Its cache has leaves [B, K, S, H], of which
-    row b fills the first lengths[b] of S; what it returns of the new position is [B, K, H].
+    a row sees what is set in its visible_BS; what it returns of the new position is [B, K, H].
     """
 
     params: Callable[[ModelConfig], Tree]

@@ -48,6 +48,7 @@ METADATA = 'metadata.json'
 CHUNK_BYTES = 16 << 20  # about the most in one file: what is encoded, checked and sent at a time
 WINDOW_BYTES = 1 << 30  # being written, or being read, at a time, if no shard is larger
 IO_THREADS = 32
+COPY_THREADS = 8
 GRACE_SECONDS = 60  # for the other processes' chunks when this one ends by an exception
 
 T = TypeVar('T')
@@ -144,8 +145,12 @@ def copy_to_host(tree: Tree) -> list[HostLeaf]:
             chunk = chunk_shape(x.shape, x.dtype.itemsize)
         entry = {'shape': list(x.shape), 'dtype': x.dtype.name, 'chunk': chunk} | key
         leaves.append(HostLeaf(name, entry, [(box_of(i, x.shape), data) for i, data in shards]))
-    for leaf in leaves:
-        leaf.shards = [(box, host_copy(x)) for box, x in leaf.shards]
+    # In threads, because fresh memory is faulted in at less than a core's copying speed.
+    with ThreadPoolExecutor(COPY_THREADS) as pool:
+        for leaf in leaves:
+            leaf.shards = [(box, pool.submit(host_copy, x)) for box, x in leaf.shards]
+        for leaf in leaves:
+            leaf.shards = [(box, copy.result()) for box, copy in leaf.shards]
     return leaves
 
 

@@ -56,6 +56,7 @@ class ModelConfig:
     rope_factor: float
     rope_original_len: int
     attention_block: int
+    document_end: int
     n_experts: int
     experts_per_token: int
     n_shared_experts: int

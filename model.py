@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from attention import ATTENTION, rope_table
+from attention import ATTENTION, Positions, positions
 from layers import ModelConfig, dropout, gain, rms_norm, swiglu, swiglu_params
 from moe import moe, moe_params
 from parallel import (
@@ -85,7 +85,7 @@ REMAT = {
 def run_blocks(
     blocks: Tree,
     x_BTD: Array,
-    table: tuple[Array, Array],
+    table: Positions,
     key: Array,
     cfg: ModelConfig,
     kinds: tuple[str, ...],
@@ -234,15 +234,14 @@ def first_layers(params: Tree, ids_BT: Array, cfg: ModelConfig, key: Array) -> A
     x_BTD = embed(params['embed'], ids_BT, cfg)
     x_BTD = dropout(x_BTD, cfg.dropout, jax.random.fold_in(key, cfg.n_layers))
     if cfg.first_dense:
-        table = rope_table(cfg, jnp.arange(ids_BT.shape[1]))
-        x_BTD, _ = run_blocks(params['first'], x_BTD, table, key, cfg, ('dense',))
+        x_BTD, _ = run_blocks(params['first'], x_BTD, positions(ids_BT, cfg), key, cfg, ('dense',))
     return x_BTD
 
 
 def hidden_states(params: Tree, ids_BT: Array, cfg: ModelConfig, key: Array) -> tuple[Array, Tree]:
     """ids_BT: int32 [B, T], all positions -> the last x_BTD: [B, T/tp, D], and statistics."""
     x_BTD = first_layers(params, ids_BT, cfg, key)
-    table = rope_table(cfg, jnp.arange(ids_BT.shape[1]))
+    table = positions(ids_BT, cfg)
     return run_blocks(params['blocks'], x_BTD, table, key, cfg, cfg.block, cfg.first_dense)
 
 

@@ -5,7 +5,9 @@ follow from the step and the seed, so the state and the step are all there is to
 """
 
 import functools
+import itertools
 import json
+import math
 import os
 import signal
 import threading
@@ -19,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from checkpoint import Checkpointer
+from checkpoint import Checkpointer, leaf_names
 from parallel import P, Tree
 
 # What the checkpoint, and the meaning of its step, depend on; of the model, all but how it runs.
@@ -91,6 +93,44 @@ def write_file(path: str, text: str) -> None:
     os.replace(f'{path}.new', path)
 
 
+def restore_state(checkpoints: Checkpointer, step: int, target: Tree) -> Tree:
+    """`Checkpointer.restore`, whatever number of chunks the pipeline had.
+
+    With several, parameters have their blocks in [chunks, blocks / chunks, ...], with one in
+    [blocks, ...], in the same order. A leaf that was saved in another layout is restored in that
+    one, alike on all stages, and then laid out anew; one leaf after the other.
+    """
+    wanted, structure = leaf_names(target), jax.tree.structure(target)
+    entries = checkpoints.metadata(step)['leaves']
+    saved = [as_saved(name, want, entries.get(name)) for name, want in wanted.items()]
+    wants = list(wanted.values())
+    alike = [i for i, want in enumerate(wants) if saved[i] is want]
+    leaves: dict[int, jax.Array] = {}
+    for group in [alike, *([i] for i in range(len(wants)) if i not in alike)]:
+        asked = [x if i in group else None for i, x in enumerate(saved)]
+        restored = checkpoints.restore(step, jax.tree.unflatten(structure, asked))
+        for i, x in zip(group, jax.tree.leaves(restored), strict=True):
+            leaves[i] = x if i in alike else laid_out(x, wants[i])
+    return jax.tree.unflatten(structure, [leaves[i] for i in range(len(wants))])
+
+
+def as_saved(name: str, want: jax.ShapeDtypeStruct, entry: dict | None) -> jax.ShapeDtypeStruct:
+    """The leaf in the checkpoint's layout of the blocks, or `want` if that is no other."""
+    if entry is None or 'blocks' not in name.split('.') or tuple(entry['shape']) == want.shape:
+        return want
+    shape = tuple(entry['shape'])
+    for i, j in itertools.product((1, 2), (1, 2)):
+        if shape[i:] == want.shape[j:] and math.prod(shape[:i]) == math.prod(want.shape[:j]):
+            spec = P(*[None] * i, *want.sharding.spec[j:])
+            sharding = NamedSharding(want.sharding.mesh, spec)
+            return jax.ShapeDtypeStruct(shape, want.dtype, sharding=sharding)
+    return want  # restoring tells the difference
+
+
+def laid_out(x: jax.Array, want: jax.ShapeDtypeStruct) -> jax.Array:
+    return jax.jit(lambda x: x.reshape(want.shape), out_shardings=want.sharding)(x)
+
+
 def load_params(path: str, shapes: Tree) -> Tree:
     """The parameters of another run: of its workdir's newest step, or of one checkpoint's folder.
 
@@ -106,7 +146,7 @@ def load_params(path: str, shapes: Tree) -> Tree:
                 f'of a run, or WORKDIR/checkpoints/STEP'
             )
         try:
-            return source.restore(step, {'params': shapes})['params']
+            return restore_state(source, step, {'params': shapes})['params']
         except ValueError as error:
             raise ValueError(f'the config cannot run: --init_from={path}: {error}') from error
 

@@ -14,7 +14,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from attention import rope_table
+from attention import positions
 from layers import ModelConfig, linear_weight_gradient
 from model import block_params, first_layers, loss, run_blocks, split_router_loss, token_loss
 from moe import update_biases
@@ -123,16 +123,18 @@ def run_stages(
     schedule: Schedule,
 ) -> tuple[Tree, Sums]:
     """The model, cut into the functions that pipeline.py runs."""
-    table = rope_table(cfg, jnp.arange(tokens_MBT.shape[-1] - 1))
+
+    def ids(i: Array) -> Array:
+        return jnp.maximum(tokens_MBT[i, :, :-1], 0)
 
     def first(shared: Tree, i: Array) -> Array:
-        ids_BT = jnp.maximum(tokens_MBT[i, :, :-1], 0)
-        return first_layers(shared, ids_BT, cfg, jax.random.fold_in(key, i))
+        return first_layers(shared, ids(i), cfg, jax.random.fold_in(key, i))
 
     def stage(blocks: Tree, x_BTD: Array, virtual: Array, i: Array) -> tuple[Array, Array, Tree]:
         n_layers = jax.tree.leaves(blocks)[0].shape[0] * len(cfg.block)
         start = cfg.first_dense + virtual * n_layers
         x_key = jax.random.fold_in(key, i)
+        table = positions(ids(i), cfg)
         x_BTD, stats = run_blocks(blocks, x_BTD, table, x_key, cfg, cfg.block, start)
         router, stats = split_router_loss(stats)
         return x_BTD, jnp.zeros_like(n_targets) + router / schedule.microbatches, stats

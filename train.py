@@ -33,7 +33,14 @@ from checkpoint import Checkpointer, CheckpointError
 from generate import TOKENIZER, make_sampler, tokenizer_record
 from model import flops_per_token
 from parallel import Array, P, Tree, count, make_mesh
-from resume import StopSignals, first_step, keep_records, load_params, write_file
+from resume import (
+    StopSignals,
+    first_step,
+    keep_records,
+    load_params,
+    restore_state,
+    write_file,
+)
 from steps import abstract_state, init_state, lower_train_step, make_eval_step, put_batch
 from tokenizer import token_bytes
 from validation import declared_params, model_config, validate
@@ -272,7 +279,7 @@ def start_state(
 ) -> Tree:
     """The state after step `start`; at 0 a new one, with the parameters of the run `init_from`."""
     if start:
-        return checkpoints.restore(start, abstract_state(config, mesh))
+        return restore_state(checkpoints, start, abstract_state(config, mesh))
     state = init_state(config, mesh)
     if init_from:
         del state['params']  # make room
@@ -300,6 +307,8 @@ def run(
         return {}
     checkpoints.clean()
     loader, sources, encoding = open_data(config)
+    if config.data.isolate_documents:
+        config.model.document_end = encoding.eot_token
     writer.keep(TOKENIZER, tokenizer_record(encoding))
     sample = make_sampler(config, encoding) if config.log.sample_every else None
     mesh = make_mesh(config.mesh)
@@ -352,7 +361,7 @@ def run(
     summary = {
         'parameters': n_params,
         'active_parameters': count(declared_params(config), active=True),
-        'tokens': step * progress.step_tokens,
+        'tokens': (step - start) * progress.step_tokens,
         'seconds': time.perf_counter() - started,
         **evaluation,
     }
@@ -401,9 +410,7 @@ if __name__ == '__main__':
     config_flags.DEFINE_config_file('config', None, 'A file of configs/.', lock_config=True)
     flags.DEFINE_string('workdir', None, 'Where the run goes; a new folder in runs/ by default.')
     flags.DEFINE_string(
-        'init_from',
-        None,
-        'Start from the parameters of this workdir, or of one of its checkpoints.',
+        'init_from', None, 'Start from the parameters of this workdir or checkpoint folder.'
     )
     flags.DEFINE_integer('cpu_devices', 0, 'Simulate this many devices on the CPU.')
     flags.mark_flag_as_required('config')

@@ -146,7 +146,7 @@ def value_errors(config: ConfigDict) -> Iterator[str]:
     for group in ('model', 'mesh', 'data', 'optimizer', 'eval', 'log', 'pipeline', 'checkpoint'):
         flat |= {f'{group}.{k}': v for k, v in flat.pop(group).items()}
     for name, value in flat.items():
-        least = 0 if name in may_be_zero else 1
+        least = -1 if name == 'model.document_end' else 0 if name in may_be_zero else 1
         if isinstance(value, int) and not isinstance(value, bool) and value < least:
             yield f'{name}={value} is below {least}; use {least} or more'
         if isinstance(value, float) and value < 0:
@@ -185,8 +185,6 @@ def source_errors(config: ConfigDict) -> Iterator[str]:
         yield "data.path is empty; use a folder that data.py wrote, or 'stdlib'"
     if d.path and d.sources:
         yield f'data.path={d.path!r} and data.sources are both set; leave one of them empty'
-    if d.isolate_documents:
-        yield 'data.isolate_documents=True: this is not built yet; use False'
     form = "use ((name, path, weight), ...), as in (('web', 'tokens/web', 0.7), ...)"
     for source in d.sources:
         if not isinstance(source, tuple) or len(source) != 3:

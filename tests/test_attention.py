@@ -8,26 +8,39 @@ import numpy as np
 import pytest
 from common import small_config
 
-from attention import attention_scale, causal_attention, rope, rope_frequencies, rope_table
+from attention import (
+    attention_scale,
+    causal_attention,
+    positions,
+    rope,
+    rope_frequencies,
+    rope_table,
+)
 from validation import model_config
 
 
-def plain_attention(q, k, v, scale):
+def plain_attention(q, k, v, documents, scale):
     T = q.shape[-2]
     scores = jnp.einsum('bkgth,bksh->bkgts', q, k) * scale
-    scores = jnp.where(np.tril(np.ones((T, T), bool)), scores, -jnp.inf)
+    visible = np.tril(np.ones((T, T), bool))
+    if documents is not None:
+        same = documents[:, :, None] == documents[:, None, :]
+        visible = (visible & same)[:, None, None]
+    scores = jnp.where(visible, scores, -jnp.inf)
     return jnp.einsum('bkgts,bksh->bkgth', jax.nn.softmax(scores), v)
 
 
+@pytest.mark.parametrize('packed', [False, True], ids=['one_document', 'packed'])
 @pytest.mark.parametrize('block', [4, 8, 16, 64])
-def test_blockwise_attention_is_softmax_attention(block):
+def test_blockwise_attention_is_softmax_attention(block, packed):
+    documents = np.repeat([[0, 1, 2, 3], [0, 1, 1, 2]], 4, axis=1) if packed else None
     keys = jax.random.split(jax.random.key(0), 4)
     q = 3 * jax.random.normal(keys[0], (2, 2, 3, 16, 8))
     k = 3 * jax.random.normal(keys[1], (2, 2, 16, 8))
     v = jax.random.normal(keys[2], (2, 2, 16, 5))
     d_out = jax.random.normal(keys[3], (2, 2, 3, 16, 5))
-    got, got_vjp = jax.vjp(lambda *x: causal_attention(*x, 0.3, block), q, k, v)
-    want, want_vjp = jax.vjp(lambda *x: plain_attention(*x, 0.3), q, k, v)
+    got, got_vjp = jax.vjp(lambda *x: causal_attention(*x, documents, 0.3, block), q, k, v)
+    want, want_vjp = jax.vjp(lambda *x: plain_attention(*x, documents, 0.3), q, k, v)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
     for a, b in zip(got_vjp(d_out), want_vjp(d_out), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6)
@@ -36,14 +49,16 @@ def test_blockwise_attention_is_softmax_attention(block):
 def test_attention_block_must_divide():
     x = jnp.ones((1, 1, 1, 12, 4))
     with pytest.raises(ValueError, match='attention_block=8'):
-        causal_attention(x, x[:, 0], x[:, 0], 1.0, 8)
+        causal_attention(x, x[:, 0], x[:, 0], None, 1.0, 8)
 
 
 def test_attention_memory_grows_linearly():
     def temp_bytes(T):
         q = jax.ShapeDtypeStruct((1, 2, 1, T, 16), jnp.float32)
         kv = jax.ShapeDtypeStruct((1, 2, T, 16), jnp.float32)
-        f = jax.grad(lambda q, k, v: causal_attention(q, k, v, 1.0, 64).sum(), argnums=(0, 1, 2))
+        f = jax.grad(
+            lambda q, k, v: causal_attention(q, k, v, None, 1.0, 64).sum(), argnums=(0, 1, 2)
+        )
         return jax.jit(f).lower(q, kv, kv).compile().memory_analysis().temp_size_in_bytes
 
     assert temp_bytes(2048) < 2.2 * temp_bytes(1024)
@@ -62,6 +77,18 @@ def test_rope_depends_on_relative_position_only(scaling):
 
     assert score(7, 3) == pytest.approx(score(107, 103), abs=1e-4)
     assert abs(score(7, 3) - score(7, 4)) > 1e-3
+
+
+def test_positions_start_anew_after_the_end_of_a_document():
+    config = small_config('gqa')
+    config.model.document_end = 9
+    cfg = model_config(config)
+    ids = jnp.array([[1, 2, 9, 9, 3, 4, 9, 5]])
+    got = positions(ids, cfg)
+    np.testing.assert_array_equal(got.documents, [[0, 0, 0, 1, 2, 2, 2, 3]])
+    want = rope_table(cfg, jnp.array([0, 1, 2, 0, 0, 1, 2, 0]))
+    np.testing.assert_array_equal(got.cos[0, 0], want.cos)
+    np.testing.assert_array_equal(got.sin[0, 0], want.sin)
 
 
 def test_rope_scaling_keeps_fast_and_slows_slow_pairs():

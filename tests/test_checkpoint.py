@@ -10,17 +10,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorstore as ts
+from common import small_config
 from jax.sharding import NamedSharding
-from test_parity import on_mesh, small_config
+from ml_collections import ConfigDict
 
 import checkpoint
-import train
+import steps
 from checkpoint import Checkpointer, CheckpointError, chunk_shape, leaf_names
-from model import model_params
-from parallel import P, Tree, make_mesh, map_params
+from parallel import P, Tree, make_mesh
+from validation import validate
 
 UNSYNCED = {'file_io_sync': False}  # a context: many small files, and no power cut
-MESHES = [(1, 1, 1), (2, 1, 1), (1, 4, 2), (2, 2, 2), (1, 1, 8)]  # dp, fsdp, tp
+MESHES = [
+    {'dp': 1},
+    {'dp': 2},
+    {'pp': 2, 'fsdp': 2, 'tp': 2},
+    {'fsdp': 2, 'ep': 4},
+    {'tp': 8},
+    {'pp': 2, 'ep': 2, 'tp': 2},
+]
 
 
 def bits(x) -> tuple:
@@ -58,9 +66,9 @@ def small_tree(seed: int = 0) -> Tree:
     return {'params': params, 'step': jnp.int32(seed)}
 
 
-def save_steps(folder, *steps: int, **options) -> None:
+def save_steps(folder, *numbers: int, **options) -> None:
     with Checkpointer(str(folder), context=ts.Context(UNSYNCED), **options) as checkpoints:
-        for step in steps:
+        for step in numbers:
             checkpoints.save(step, small_tree(step), {'steps': step})
 
 
@@ -110,56 +118,63 @@ def test_any_tree_comes_back(kind, tmp_path):
     assert metadata['versions']['jax'] == jax.__version__
 
 
-def state_on(mesh_sizes: tuple[int, int, int]) -> Tree:
+def config_on(mesh: dict[str, int], chunks: int = 1) -> ConfigDict:
+    """Four blocks of a dense and an MoE layer, after a dense one."""
+    config = small_config(moe=True)
+    config.model.n_layers, config.microbatches = 9, 2
+    config.mesh.update(mesh)
+    config.pipeline.chunks = chunks
+    if chunks > 1:
+        config.pipeline.schedule = 'interleaved'
+    validate(config, 8)
+    return config
+
+
+def state_on(config: ConfigDict) -> Tree:
     """A train state on this mesh, each leaf with values of its own."""
-    config = on_mesh(small_config(), mesh_sizes)
     rng = np.random.default_rng(0)
 
     def fill(x: jax.ShapeDtypeStruct) -> jax.Array:
         return jax.device_put(rng.normal(scale=100, size=x.shape).astype(x.dtype), x.sharding)
 
-    return jax.tree.map(fill, train.abstract_state(config, make_mesh(config.mesh)))
+    return jax.tree.map(fill, steps.abstract_state(config, make_mesh(config.mesh)))
 
 
-@pytest.mark.parametrize('to', MESHES)
-@pytest.mark.parametrize('source', [(1, 1, 1), (2, 2, 2)])
+def assert_placed(tree: Tree, target: Tree) -> None:
+    for x, want in zip(jax.tree.leaves(tree), jax.tree.leaves(target), strict=True):
+        assert x.sharding.is_equivalent_to(want.sharding, x.ndim)
+
+
+@pytest.mark.parametrize('to', MESHES, ids=str)
+@pytest.mark.parametrize('source', [MESHES[0], MESHES[-1]], ids=str)
 def test_a_state_moves_between_meshes(source, to, tmp_path, monkeypatch):
     # Chunks of a few rows, and a window of a few leaves, as with a large model.
     monkeypatch.setattr(checkpoint, 'CHUNK_BYTES', 2000)
     monkeypatch.setattr(checkpoint, 'WINDOW_BYTES', 10_000)
-    state = state_on(source)
-    config = on_mesh(small_config(), to)
-    mesh = make_mesh(config.mesh)
+    state = state_on(config_on(source))
+    config = config_on(to)
+    target = steps.abstract_state(config, make_mesh(config.mesh))
     with Checkpointer(str(tmp_path), context=ts.Context(UNSYNCED)) as checkpoints:
         checkpoints.save(1, state)
         checkpoints.wait()
-        target = train.abstract_state(config, mesh)
         restored = checkpoints.restore(1, target)
     assert_same(restored, state)
-    for x, want in zip(jax.tree.leaves(restored), jax.tree.leaves(target), strict=True):
-        assert x.sharding.is_equivalent_to(want.sharding, x.ndim)
+    assert_placed(restored, target)
 
 
 def test_a_subtree_is_restored_without_reading_the_rest(tmp_path):
-    state = state_on((1, 2, 2))
+    state = state_on(config_on({'fsdp': 2, 'tp': 2}))
     with Checkpointer(str(tmp_path), context=ts.Context(UNSYNCED)) as checkpoints:
         checkpoints.save(1, state)
         checkpoints.wait()
         for path in files(tmp_path):
             if '/moments.' in str(path):
                 path.unlink()
-        mesh = make_mesh({'fsdp': 4})
-        declared = model_params(train.model_config(small_config()))
-        params = map_params(
-            lambda p: jax.ShapeDtypeStruct(
-                p.shape, jnp.float32, sharding=NamedSharding(mesh, p.spec)
-            ),
-            declared,
-        )
-        restored = checkpoints.restore(1, {'params': params})
+        target = steps.abstract_state(config_on({'tp': 4}), make_mesh({'tp': 4}))
+        restored = checkpoints.restore(1, {'params': target['params']})
         assert_same(restored, {'params': state['params']})
         with pytest.raises(CheckpointError, match='moments'):
-            checkpoints.restore(1, wanted(state))
+            checkpoints.restore(1, target)
 
 
 def test_other_libraries_read_the_arrays(tmp_path):

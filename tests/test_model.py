@@ -78,6 +78,38 @@ def test_causality_by_gradient(attention):
         assert not reached[t + 1 :].any()
 
 
+@pytest.mark.parametrize('attention', ['mla', 'gqa'])
+def test_a_document_does_not_feel_what_it_is_packed_with(attention):
+    """Alone, or between others: the same logits, and gradients that add up."""
+    config = small_config(attention)
+    config.model.document_end = 0
+    cfg = model_config(config)
+    params = init_params(jax.random.key(0), model_params(cfg), make_mesh({}))
+    documents = np.random.default_rng(0).integers(1, 64, (2, 8)).astype(np.int32)
+    documents[:, -1] = 0
+    packed = documents.reshape(1, 16)
+    weights = jax.random.normal(jax.random.key(1), (16, 64))
+
+    def run(ids, weights):
+        def f(params):
+            out = logits(params, ids, cfg)
+            return jnp.sum(out * weights), out
+
+        (_, out), grads = jax.value_and_grad(f, has_aux=True)(
+            jax.tree.map(lambda x: varying(x, AXES), params)
+        )
+        return out, grads
+
+    run = on_one_device(run)
+    out, grads = run(packed, weights)
+    alone = [run(documents[i : i + 1], weights[8 * i : 8 * i + 8]) for i in range(2)]
+    np.testing.assert_allclose(out[0, :8], alone[0][0][0], rtol=2e-5, atol=2e-6)
+    np.testing.assert_allclose(out[0, 8:], alone[1][0][0], rtol=2e-5, atol=2e-6)
+    total = jax.tree.map(jnp.add, alone[0][1], alone[1][1])
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(total), strict=True):
+        assert np.linalg.norm(a - b) <= 2e-5 * np.linalg.norm(b)
+
+
 def test_flops_count_the_compilers():
     """The formula against XLA's count for one block, where its loops run once."""
     config = small_config('gqa', tied=True)

@@ -168,6 +168,14 @@ def test_whole_query_matches():
     check(config, (2, 1, 4))
 
 
+@pytest.mark.parametrize('attention', ['mla', 'gqa'])
+def test_packed_documents_match(attention):
+    config = small_config(attention)
+    config.model.document_end = 3
+    assert reference(config)['loss'] != reference(small_config(attention))['loss']
+    check(config, (2, 2, 2))
+
+
 def test_dropout_matches():
     config = small_config()
     config.model.dropout = 0.3

@@ -29,7 +29,7 @@ from parallel import (
 )
 from pipeline import Functions, run_pipeline
 from schedules import make_schedule
-from steps import make_eval_step, make_gradients, put_batch
+from steps import lower_train_step, make_eval_step, make_gradients, put_batch
 from validation import declared_params, model_config, validate
 
 MESHES = {
@@ -308,3 +308,16 @@ def test_evaluation(chunks):
         nats.append(float(sums['nats']))
         assert sums['targets'] == sums['bytes'] > 0
     assert nats[0] == pytest.approx(nats[1], rel=1e-5)
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize('name', ['1f1b', 'zero_bubble'])
+def test_step_compiles_for_tpu(tpu_devices, name):
+    """With experts, on pp 2 x fsdp 2 x tp 2."""
+    c = experts_config(4)
+    c.compute_dtype = 'bfloat16'
+    c.mesh.update(pp=2, fsdp=2, tp=2)
+    c.pipeline.schedule = name
+    text = lower_train_step(c, make_mesh(c.mesh, tpu_devices('v5e:2x4'))).compile().as_text()
+    assert 'conditional' in text  # idle slots are skipped, not computed and thrown away
+    assert 'collective-permute' in text

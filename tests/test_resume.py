@@ -4,15 +4,17 @@ import json
 import pathlib
 import shutil
 
+import jax
+import numpy as np
 import pytest
-from test_checkpoint import assert_same
+from test_checkpoint import assert_placed, assert_same, config_on, state_on
 from training_worker import small_run
 
 import steps
 import train
 from checkpoint import Checkpointer
 from parallel import make_mesh
-from resume import differences, keep_records, load_params
+from resume import differences, keep_records, load_params, restore_state
 
 TIMES = {'tokens_per_second', 'mfu'}
 
@@ -71,6 +73,28 @@ def test_a_resumed_run_is_the_uninterrupted_one(mesh, whole, tokens, tmp_path, c
     assert found[:12] == expected[:12]  # ten steps and two evaluations
     for a, b in zip(found, expected, strict=True):
         assert a == pytest.approx(b, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ('source', 'target'),
+    [
+        (({'pp': 2, 'ep': 2}, 1), ({'pp': 2, 'tp': 4}, 2)),
+        (({'pp': 2, 'ep': 2}, 2), ({'fsdp': 2, 'tp': 2}, 1)),
+        (({'pp': 2, 'ep': 2}, 2), ({'pp': 2, 'fsdp': 4}, 2)),
+    ],
+    ids=str,
+)
+def test_parameters_move_between_numbers_of_pipeline_chunks(source, target, tmp_path):
+    config = config_on(*target)
+    target = steps.abstract_state(config, make_mesh(config.mesh))
+    state = state_on(config_on(*source))
+    with Checkpointer(str(tmp_path)) as checkpoints:
+        checkpoints.save(1, state)
+        checkpoints.wait()
+        restored = restore_state(checkpoints, 1, target)
+    laid_out = jax.tree.map(lambda x, want: np.reshape(x, want.shape), state, target)
+    assert_same(restored, laid_out)
+    assert_placed(restored, target)
 
 
 def test_a_complete_run_ends_at_once(whole, tokens, monkeypatch, capsys):

@@ -136,7 +136,9 @@ def test_command_trains_alike_on_one_and_on_eight_devices(corpus, tmp_path):
 
 def test_command_trains_on_a_mixture(corpus, tmp_path):
     given = f"--config.data.sources=(('a', '{corpus}', 0.75), ('b', '{corpus}', 0.25))"
-    two = run_command(corpus, tmp_path / 'two', '--config.data.path=', given)
+    two = run_command(
+        corpus, tmp_path / 'two', '--config.data.path=', given, '--config.data.isolate_documents'
+    )
     assert two.returncode == 0, two.stderr
     one = run_command(corpus, tmp_path / 'one')
     evals = [r for r in read_metrics(tmp_path / 'two') if 'eval_loss' in r]

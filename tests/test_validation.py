@@ -72,7 +72,6 @@ def test_tiny_divides_on_every_mesh(name, sizes):
         ({'data__path': '', 'data__sources': (('a', 'x', -1),)}, 'whose weight is not above 0'),
         ({'data__path': '', 'data__sources': (('', 'x', 1),)}, 'whose name or path is no text'),
         ({'data__path': '', 'data__sources': (('a', 'x', 1), ('a', 'y', 1))}, 'a name of its own'),
-        ({'data__isolate_documents': True}, 'data.isolate_documents=True: this is not built yet'),
         ({'compute_dtype': 'float16'}, 'float32, bfloat16'),
         ({'model__dropout': 1.0}, 'model.dropout=1.0'),
     ],

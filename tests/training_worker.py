@@ -31,7 +31,7 @@ from configs import default
 PAUSE = 0.05  # seconds, while which a kill may arrive
 
 
-def small_run(tokens: str, **changes) -> ConfigDict:
+def small_run(tokens: str, moe: bool = False, **changes) -> ConfigDict:
     """A config that trains in seconds. `changes`: fields, with __ for the dot."""
     c = default.get_config()
     c.data.path, c.steps, c.batch_size, c.seq_len, c.peak_flops = str(tokens), 20, 16, 32, 1e12
@@ -39,6 +39,9 @@ def small_run(tokens: str, **changes) -> ConfigDict:
         vocab_size=264, d_model=32, n_layers=2, d_ff=48, n_heads=4, kv_rank=16, nope_dim=8,
         rope_dim=8, v_dim=8, attention_block=16, dropout=0.1,
     )  # fmt: skip
+    if moe:
+        c.model.update(block=('moe',), n_layers=4, n_experts=8, d_expert=16, bias_rate=0.02)
+        c.microbatches = 2
     c.optimizer.warmup_steps, c.eval.every, c.eval.batches, c.log.every = 2, 0, 1, 1
     c.checkpoint.update(every=2, keep=1)
     for name, value in changes.items():
@@ -152,7 +155,8 @@ def main(options: dict) -> None:
     if 'dump' in options:
         dump_restored(options['dump'])
     try:
-        train.train(small_run(options['tokens'], **options['config']), options['workdir'])
+        config = small_run(options['tokens'], **options['config'])
+        train.train(config, options['workdir'])
     except checkpoint.CheckpointError as error:
         sys.exit(str(error))
 
