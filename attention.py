@@ -218,19 +218,18 @@ def cached_attention(
     q_BKGH: Array,
     cache: tuple[Array, Array],
     own: tuple[Array, Array],
-    lengths_B: Array,
+    visible_BS: Array,
     scale: float,
 ) -> Array:
-    """One query a row against the row's first `lengths` cached positions and its own.
+    """One query a row against its visible cached positions and its own position.
 
-    `cache` is (k_BKSH, v_BKSH), where entries from lengths on may be anything finite; `own` is
-    (k_BKH, v_BKH) of the query's position. All S positions are computed, so the time does not
-    depend on the lengths. Scores and softmax are float32. -> [B, K, G, value head size].
+    `cache` is (k_BKSH, v_BKSH), whose other entries may be anything finite; `own` is (k_BKH, v_BKH)
+    of the query's position. All S positions are computed, so the time does not depend on how many
+    are visible. Scores and softmax are float32. -> [B, K, G, value head size].
     """
     (k_BKSH, v_BKSH), (own_k_BKH, own_v_BKH) = cache, own
     f32 = {'preferred_element_type': jnp.float32}
     scores_BKGS = jnp.einsum('bkgh,bksh->bkgs', q_BKGH, k_BKSH, **f32) * scale
-    visible_BS = jnp.arange(k_BKSH.shape[2]) < lengths_B[:, None]
     scores_BKGS = jnp.where(visible_BS[:, None, None], scores_BKGS, _MASKED)
     own_BKG1 = (jnp.einsum('bkgh,bkh->bkg', q_BKGH, own_k_BKH, **f32) * scale)[..., None]
     top_BKG1 = jnp.maximum(jnp.max(scores_BKGS, axis=-1, keepdims=True), own_BKG1)
@@ -329,7 +328,7 @@ def mla_decode(
     x_BD: Array,
     table: Positions,
     cache: Tree,
-    lengths_B: Array,
+    visible_BS: Array,
     cfg: ModelConfig,
 ) -> tuple[Array, Tree]:
     """`mla` of one more position of each row, in the layout of `Attention.decode`.
@@ -340,13 +339,13 @@ def mla_decode(
     """
     w = unshard(params, mla_params(cfg), x_BD.dtype)
     q_nope_BNTH, q_rope_BNTH, latent_BSR, k_rope_BSH = _mla_inputs(w, x_BD, table, cfg)
-    rows, filled = lengths_B.shape[0], latent_BSR.shape[1]
+    rows, filled = visible_BS.shape[0], latent_BSR.shape[1]
     q_BNR = jnp.einsum('bnh,rnh->bnr', _rows_first(q_nope_BNTH, rows), w['w_k_up'])
     q_BNR = jnp.concatenate((q_BNR, _rows_first(q_rope_BNTH, rows)), axis=-1)
     own_B1R = jnp.concatenate((latent_BSR, k_rope_BSH), axis=-1)[0, :rows, None]
     latent = cache['latent']
     out_BNR = cached_attention(
-        q_BNR[:, None], (latent, latent), (own_B1R, own_B1R), lengths_B, attention_scale(cfg)
+        q_BNR[:, None], (latent, latent), (own_B1R, own_B1R), visible_BS, attention_scale(cfg)
     )[:, 0, :, : cfg.kv_rank]
     out_BNH = jnp.einsum('bnr,rnh->bnh', out_BNR, w['w_v_up'])
     out_BTD = from_heads(_rows_last(out_BNH, filled), w['w_o'])
@@ -404,17 +403,17 @@ def gqa_decode(
     x_BD: Array,
     table: Positions,
     cache: Tree,
-    lengths_B: Array,
+    visible_BS: Array,
     cfg: ModelConfig,
 ) -> tuple[Array, Tree]:
     """`gqa` of one more position of each row, in the layout of `Attention.decode`."""
     w = unshard(params, gqa_params(cfg), x_BD.dtype)
     q_BNTH, k_BKTH, v_BKTH = _gqa_inputs(w, x_BD, table, cfg)
-    rows, filled = lengths_B.shape[0], q_BNTH.shape[2]
+    rows, filled = visible_BS.shape[0], q_BNTH.shape[2]
     q_BNH, k_BKH, v_BKH = (_rows_first(y, rows) for y in (q_BNTH, k_BKTH, v_BKTH))
     q_BKGH = q_BNH.reshape(rows, k_BKH.shape[1], -1, cfg.head_dim)
     out_BKGH = cached_attention(
-        q_BKGH, (cache['k'], cache['v']), (k_BKH, v_BKH), lengths_B, attention_scale(cfg)
+        q_BKGH, (cache['k'], cache['v']), (k_BKH, v_BKH), visible_BS, attention_scale(cfg)
     )
     out_BTD = from_heads(_rows_last(out_BKGH.reshape(q_BNH.shape), filled), w['w_o'])
     return reduce_scatter(out_BTD, TP, 1), {'k': k_BKH, 'v': v_BKH}
@@ -430,7 +429,7 @@ class Attention(NamedTuple):
     positions stand in training, so that linear layers, feed-forward parts and collectives are the
     same: x_BD is [1, T/tp, D], where T is B rounded up to a multiple of tp by repeating the last
     row, and the table has a position for each of the T. Its cache has leaves [B, K, S, H], of which
-    row b fills the first lengths[b] of S; what it returns of the new position is [B, K, H].
+    a row sees what is set in its visible_BS; what it returns of the new position is [B, K, H].
     """
 
     params: Callable[[ModelConfig], Tree]

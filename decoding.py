@@ -23,7 +23,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 
-from attention import ATTENTION, rope_table
+from attention import ATTENTION, positions, rope_table
 from layers import ModelConfig
 from model import block_names, embed, head_logits, layer, model_params
 from parallel import (
@@ -53,6 +53,7 @@ STATE = {
     'cache': P(None, ROWS, TP),
     'token': P(AXES),
     'position': P(AXES),
+    'start': P(AXES),
     'limit': P(AXES),
     'done': P(AXES),
 }
@@ -187,7 +188,7 @@ def prefill_logits(
     T = ids_BT.shape[1]
     block = max(d for d in range(1, cfg.attention_block + 1) if T % d == 0)
     cfg = dataclasses.replace(cfg, attention_block=block)
-    table = rope_table(cfg, jnp.arange(T))
+    table = positions(ids_BT, cfg)
     forward = ATTENTION[cfg.attention].forward
     x_BTD = embed(params['embed'], ids_BT, cfg)
     x_BTD, kept = run_layers(
@@ -201,22 +202,31 @@ def prefill_logits(
 
 
 def decode_logits(
-    params: Tree, cache: Tree, ids_B: Array, positions_B: Array, cfg: ModelConfig
+    params: Tree, cache: Tree, ids_B: Array, positions_B: Array, starts_B: Array, cfg: ModelConfig
 ) -> tuple[Array, Tree]:
-    """One more token a row, int32 [B], at its position -> logits after it, float32 [B, V], and the
-    cache with it."""
+    """One more token a row, int32 [B], at its position, in a document that started at the position
+    `starts` -> logits after it, float32 [B, V], and the cache with it."""
     rows, tp = ids_B.shape[0], lax.axis_size(TP)
-    fill = (0, -rows % tp)
-    table = rope_table(cfg, jnp.pad(positions_B, fill, mode='edge'))
-    x_BD = embed(params['embed'], jnp.pad(ids_B, fill, mode='edge')[None], cfg)
+    S = jax.tree.leaves(cache)[0].shape[-2]
+    visible_BS = (jnp.arange(S) >= starts_B[:, None]) & (jnp.arange(S) < positions_B[:, None])
+    fill = lambda x_B: jnp.pad(x_B, (0, -rows % tp), mode='edge')  # noqa: E731
+    table = rope_table(cfg, fill(positions_B - starts_B))
+    x_BD = embed(params['embed'], fill(ids_B)[None], cfg)
     decode = ATTENTION[cfg.attention].decode
     x_BD, kept = run_layers(
-        params, x_BD, cache, lambda p, h, cached: decode(p, h, table, cached, positions_B, cfg), cfg
+        params, x_BD, cache, lambda p, h, cached: decode(p, h, table, cached, visible_BS, cfg), cfg
     )
     write = lambda c, new: c.at[:, jnp.arange(rows), :, positions_B].set(new.swapaxes(0, 1))  # noqa: E731
     cache = jax.tree.map(write, cache, kept)
     x_BD = all_gather(x_BD, TP, 1)[:, :rows]  # 1 B/tp D -> 1 B D
     return all_gather(head_logits(params, x_BD, cfg), TP, 2)[0], cache
+
+
+def next_starts(ids_BT: Array, lengths_B: Array, cfg: ModelConfig) -> Array:
+    """Where the document began that goes on after these tokens: int32 [B]."""
+    index = jnp.arange(ids_BT.shape[1])
+    ends_BT = (ids_BT == cfg.document_end) & (index < lengths_B[:, None])
+    return jnp.max(jnp.where(ends_BT, index + 1, 0), axis=1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -252,7 +262,8 @@ def _prefill(params, ids_BT, lengths_B, limits_B, rules, *, cfg, sampling, conte
     ids_BT, lengths_B, limits_B = (varying(x, TP) for x in (ids_BT, lengths_B, limits_B))
     rules = jax.tree.map(lambda x: varying(x, AXES), rules)
     logits_BV, cache = prefill_logits(params, ids_BT, lengths_B, cfg, context)
-    state = {'cache': cache, 'position': lengths_B, 'limit': limits_B}
+    starts_B = next_starts(ids_BT, lengths_B, cfg)
+    state = {'cache': cache, 'position': lengths_B, 'start': starts_B, 'limit': limits_B}
     state = _place(state, logits_BV, rules, sampling)
     return state, _shown(state['token'][:, None], state['done'])
 
@@ -263,10 +274,12 @@ def _decode(params, state, rules, *, cfg, sampling, n_tokens):
 
     def step(state: Tree, _: None):
         logits_BV, cache = decode_logits(
-            params, state['cache'], state['token'], state['position'], cfg
+            params, state['cache'], state['token'], state['position'], state['start'], cfg
         )
         old = {name: x for name, x in state.items() if name != 'cache'}
-        new = _place(old | {'position': old['position'] + 1}, logits_BV, rules, sampling)
+        position_B = old['position'] + 1
+        start_B = jnp.where(old['token'] == cfg.document_end, position_B, old['start'])
+        new = _place(old | {'position': position_B, 'start': start_B}, logits_BV, rules, sampling)
         kept = jax.tree.map(functools.partial(jnp.where, old['done']), old, new)
         return kept | {'cache': cache}, jnp.where(old['done'], -1, new['token'])
 

@@ -349,19 +349,23 @@ def grouped_matmul(x_GI: Array, w_EIO: Array, sizes_E: Array) -> Array:
 
 def _block_rows(rows: int, groups: int) -> int:
     """Rows of a block: about those of a group, since half a block a group is computed in vain."""
-    return min(BLOCK, max(8, 1 << max(1, rows // groups).bit_length() - 1))
+    return min(BLOCK, 1 << max(rows // groups, 8 if _few(rows, groups) else 32).bit_length() - 1)
+
+
+def _few(rows: int, groups: int) -> bool:
+    """As in decoding: most groups have no row or one."""
+    return rows <= 4 * groups
 
 
 def _blocked_matmul(x_GI: Array, w_EIO: Array, sizes_E: Array, transposed: bool = False) -> Array:
-    n_groups = w_EIO.shape[0]
-    rows = _block_rows(x_GI.shape[0] - BLOCK, n_groups)
-    few = x_GI.shape[0] - BLOCK <= n_groups * rows // 2  # as in decoding: many groups have none
+    n_rows, n_groups = x_GI.shape[0] - BLOCK, w_EIO.shape[0]
+    rows, few = _block_rows(n_rows, n_groups), _few(n_rows, n_groups)
 
     def expert(y_GO: Array, scanned: tuple[Array, Array, Array]):
         w, start, size = scanned
 
         def block(i: Array, y_GO: Array) -> Array:
-            w_IO = w_EIO[w] if few else w  # a copy, here or by the scan
+            w_IO = w_EIO[w] if few else w  # a copy either way: of what is used, or once a group
             # A last block that is not full spills into the next expert's rows, which are
             # written after it.
             row = start + i * rows
