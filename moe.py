@@ -35,7 +35,7 @@ from parallel import (
     zeros,
 )
 
-BLOCK = 256  # the most rows of one matmul of the CPU's grouped one; the padding of grouped rows
+BLOCK = 288  # the most rows of one matmul of the CPU's grouped one; the padding of grouped rows
 
 
 def moe_params(cfg: ModelConfig) -> Tree:
@@ -348,8 +348,13 @@ def grouped_matmul(x_GI: Array, w_EIO: Array, sizes_E: Array) -> Array:
 
 
 def _block_rows(rows: int, groups: int) -> int:
-    """Rows of a block: about those of a group, since half a block a group is computed in vain."""
-    return min(BLOCK, 1 << max(rows // groups, 8 if _few(rows, groups) else 32).bit_length() - 1)
+    """Rows of a block: an eighth more than those of an average group, or than an even part of it,
+    so that groups near the average do not take one more block for their last few rows."""
+    if _few(rows, groups):
+        return 8
+    roomy = max(rows * 9 // (groups * 8), 32)
+    parts = -(-roomy // BLOCK)
+    return min(BLOCK, -(-roomy // (parts * 16)) * 16)
 
 
 def _few(rows: int, groups: int) -> bool:
