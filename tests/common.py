@@ -31,9 +31,9 @@ def small_config(
 
 
 def on_mesh(config: ConfigDict, sizes: tuple[int, ...]) -> ConfigDict:
-    """The config on a mesh of (dp, fsdp, tp) or (dp, fsdp, tp, ep)."""
+    """The config on a mesh of (dp, fsdp, tp), ep and pp if given."""
     config = config.copy_and_resolve_references()
-    config.mesh.update(dict(zip(('dp', 'fsdp', 'tp', 'ep'), sizes, strict=False)))
+    config.mesh.update(dict(zip(('dp', 'fsdp', 'tp', 'ep', 'pp'), sizes, strict=False)))
     return config
 
 

@@ -128,6 +128,11 @@ def test_experts_match_with_accumulation_and_remat(sizes):
     check(config, sizes)
 
 
+def test_stages_match():
+    """Clipping, updates and biases where layers are spread over pp."""
+    check(small_config(moe=True, microbatches=2), (1, 1, 2, 2, 2))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('check_vma', [True, False], ids=['vma', 'no_vma'])
 @pytest.mark.parametrize('router', ['sigmoid', 'softmax'])
