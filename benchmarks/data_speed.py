@@ -1,7 +1,7 @@
 """Throughput of preparing data and of reading batches, beside tiktoken's own in the same run.
 
-    python benchmarks/data.py
-    python benchmarks/data.py --tokenizer=cl100k_base --megabytes=200 --json
+    python benchmarks/data_speed.py
+    python benchmarks/data_speed.py --tokenizer=cl100k_base --megabytes=200 --json
 
 The corpus is the source of Python's standard library, cut into documents of 3,000 characters and
 repeated in other orders, as Parquet where pyarrow is there and as .jsonl otherwise. `raw` is
