@@ -11,158 +11,31 @@ Ctrl-C save one first. --init_from=WORKDIR starts a new run from another one's p
 
 import ctypes
 import functools
-import json
 import os
 import platform
 import sys
 import time
-import zlib
-from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import tiktoken
 from absl import app, flags
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
 import data
 from checkpoint import Checkpointer, CheckpointError
+from evaluation import make_evaluation, over_sources, zlib_bits_per_byte
 from generate import TOKENIZER, make_sampler, tokenizer_record
-from model import flops_per_token
-from parallel import Array, P, Tree, count, make_mesh
-from resume import (
-    StopSignals,
-    first_step,
-    keep_records,
-    load_params,
-    restore_state,
-    write_file,
-)
-from steps import abstract_state, init_state, lower_train_step, make_eval_step, put_batch
-from tokenizer import token_bytes
-from validation import declared_params, model_config, validate
-
-# Dense bfloat16 FLOP/s of one jax device, by device_kind: the vendors' data sheets.
-PEAK_FLOPS = {
-    'TPU v4': 275e12,
-    'TPU v5 lite': 197e12,
-    'TPU v5': 459e12,
-    'TPU v5p': 459e12,
-    'TPU v6 lite': 918e12,
-    'NVIDIA A100-SXM4-80GB': 312e12,
-    'NVIDIA H100 80GB HBM3': 989e12,
-    'NVIDIA H200': 989e12,
-}
-
+from metrics import Progress, Writer
+from parallel import Tree, count, make_mesh
+from resume import StopSignals, first_step, load_params, restore_state
+from steps import abstract_state, init_state, lower_train_step, put_batch
+from validation import declared_params, validate
 
 # ---------------------------------------------------------------------------------------------
 # The run
 # ---------------------------------------------------------------------------------------------
-
-
-def peak_flops(config: ConfigDict, mesh: Mesh) -> tuple[float, str]:
-    """FLOP/s of the whole mesh, and where the figure comes from."""
-    device = mesh.local_devices[0]
-    if config.peak_flops:
-        return config.peak_flops * mesh.size, 'config.peak_flops'
-    if device.platform != 'cpu':
-        if device.device_kind not in PEAK_FLOPS:
-            raise ValueError(
-                f'the peak of {device.device_kind!r} is unknown; set --config.peak_flops to the '
-                f'FLOP/s of one device'
-            )
-        return PEAK_FLOPS[device.device_kind] * mesh.size, f'data sheet of {device.device_kind}'
-    n = 2048
-    x = jax.device_put(np.ones((n, n), np.float32), device)
-    matmul = jax.jit(jnp.matmul)
-    matmul(x, x).block_until_ready()
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        matmul(x, x).block_until_ready()
-        seconds.append(time.perf_counter() - start)
-    return 2 * n**3 / min(seconds), f'float32 matmul of {n} x {n} on this CPU, all cores'
-
-
-class Writer:
-    """metrics.jsonl in the workdir, continued after the step `start`; only process 0 writes."""
-
-    def __init__(self, workdir: str, config: ConfigDict, start: int):
-        self.active = jax.process_index() == 0
-        self.path = os.path.join(workdir, 'metrics.jsonl')
-        if not self.active:
-            return
-        os.makedirs(workdir, exist_ok=True)
-        keep_records(self.path, start)
-        write_file(os.path.join(workdir, 'config.json'), config.to_json(indent=2) + '\n')
-
-    def keep(self, name: str, content: str) -> None:
-        if self.active:
-            write_file(os.path.join(os.path.dirname(self.path), name), content)
-
-    def write(self, **record: Any) -> None:
-        if self.active:
-            with open(self.path, 'a') as f:
-                f.write(json.dumps(record) + '\n')
-
-    def say(self, text: str) -> None:
-        if self.active:
-            print(text, flush=True)
-
-
-def make_evaluation(
-    config: ConfigDict, mesh: Mesh, encoding: tiktoken.Encoding
-) -> Callable[[Tree, data.EvaluationSet], dict[str, float]]:
-    """(params, a fixed evaluation set) -> mean loss (nats a token) and bits a byte of its text."""
-    step = make_eval_step(config, mesh)
-    bytes_V = np.zeros(config.model.vocab_size, np.int32)
-    bytes_V[: encoding.n_vocab] = token_bytes(encoding)
-    bytes_V = jax.device_put(bytes_V, NamedSharding(mesh, P()))
-
-    def evaluate(params: Tree, batches: data.EvaluationSet) -> dict[str, float]:
-        put = functools.partial(put_batch, config=config, mesh=mesh)
-        sums = [step(params, put(batches.batch_at, i), bytes_V) for i in range(batches.n_batches)]
-        nats, targets, n_bytes = (
-            sum(float(s[name]) for s in sums) for name in ('nats', 'targets', 'bytes')
-        )
-        return {'eval_loss': nats / targets, 'eval_bits_per_byte': nats / np.log(2) / n_bytes}
-
-    return evaluate
-
-
-def zlib_bits_per_byte(batches: data.EvaluationSet, encoding: tiktoken.Encoding) -> float:
-    """What zlib at level 9 makes of the very text that evaluation predicts."""
-    targets = np.concatenate(
-        [batches.batch_at(i)[:, 1:].reshape(-1) for i in range(batches.n_batches)]
-    )
-    targets = targets[targets >= 0]
-    text = encoding.decode_bytes(targets[token_bytes(encoding)[targets] > 0].tolist())
-    return 8 * len(zlib.compress(text, 9)) / len(text)
-
-
-def hours(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f'{minutes // 60}:{minutes % 60:02}:{seconds:02}'
-
-
-def over_sources(
-    sources: list[data.Source], measure: Callable[[data.EvaluationSet], dict[str, float]]
-) -> dict[str, float]:
-    """What `measure` says, as the mean over the sources by their share of the training rows; with
-    several sources also that of each, as name/source."""
-    results = [measure(source.evaluation) for source in sources]
-    shares = [source.share for source in sources]
-    out = {
-        name: sum(share * result[name] for share, result in zip(shares, results, strict=True))
-        for name in results[0]
-    }
-    for source, result in zip(sources, results, strict=True):
-        if len(sources) > 1:
-            out |= {f'{name}/{source.name}': value for name, value in result.items()}
-    return out
 
 
 def open_data(
@@ -188,90 +61,6 @@ def open_data(
             f'{encoding.name}; use {-(-encoding.n_vocab // 128) * 128}'
         )
     return loader, sources, encoding
-
-
-def router_metrics(stats: Tree, config: ConfigDict, loads: bool) -> dict[str, Any]:
-    """Of each MoE layer, by its number in the model: the largest load over the mean one, the
-    share of choices dropped, the routers' mean entropy in nats; with `loads` each expert's share.
-    """
-    metrics: dict[str, Any] = {}
-    kinds, first = config.model.block, config.model.first_dense
-    for name, layer_stats in stats.items():
-        # Pipeline stages of several chunks have them in front: [chunks, blocks, ...].
-        s = {k: np.asarray(v, np.float64) for k, v in layer_stats.items()}
-        s = {k: v.reshape(-1, v.shape[-1]) if k == 'load' else v.reshape(-1) for k, v in s.items()}
-        for block, load in enumerate(s['load']):
-            layer = f'moe/{first + block * len(kinds) + int(name.partition("_")[0])}'
-            metrics[f'{layer}/load_max_over_mean'] = load.max() / load.mean()
-            metrics[f'{layer}/dropped'] = s['dropped'][block] / load.sum()
-            metrics[f'{layer}/entropy'] = s['entropy'][block] / s['tokens'][block]
-            if loads:
-                metrics[f'{layer}/load'] = (load / load.sum()).tolist()
-    return metrics
-
-
-class Progress:
-    """Speed and metrics of the run, to the terminal and metrics.jsonl."""
-
-    def __init__(self, config: ConfigDict, mesh: Mesh, writer: Writer):
-        self.config, self.writer = config, writer
-        self.step_tokens = config.batch_size * config.seq_len
-        self.step_flops = self.step_tokens * flops_per_token(model_config(config), config.seq_len)
-        self.peak, source = peak_flops(config, mesh)
-        writer.say(f'mesh {dict(config.mesh)} · peak {self.peak / 1e12:.3g} TFLOP/s: {source}')
-        self.start(0)
-
-    def start(self, step: int) -> None:
-        self.last_time, self.last_step = time.perf_counter(), step
-
-    def logs(self, step: int) -> bool:
-        every, last = self.config.log.every, step == self.config.steps
-        return bool(every) and (step % every == 0 or last)
-
-    def evaluates(self, step: int) -> bool:
-        every, last = self.config.eval.every, step == self.config.steps
-        return bool(every) and (step % every == 0 or last)
-
-    def samples(self, step: int) -> bool:
-        every = self.config.log.sample_every
-        return bool(every) and step % every == 0
-
-    def saves(self, step: int) -> bool:
-        every, last = self.config.checkpoint.every, step == self.config.steps
-        return last or (bool(every) and step % every == 0)
-
-    def log(self, step: int, metrics: dict[str, Array]) -> None:
-        """Fetches the metrics of a finished step, while the next one runs."""
-        stats = metrics.pop('router')
-        values = {name: float(value) for name, value in metrics.items()}
-        every = self.config.log.loads_every
-        values |= router_metrics(stats, self.config, loads=bool(every) and step % every == 0)
-        rate = (step - self.last_step) / (time.perf_counter() - self.last_time)
-        self.start(step)
-        speed = {
-            'tokens_per_second': rate * self.step_tokens,
-            'mfu': rate * self.step_flops / self.peak,
-        }
-        self.writer.write(step=step, tokens=step * self.step_tokens, **values, **speed)
-        self.writer.say(
-            f'step {step}/{self.config.steps}  loss {values["loss"]:.4f}  '
-            f'grad norm {values["grad_norm"]:.3f}  {speed["tokens_per_second"]:,.0f} tokens/s  '
-            f'MFU {speed["mfu"]:.1%}  ETA {hours((self.config.steps - step) / rate)}'
-        )
-
-    def log_evaluation(self, step: int, evaluation: dict[str, float], seconds: float) -> None:
-        self.last_time += seconds
-        self.writer.write(step=step, tokens=step * self.step_tokens, **evaluation)
-        self.writer.say(
-            f'step {step}/{self.config.steps}  eval loss {evaluation["eval_loss"]:.4f}  '
-            f'{evaluation["eval_bits_per_byte"]:.4f} bits/byte'
-        )
-
-    def log_samples(self, step: int, samples: list[dict[str, str]], seconds: float) -> None:
-        self.last_time += seconds
-        self.writer.write(step=step, tokens=step * self.step_tokens, samples=samples)
-        for sample in samples:
-            self.writer.say(f'step {step}/{self.config.steps}  {sample["prompt"]}{sample["text"]}')
 
 
 def start_state(

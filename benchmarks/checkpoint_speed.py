@@ -1,7 +1,7 @@
 """Saving and restoring, beside a plain sequential write and read of as many bytes and beside Orbax.
 
-    python benchmarks/checkpoint.py --megabytes=1024
-    python benchmarks/checkpoint.py --noorbax --folder=/mnt/disk --cpu_devices=8 --json
+    python benchmarks/checkpoint_speed.py --megabytes=1024
+    python benchmarks/checkpoint_speed.py --noorbax --folder=/mnt/disk --cpu_devices=8 --json
 
 The tree is a train state's: parameters and two moments, float32, sharded over all devices. Each
 round does everything once, one after the other, since the speed of a disk drifts; the figures are

@@ -1,6 +1,6 @@
 """The MoE layer beside a dense SwiGLU of the same active FLOPs, forward and backward.
 
-    python benchmarks/moe.py
+    python benchmarks/moe_speed.py
 
 On one device, 4,096 tokens, D 256, each token meets 2 experts of width 512 (none shared): the
 dense layer is 1,024 wide. `time_over_dense` is the whole layer with router, dispatch and

@@ -1,7 +1,7 @@
 """Time of a decoded token: by its position, and beside recomputing; bytes of the cache a token.
 
-    python benchmarks/generate.py
-    python benchmarks/generate.py --cpu_devices=2 --tp=2 --json
+    python benchmarks/generate_speed.py
+    python benchmarks/generate_speed.py --cpu_devices=2 --tp=2 --json
 
 One prompt, a cache of 2,048 positions whatever is in it. Recomputing is one run of the model over
 512 tokens of context, with the head at the last of them only. The kinds of attention differ in

@@ -1,7 +1,7 @@
 """What a pipeline costs: temporary memory, program size and FLOPs against the microbatches.
 
-    python benchmarks/pipeline.py
-    python benchmarks/pipeline.py --pp=2 --schedules=zero_bubble --json
+    python benchmarks/pipeline_speed.py
+    python benchmarks/pipeline_speed.py --pp=2 --schedules=zero_bubble --json
 
 Compiles the training step on simulated devices and runs nothing. Each microbatch has the same
 size, so the batch grows with their number. `temp_mb` is that of one device, without what the batch
