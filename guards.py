@@ -27,13 +27,8 @@ def init_history() -> Tree:
     log_norm: float32, the mean logarithm of the gradient norm; counted: int32, the norms in it;
     skipped and in_a_row: int32, the steps skipped so far, and those since the last update.
     """
-    zero = jnp.zeros((), jnp.int32)
-    return {
-        'log_norm': jnp.zeros((), jnp.float32),
-        'counted': zero,
-        'skipped': zero,
-        'in_a_row': zero,
-    }
+    counts = {name: jnp.zeros((), jnp.int32) for name in ('counted', 'skipped', 'in_a_row')}
+    return {'log_norm': jnp.zeros((), jnp.float32)} | counts
 
 
 def judge(norm: Array, history: Tree, guard: ConfigDict) -> tuple[Array, Tree]:

@@ -51,16 +51,20 @@ PIPELINE_COSTS = (1.0, 2.0, 1.0)
 
 def state_specs(declared: Tree) -> Tree:
     p = specs(declared)
-    history = jax.tree.map(lambda _: P(), jax.eval_shape(init_history))
-    return {'params': p, 'moments': {'m': p, 'v': p}, 'step': P(), 'history': history}
+    numbers = jax.tree.map(lambda _: P(), jax.eval_shape(init_numbers))
+    return {'params': p, 'moments': {'m': p, 'v': p}, **numbers}
 
 
 def init_state(config: ConfigDict, mesh: Mesh) -> Tree:
     """Parameters, moments, the step number and the guards' history, on their devices."""
     params = init_params(jax.random.key(config.seed), declared_params(config), mesh)
-    numbers = {'step': jnp.zeros((), jnp.int32), 'history': init_history()}
-    numbers = jax.device_put(numbers, NamedSharding(mesh, P()))
+    numbers = jax.jit(init_numbers, out_shardings=NamedSharding(mesh, P()))()
     return {'params': params, 'moments': adamw_init(params), **numbers}
+
+
+def init_numbers() -> Tree:
+    """What of the state is alike on all devices."""
+    return {'step': jnp.zeros((), jnp.int32), 'history': init_history()}
 
 
 def abstract_state(config: ConfigDict, mesh: Mesh) -> Tree:
@@ -70,8 +74,8 @@ def abstract_state(config: ConfigDict, mesh: Mesh) -> Tree:
         return jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=NamedSharding(mesh, p.spec))
 
     params = map_params(like, declared_params(config))
-    numbers = {'step': jax.ShapeDtypeStruct((), jnp.int32), 'history': jax.eval_shape(init_history)}
-    numbers = jax.tree.map(lambda x: x.update(sharding=NamedSharding(mesh, P())), numbers)
+    sharding = NamedSharding(mesh, P())
+    numbers = jax.tree.map(lambda x: x.update(sharding=sharding), jax.eval_shape(init_numbers))
     return {'params': params, 'moments': {'m': params, 'v': params}, **numbers}
 
 
