@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 from jax import lax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -44,12 +45,14 @@ Axis = str | tuple[str, ...]
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh with all five axes; an axis that `sizes` does not name has size 1.
 
-    The axes are Auto: `shard_map` takes ordinary arrays on those only.
+    The axes are Auto: `shard_map` takes ordinary arrays on those only. On a torus, each is laid
+    along whole dimensions where that is possible; else one is split, as 8 over 2 x 4 x 4.
     """
     shape = tuple(sizes.get(axis, 1) for axis in AXES)
     if devices is None:
         devices = jax.devices()[: math.prod(shape)]
-    return jax.make_mesh(shape, AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES))
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 # ---------------------------------------------------------------------------------------------
