@@ -209,10 +209,11 @@ def make_train_step(config: ConfigDict, mesh: Mesh) -> Callable[[Tree, Array], t
     def train_step(state: Tree, tokens_MBT: Array) -> tuple[Tree, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.key(config.seed), state['step'])
         grads, metrics = gradients(state['params'], tokens_MBT, key)
-        grads, norm = clip_by_global_norm(grads, declared, optimizer.clip_norm)
-        params, moments = adamw(
-            state['params'], grads, state['moments'], state['step'], declared, optimizer
-        )
+        with jax.named_scope('optimizer'):
+            grads, norm = clip_by_global_norm(grads, declared, optimizer.clip_norm)
+            params, moments = adamw(
+                state['params'], grads, state['moments'], state['step'], declared, optimizer
+            )
         params['blocks'] = update_biases(params['blocks'], metrics['router'], cfg.bias_rate)
         apply, history = judge(norm, state['history'], config.guard)
         updated = {'params': params, 'moments': moments}
