@@ -52,7 +52,7 @@ def get_config() -> ConfigDict:
     m.rope_scaling = 'none'  # 'none' | 'linear' | 'yarn'
     m.rope_factor = 1.0  # context length over the original one
     m.rope_original_len = 256  # yarn: the context length that was trained first
-    m.attention_block = 128  # scores exist for a block of queries x keys at a time
+    m.attention_block = 256  # scores exist for a block of queries x keys at a time
     m.document_end = -1  # token that ends a document, for data.isolate_documents; -1: none
     m.tie_embeddings = True  # head and embedding share one matrix
     m.norm_eps = 1e-6
