@@ -458,21 +458,23 @@ def _blocked_backward(
     def expert(dx_GD: Array, scanned: tuple):
         m, start, size = scanned
 
-        def block(i: Array, carry: tuple[Array, Tree]) -> tuple[Array, Tree]:
-            dx_GD, dw = carry
+        def block(i: Array | int, dx_GD: Array) -> tuple[Array, Tree]:
             row = start + i * rows
             x, gate, up, dy = _rows_at((x_GD, gate_GF, up_GF, dy_GD), row, rows)
             dy = jnp.where(i * rows + jnp.arange(rows)[:, None] < size, dy, 0)
             h, pull = jax.vjp(gated, gate, up)
             dgate, dup = pull(dy @ m['w_down'].T)
             dx = dgate @ m['w_gate'].T + dup @ m['w_up'].T
-            new = {'w_gate': gradient(x, dgate), 'w_up': gradient(x, dup)}
-            new |= {'w_down': gradient(h, dy)}
-            return _put_rows(dx_GD, row, dx), jax.tree.map(jnp.add, dw, new)
+            dw = {'w_gate': gradient(x, dgate), 'w_up': gradient(x, dup)}
+            return _put_rows(dx_GD, row, dx), dw | {'w_down': gradient(h, dy)}
 
-        zeros = jax.tree.map(lambda x: jnp.zeros_like(x, dtype=jnp.float32), m)
-        dx_GD, dw = lax.fori_loop(0, _blocks_of(size, rows), block, (dx_GD, zeros))
-        return dx_GD, jax.tree.map(lambda g, x: g.astype(x.dtype), dw, m)
+        def add_block(i: Array, carry: tuple[Array, Tree]) -> tuple[Array, Tree]:
+            dx_GD, dw = block(i, carry[0])
+            return dx_GD, jax.tree.map(jnp.add, carry[1], dw)
+
+        # The first block, of a group without rows too, spares zeros to add to.
+        carry = lax.fori_loop(1, _blocks_of(size, rows), add_block, block(0, dx_GD))
+        return carry[0], jax.tree.map(lambda g, x: g.astype(x.dtype), carry[1], m)
 
     scanned = (w, jnp.cumsum(sizes_E) - sizes_E, sizes_E)
     return lax.scan(expert, jnp.zeros_like(x_GD), scanned)
