@@ -147,9 +147,10 @@ class Progress:
             'mfu': self.step_flops / seconds / self.peak,
         }
         self.writer.write(step=step, tokens=step * self.step_tokens, **values, **speed)
+        skipped = f'{values["skipped"]:.0f} skipped  ' if values['skipped'] else ''
         self.writer.terminal.log(
             step,
-            f'loss {values["loss"]:.4f}  grad norm {values["grad_norm"]:.3f}  '
+            f'loss {values["loss"]:.4f}  {skipped}grad norm {values["grad_norm"]:.3f}  '
             f'{speed["tokens_per_second"]:,.0f} tokens/s  MFU {speed["mfu"]:.1%}',
             seconds,
         )

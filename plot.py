@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import logging
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -181,6 +182,9 @@ def draw_norm(figure: Figure) -> None:
     axes = figure.curves('gradient norm')
     figure.noisy(axes, 'grad_norm')
     axes.set_yscale('log')
+    for axis_format in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        axis_format(lambda y, _: f'{y:g}' if f'{y:e}'[0] in '1235' else '')
+    axes.tick_params(which='minor', labelsize=10, colors=GREY)
 
 
 def draw_speed(figure: Figure) -> None:
@@ -245,6 +249,7 @@ def plot(workdirs: Sequence[str], output: str = '') -> str:
     if matplotlib or a workdir's metrics are missing.
     """
     need_matplotlib()
+    logging.getLogger('matplotlib').setLevel(logging.WARNING)  # it reports on its fonts
     runs = [Run(workdir) for workdir in workdirs]
     moe = [run for run in runs if run.last_loads()]
     panels: list[Callable[[Figure], None]] = [draw_loss, draw_bits, draw_norm, draw_speed]

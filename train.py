@@ -11,6 +11,9 @@ Ctrl-C save one first. --init_from=WORKDIR starts a new run from another one's p
     python train.py --config=configs/tiny.py --profile=10:13      # a trace of these steps
     python train.py --workdir=runs/tiny --eval_only               # or --eval_only=STEP
     python train.py --plot=runs/tiny                              # or several: --plot=runs/a,runs/b
+
+The exit code is 0 if the run is complete or stopped by a signal, with all saved; 70 if the watchdog
+ended it; 1 if anything else did, with a message.
 """
 
 import ctypes
@@ -38,6 +41,7 @@ from evaluation import (
     zlib_bits_per_byte,
 )
 from generate import TOKENIZER, make_sampler, tokenizer_record
+from guards import TrainingError, Watchdog
 from metrics import Progress, Writer
 from parallel import Tree, count, make_mesh
 from plot import need_matplotlib, plot
@@ -100,7 +104,12 @@ def train(
     """The whole run, or what is left of it in the workdir; returns the summary of what was done."""
     validate(config, jax.device_count())
     path, c = os.path.join(workdir, 'checkpoints'), config.checkpoint
-    with Checkpointer(path, c.keep, c.keep_every) as checkpoints, StopSignals() as stop:
+    with (
+        Watchdog(config.guard, config.steps) as watchdog,
+        Checkpointer(path, c.keep, c.keep_every) as checkpoints,
+        StopSignals() as stop,
+    ):
+        watchdog.during('starting')
         start, where = first_step(config, workdir, checkpoints)
         if start >= config.steps:
             Terminal(config.steps, jax.process_index() == 0).say(where)
@@ -109,7 +118,7 @@ def train(
             if where:
                 writer.say(where)
             tracer = Tracer(traced_steps, workdir)
-            return run(config, start, writer, checkpoints, stop, tracer, init_from)
+            return run(config, start, writer, checkpoints, stop, watchdog, tracer, init_from)
 
 
 def run(
@@ -118,6 +127,7 @@ def run(
     writer: Writer,
     checkpoints: Checkpointer,
     stop: StopSignals,
+    watchdog: Watchdog,
     tracer: Tracer,
     init_from: str,
 ) -> dict[str, Any]:
@@ -138,6 +148,7 @@ def run(
 
     put = functools.partial(put_batch, config=config, mesh=mesh)
     state = start_state(config, mesh, checkpoints, start, init_from)
+    watchdog.during('compiling')
     compile_start = time.perf_counter()
     train_step = lower_train_step(config, mesh).compile()
     writer.say(f'compiled in {time.perf_counter() - compile_start:.1f} s')
@@ -150,11 +161,12 @@ def run(
     for step, batch in enumerate(batches, start=start + 1):
         tracer.before(step, state)
         state, metrics = train_step(state, batch)
-        if tracer.after(step, state):
-            writer.say(f'steps {tracer.first} to {tracer.last} are traced in {tracer.folder}')
         writer.terminal.follow(step, metrics['loss'])
         if pending:
             progress.log(*pending)
+        if tracer.after(step, state):
+            writer.say(f'steps {tracer.first} to {tracer.last} are traced in {tracer.folder}')
+        watchdog.follow(step, metrics)
         pending = (step, metrics) if progress.logs(step) else None
         stopping = stop.asked() and step < config.steps
         pauses = progress.evaluates(step) or progress.samples(step) or progress.saves(step)
@@ -164,14 +176,17 @@ def run(
         if progress.evaluates(step) and not stopping:
             jax.block_until_ready(state)
             paused = time.perf_counter()
+            watchdog.during(f'evaluating after step {step}')
             evaluation = over_sources(sources, functools.partial(evaluate, state['params']))
             progress.log_evaluation(step, evaluation, time.perf_counter() - paused)
         if sample and progress.samples(step) and not stopping:
             jax.block_until_ready(state)
             paused = time.perf_counter()
+            watchdog.during(f'sampling after step {step}')
             samples = sample(state['params'], step)
             progress.log_samples(step, samples, time.perf_counter() - paused)
         if progress.saves(step) or stopping:
+            watchdog.during(f'saving step {step}')
             checkpoints.save(step, state, config.to_dict())
         if stopping:
             break
@@ -275,7 +290,7 @@ def main(arguments: list[str]) -> None:
         jax.config.update('jax_num_cpu_devices', FLAGS.cpu_devices)
     try:
         command(arguments[1:])
-    except CheckpointError as error:
+    except (CheckpointError, TrainingError) as error:
         sys.exit(str(error))
     except ValueError as error:
         if not str(error).startswith('the config cannot run'):
