@@ -156,7 +156,7 @@ def load_params(path: str, shapes: Tree) -> Tree:
         try:
             return restore_state(source, step, {'params': shapes})['params']
         except ValueError as error:
-            raise ValueError(f'the config cannot run: {path}: {error}') from error
+            raise ValueError(f'the config cannot run: the parameters of {path}: {error}') from error
 
 
 class StopSignals:

@@ -197,7 +197,7 @@ def run(
     jax.block_until_ready(state)
     checkpoints.wait()
     if stopping:
-        writer.say(f'stopped by a signal: step {step} of {config.steps} is saved')
+        writer.say(f'stopped by a signal: step {step} is saved, of {config.steps}')
     summary = {
         'parameters': n_params,
         'active_parameters': count(declared_params(config), active=True),
