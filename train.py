@@ -265,12 +265,6 @@ class StepParser(flags.ArgumentParser):
         return int(argument)
 
 
-class OptionalStepFlag(flags.Flag):
-    """A flag that may stand without a value, which else only those of a boolean may."""
-
-    boolean = True
-
-
 def say_next(workdir: str) -> None:
     """Where to go from here, in commands to copy."""
     named = [] if FLAGS.workdir else [f'--workdir={workdir}']
@@ -327,9 +321,10 @@ def define_flags() -> None:
     flags.DEFINE_integer('cpu_devices', 0, 'Simulate this many devices on the CPU.')
     flags.DEFINE_string('profile', None, 'FIRST:LAST, steps to trace into WORKDIR/profile.')
     flags.DEFINE_flag(
-        OptionalStepFlag(
+        flags.Flag(
             StepParser(), None, 'eval_only', None,
             'Evaluate this checkpoint of --workdir, or the newest, and do nothing else.',
+            boolean=True,  # only such flags may stand without a value
         )
     )  # fmt: skip
     flags.DEFINE_list('plot', None, 'Draw the runs of these workdirs, and do nothing else.')
