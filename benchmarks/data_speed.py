@@ -154,6 +154,7 @@ def tiny_step() -> tuple[float, int, int]:
     """Seconds a training step of configs/tiny.py, and its batch size and sequence length."""
     import jax
 
+    import steps
     import train
     from configs import tiny
     from parallel import make_mesh
@@ -162,8 +163,8 @@ def tiny_step() -> tuple[float, int, int]:
     config = tiny.get_config()
     mesh = make_mesh(config.mesh)
     tokens = np.random.default_rng(0).integers(0, 4096, (config.batch_size, config.seq_len + 1))
-    batch = train.put_batch(lambda _, rows: tokens[rows].astype(np.int32), 0, config, mesh)
-    state, step = train.init_state(config, mesh), train.make_train_step(config, mesh)
+    batch = steps.put_batch(lambda _, rows: tokens[rows].astype(np.int32), 0, config, mesh)
+    state, step = steps.init_state(config, mesh), steps.make_train_step(config, mesh)
     seconds = []
     for _ in range(8):
         started = time.perf_counter()
