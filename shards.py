@@ -72,7 +72,10 @@ class ArrayWriter:
         self._hash = hashlib.blake2b(digest_size=16)
 
     def append(self, ids: np.ndarray, n_bytes: int) -> None:
-        """Adds a document: the ids and the bytes of its text."""
+        """Adds a document: the ids and the bytes of its text.
+
+        Raises OSError if what was written reads back otherwise.
+        """
         self._put(ids)
         self._put(self._end)
         self.documents += 1
@@ -89,27 +92,19 @@ class ArrayWriter:
                 self._flush()
 
     def finish(self) -> dict[str, Any]:
-        """The record of the shard, once it has been read back as it was written.
-
-        Raises OSError if it reads otherwise.
-        """
+        """The record of the shard, all of it written. Raises OSError as `append` does."""
         if self._n_waiting:
             self._flush()
-        digest = self._hash.hexdigest()
-        if digest_of(read_blocks(self._store, self._path)) != digest:
-            raise OSError(
-                f'{self._store.url}{self._path} reads back otherwise than it was written: check '
-                'the storage and start again'
-            )
         return {
             'path': self._path,
             'tokens': self._n_written,
             'documents': self.documents,
             'bytes': self._bytes,
-            'digest': digest,
+            'digest': self._hash.hexdigest(),
         }
 
     def _flush(self) -> None:
+        """Writes what waits, and reads it back from where it now lies."""
         tokens = self._waiting[: self._n_waiting]
         start, stop = self._n_written, self._n_written + len(tokens)
         if self._array is None:
@@ -119,7 +114,13 @@ class ArrayWriter:
                 exclusive_max=[stop], resize_metadata_only=True
             ).result()
         self._array[start:stop].write(tokens).result()
-        self._hash.update(tokens.astype(tokens.dtype.newbyteorder('<')))
+        self._hash.update(tokens.astype(tokens.dtype.newbyteorder('<'), copy=False))
+        written = ts.open(array_spec(self._store, self._path), read=True).result()
+        if not np.array_equal(written[start:stop].read().result(), tokens):
+            raise OSError(
+                f'{self._store.url}{self._path} reads back otherwise than it was written: check '
+                'the storage and start again'
+            )
         self._n_written, self._n_waiting = stop, 0
 
     def _create(self, length: int) -> ts.TensorStore:
@@ -154,7 +155,7 @@ def digest_of(blocks: Iterable[np.ndarray]) -> str:
     """32 hex digits over token ids, however they are cut into blocks."""
     digest = hashlib.blake2b(digest_size=16)
     for tokens in blocks:
-        digest.update(tokens.astype(tokens.dtype.newbyteorder('<')))
+        digest.update(tokens.astype(tokens.dtype.newbyteorder('<'), copy=False))
     return digest.hexdigest()
 
 
