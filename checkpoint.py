@@ -22,7 +22,6 @@ import json
 import math
 import os
 import platform
-import re
 import secrets
 import shutil
 import threading
@@ -48,6 +47,7 @@ from leaves import (
     part,
     zarr_metadata,
 )
+from stores import local_folder, open_store
 
 VERSION = 1  # of the layout
 COMMIT = 'COMMIT'
@@ -114,12 +114,10 @@ class Checkpointer:
                 f'keep and keep_every count steps, but are {keep} and {keep_every}: use 0 or more'
             )
         self.path, self.keep, self.keep_every = path.rstrip('/'), keep, keep_every
-        url = re.fullmatch(r'(\w+)://(.*)', self.path)
-        self._folder = os.path.abspath(path) if not url else url[2] if url[1] == 'file' else None
+        self._folder = local_folder(path)
         # Many at once, because a file that is synced waits for the disk, not for a core.
         self._context = ts.Context({'file_io_concurrency': {'limit': IO_THREADS}}, context)
-        where = {'driver': 'file', 'path': f'{self._folder}/'} if self._folder else f'{path}/'
-        self._store = ts.KvStore.open(where, context=self._context).result()
+        self._store = open_store(self.path, self._context)
         self._pool = ThreadPoolExecutor(1, 'checkpoint')
         self._saving: tuple[int, Future, Future] | None = None
         self._give_up = threading.Event()

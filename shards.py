@@ -8,7 +8,6 @@ a crc32c, and the manifest a digest of each shard.
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 import tensorstore as ts
 import tiktoken
 
+from stores import open_store
 from tokenizer import fingerprint, get_encoding
 
 VERSION = 1  # of the manifest and the arrays
@@ -26,13 +26,6 @@ CHUNK_TOKENS = 1 << 15  # what one small read fetches and checks
 OBJECT_TOKENS = 1 << 24  # tokens in one file or object of an array, a multiple of CHUNK_TOKENS
 CACHE_BYTES = 256 << 20  # of decoded chunks kept in memory by a split
 SAMPLE_TOKENS = 200  # of a document that is shown
-
-
-def open_store(path: str) -> ts.KvStore:
-    """The key-value store under a local folder or a URL such as gs://bucket/folder."""
-    if '://' in path:
-        return ts.KvStore.open(path.rstrip('/') + '/').result()
-    return ts.KvStore.open({'driver': 'file', 'path': os.path.abspath(path) + '/'}).result()
 
 
 def array_spec(store: ts.KvStore, path: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import tensorstore as ts
 from common import small_config
 from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
+from servers import serve_s3
 
 import checkpoint
 import leaves
@@ -118,6 +119,22 @@ def test_any_tree_comes_back(kind, tmp_path):
     assert metadata['step'] == 3
     assert metadata['config'] == {'block': ['dense']}
     assert metadata['versions']['jax'] == jax.__version__
+
+
+def test_checkpoints_in_a_bucket(monkeypatch):
+    tree = odd_tree()
+    with serve_s3() as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        with Checkpointer('s3://bucket/run/checkpoints', keep=2) as checkpoints:
+            for step in (1, 10, 3):
+                checkpoints.save(step, tree)
+            checkpoints.wait()
+            assert checkpoints.steps() == [3, 10]
+            assert_same(checkpoints.restore(10, wanted(tree)), tree)
+            checkpoints.verify(3)
+            with pytest.raises(ValueError, match='use one of: 3, 10'):
+                checkpoints.restore(1, tree)
 
 
 def config_on(mesh: dict[str, int], chunks: int = 1) -> ConfigDict:
