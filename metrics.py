@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from chips import chip_of, cpu_flops
+from memory import memory_use
 from model import flops_per_token
 from parallel import Array, Tree
 from resume import keep_records, write_file
@@ -126,12 +127,15 @@ class Progress:
             'tokens_per_second': rate * self.step_tokens,
             'mfu': rate * self.step_flops / self.peak,
         }
-        self.writer.write(step=step, tokens=step * self.step_tokens, **values, **speed)
+        memory = memory_use()
+        tokens = step * self.step_tokens
+        self.writer.write(step=step, tokens=tokens, **values, **speed, **memory)
         skipped = f'{values["skipped"]:.0f} skipped  ' if values['skipped'] else ''
         self.writer.say(
             f'step {step}/{self.config.steps}  loss {values["loss"]:.4f}  {skipped}'
             f'grad norm {values["grad_norm"]:.3f}  {speed["tokens_per_second"]:,.0f} tokens/s  '
-            f'MFU {speed["mfu"]:.1%}  ETA {hours((self.config.steps - step) / rate)}'
+            f'MFU {speed["mfu"]:.1%}  '
+            f'{memory.get("device_bytes", memory["host_bytes"]) / 1e9:.1f} GB  ETA {hours((self.config.steps - step) / rate)}'
         )
 
     def log_evaluation(self, step: int, evaluation: dict[str, float], seconds: float) -> None:

@@ -18,6 +18,7 @@ import os
 import platform
 import sys
 import time
+import traceback
 from typing import Any
 
 import jax
@@ -27,10 +28,12 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
 import data
+import hosts
 from checkpoint import Checkpointer, CheckpointError
 from evaluation import make_evaluation, over_sources, zlib_bits_per_byte
 from generate import TOKENIZER, make_sampler, tokenizer_record
 from guards import TrainingError, Watchdog
+from memory import OutOfMemoryError, out_of_memory_explained
 from metrics import Progress, Writer
 from parallel import Tree, count, make_mesh
 from resume import StopSignals, first_step, load_params, restore_state
@@ -82,9 +85,12 @@ def start_state(
 
 def train(config: ConfigDict, workdir: str, init_from: str = '') -> dict[str, Any]:
     """The whole run, or what is left of it in the workdir; returns the summary of what was done."""
-    validate(config, jax.device_count())
+    validate(config, jax.device_count(), jax.process_count())
+    hosts.check_shared(workdir)
+    hosts.use_cache(config)
     path, c = os.path.join(workdir, 'checkpoints'), config.checkpoint
     with (
+        out_of_memory_explained(config),
         Watchdog(config.guard, config.steps) as watchdog,
         Checkpointer(path, c.keep, c.keep_every) as checkpoints,
         StopSignals() as stop,
@@ -203,15 +209,24 @@ def main(_: list[str]) -> None:
     if FLAGS.cpu_devices:
         jax.config.update('jax_platforms', 'cpu')
         jax.config.update('jax_num_cpu_devices', FLAGS.cpu_devices)
-    name = time.strftime('runs/%Y%m%d-%H%M%S')
     try:
-        train(FLAGS.config, FLAGS.workdir or name, FLAGS.init_from or '')
+        heartbeat = FLAGS.config.guard.heartbeat_seconds
+        hosts.start(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id, heartbeat)
+        train(FLAGS.config, FLAGS.workdir or hosts.new_workdir(), FLAGS.init_from or '')
     except (CheckpointError, TrainingError) as error:
         sys.exit(str(error))
-    except ValueError as error:
-        if not str(error).startswith('the config cannot run'):
+    except OutOfMemoryError as error:
+        hosts.fail(str(error))
+    except Exception as error:
+        if str(error).startswith('the config cannot run'):
+            sys.exit(str(error))
+        if jax.process_count() == 1:
             raise
-        sys.exit(str(error))
+        traceback.print_exc()
+        hosts.fail(
+            f'process {jax.process_index()} of {jax.process_count()} ends. If another one ended '
+            f'first, its output says why; the same command goes on from the newest checkpoint.'
+        )
 
 
 if __name__ == '__main__':
@@ -220,6 +235,11 @@ if __name__ == '__main__':
     flags.DEFINE_string(
         'init_from', None, 'Start from the parameters of this workdir or checkpoint folder.'
     )
-    flags.DEFINE_integer('cpu_devices', 0, 'Simulate this many devices on the CPU.')
+    flags.DEFINE_integer('cpu_devices', 0, 'Simulate this many devices on the CPU, a process.')
+    flags.DEFINE_string(
+        'coordinator', None, "HOST:PORT of process 0, for several processes; 'auto' asks a TPU VM."
+    )
+    flags.DEFINE_integer('num_processes', None, 'With --coordinator: how many there are.')
+    flags.DEFINE_integer('process_id', None, 'With --coordinator: which one this is, from 0.')
     flags.mark_flag_as_required('config')
     app.run(main)
