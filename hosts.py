@@ -47,9 +47,9 @@ def start(
     seconds counts as dead, and the others end. Raises ValueError if only some of the three are
     given.
     """
-    given = [num_processes is not None, process_id is not None]
+    given = (num_processes is not None) + (process_id is not None)
     explicit = bool(coordinator) and coordinator != AUTO
-    if any(given) and not explicit or explicit and not all(given):
+    if given != (2 if explicit else 0):
         raise ValueError(
             f'the config cannot run: --coordinator={coordinator}, --num_processes={num_processes} '
             f'and --process_id={process_id} belong together; give all three, --coordinator={AUTO} '
@@ -99,13 +99,13 @@ def use_cache(config: ConfigDict) -> None:
         jax.config.update('jax_persistent_cache_min_compile_time_secs', 1)
 
 
-def fail(message: str) -> NoReturn:
-    """Ends this process with exit code 1, at once where there are several.
+def fail(message: str, code: int = 1) -> NoReturn:
+    """Ends this process, at once where there are several.
 
     A regular end would wait for the others, who may wait in a collective for this one.
     """
     print(message, file=sys.stderr, flush=True)
     if jax.process_count() > 1:
         sys.stdout.flush()
-        os._exit(1)
-    sys.exit(1)
+        os._exit(code)
+    sys.exit(code)

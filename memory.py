@@ -39,8 +39,8 @@ def remedies(config: ConfigDict) -> Iterator[str]:
     if config.fsdp_gather == 'step' and mesh.fsdp > 1:
         yield "fsdp_gather='step' holds the layers' weights whole; 'layer' one layer at a time"
     yield (
-        f'mesh.fsdp={mesh.fsdp}: more of it shards parameters, moments and gradients; so do mesh.tp='
-        f'{mesh.tp} and mesh.pp={mesh.pp}, and mesh.ep={mesh.ep} for experts'
+        f'mesh.fsdp={mesh.fsdp}: more of it shards parameters, moments and gradients; so do '
+        f'mesh.tp={mesh.tp} and mesh.pp={mesh.pp}, and mesh.ep={mesh.ep} for experts'
     )
     if config.compute_dtype == 'float32':
         yield "compute_dtype='float32': 'bfloat16' halves the activations"

@@ -131,11 +131,12 @@ class Progress:
         tokens = step * self.step_tokens
         self.writer.write(step=step, tokens=tokens, **values, **speed, **memory)
         skipped = f'{values["skipped"]:.0f} skipped  ' if values['skipped'] else ''
+        gigabytes = memory.get('device_bytes', memory['host_bytes']) / 1e9
         self.writer.say(
             f'step {step}/{self.config.steps}  loss {values["loss"]:.4f}  {skipped}'
             f'grad norm {values["grad_norm"]:.3f}  {speed["tokens_per_second"]:,.0f} tokens/s  '
-            f'MFU {speed["mfu"]:.1%}  '
-            f'{memory.get("device_bytes", memory["host_bytes"]) / 1e9:.1f} GB  ETA {hours((self.config.steps - step) / rate)}'
+            f'MFU {speed["mfu"]:.1%}  {gigabytes:.1f} GB  '
+            f'ETA {hours((self.config.steps - step) / rate)}'
         )
 
     def log_evaluation(self, step: int, evaluation: dict[str, float], seconds: float) -> None:

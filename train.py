@@ -8,8 +8,8 @@ The workdir receives config.json, metrics.jsonl, one object a logged step, and c
 same command goes on from the newest checkpoint there, however the run ended before; SIGTERM or
 Ctrl-C save one first. --init_from=WORKDIR starts a new run from another one's parameters.
 
-The exit code is 0 if the run is complete or stopped by a signal, with all saved; 70 if the watchdog
-ended it; 1 if anything else did, with a message.
+The exit code is 0 if the run is complete, or stopped by a signal and saved; 75 if the same command
+is to be given again, because the watchdog ended the process or another one was lost; otherwise 1.
 """
 
 import ctypes
@@ -32,7 +32,7 @@ import hosts
 from checkpoint import Checkpointer, CheckpointError
 from evaluation import make_evaluation, over_sources, zlib_bits_per_byte
 from generate import TOKENIZER, make_sampler, tokenizer_record
-from guards import TrainingError, Watchdog
+from guards import AGAIN, TrainingError, Watchdog
 from memory import OutOfMemoryError, out_of_memory_explained
 from metrics import Progress, Writer
 from parallel import Tree, count, make_mesh
@@ -225,7 +225,8 @@ def main(_: list[str]) -> None:
         traceback.print_exc()
         hosts.fail(
             f'process {jax.process_index()} of {jax.process_count()} ends. If another one ended '
-            f'first, its output says why; the same command goes on from the newest checkpoint.'
+            f'first, its output says why; the same command goes on from the newest checkpoint.',
+            AGAIN,
         )
 
 
