@@ -26,6 +26,7 @@ SLURM = (
     'SLURM_PROCID',
     'SLURM_LOCALID',
 )  # what jax reads of it
+HEARTBEAT_SECONDS = 100  # where no config says otherwise
 SHUTDOWN_SECONDS = 60  # a process that ends waits so long for the others to end, too
 
 

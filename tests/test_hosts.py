@@ -215,6 +215,7 @@ def test_exit_codes(error, alone, of_two, monkeypatch):
         raise SystemExit(code)
 
     given = {'coordinator': None, 'num_processes': None, 'process_id': None, 'init_from': None}
+    given |= {'plot': None, 'eval_only': None, 'profile': None}
     given |= {'config': default.get_config(), 'workdir': 'nowhere', 'cpu_devices': 0}
     monkeypatch.setattr(train, 'FLAGS', types.SimpleNamespace(**given))
     monkeypatch.setattr(train, 'keep_freed_memory', lambda: None)
@@ -223,7 +224,7 @@ def test_exit_codes(error, alone, of_two, monkeypatch):
     for processes, code in ((1, alone), (2, of_two or alone)):
         monkeypatch.setattr(train.jax, 'process_count', lambda n=processes: n)
         with pytest.raises(code if isinstance(code, type) else SystemExit) as caught:
-            train.main([])
+            train.main(['train.py'])
         if not isinstance(code, type):
             assert caught.value.code == code
 
