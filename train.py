@@ -7,162 +7,57 @@
 The workdir receives config.json, metrics.jsonl, one object a logged step, and checkpoints/. The
 same command goes on from the newest checkpoint there, however the run ended before; SIGTERM or
 Ctrl-C save one first. --init_from=WORKDIR starts a new run from another one's parameters.
+
+    python train.py --config=configs/tiny.py --profile=10:13      # a trace of these steps
+    python train.py --workdir=runs/tiny --eval_only               # or --eval_only=STEP
+    python train.py --plot=runs/tiny                              # or several: --plot=runs/a,runs/b
+
+The exit code is 0 if the run is complete, or stopped by a signal and saved; 75 if the same command
+is to be given again, because the watchdog ended the process or another one was lost; otherwise 1.
 """
 
 import ctypes
 import functools
-import json
 import os
 import platform
+import shlex
 import sys
 import time
-import zlib
-from collections.abc import Callable
+import traceback
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import tiktoken
 from absl import app, flags
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
 import data
+import hosts
 from checkpoint import Checkpointer, CheckpointError
-from generate import TOKENIZER, make_sampler, tokenizer_record
-from model import flops_per_token
-from parallel import Array, P, Tree, count, make_mesh
-from resume import (
-    StopSignals,
-    first_step,
-    keep_records,
-    load_params,
-    restore_state,
-    write_file,
+from evaluation import (
+    append_evaluation,
+    checkpoint_config,
+    make_evaluation,
+    over_sources,
+    zlib_bits_per_byte,
 )
-from steps import abstract_state, init_state, lower_train_step, make_eval_step, put_batch
-from tokenizer import token_bytes
-from validation import declared_params, model_config, validate
-
-# Dense bfloat16 FLOP/s of one jax device, by device_kind: the vendors' data sheets.
-PEAK_FLOPS = {
-    'TPU v4': 275e12,
-    'TPU v5 lite': 197e12,
-    'TPU v5': 459e12,
-    'TPU v5p': 459e12,
-    'TPU v6 lite': 918e12,
-    'NVIDIA A100-SXM4-80GB': 312e12,
-    'NVIDIA H100 80GB HBM3': 989e12,
-    'NVIDIA H200': 989e12,
-}
-
+from generate import TOKENIZER, make_sampler, tokenizer_record
+from guards import AGAIN, TrainingError, Watchdog
+from memory import OutOfMemoryError, out_of_memory_explained
+from metrics import Progress, Writer
+from parallel import Tree, count, make_mesh
+from plot import need_matplotlib, plot
+from record import start_entry
+from resume import StopSignals, first_step, load_params, restore_state
+from steps import abstract_state, init_state, lower_train_step, put_batch
+from terminal import Terminal
+from tracing import Tracer, parse_steps
+from validation import declared_params, validate
 
 # ---------------------------------------------------------------------------------------------
 # The run
 # ---------------------------------------------------------------------------------------------
-
-
-def peak_flops(config: ConfigDict, mesh: Mesh) -> tuple[float, str]:
-    """FLOP/s of the whole mesh, and where the figure comes from."""
-    device = mesh.local_devices[0]
-    if config.peak_flops:
-        return config.peak_flops * mesh.size, 'config.peak_flops'
-    if device.platform != 'cpu':
-        if device.device_kind not in PEAK_FLOPS:
-            raise ValueError(
-                f'the peak of {device.device_kind!r} is unknown; set --config.peak_flops to the '
-                f'FLOP/s of one device'
-            )
-        return PEAK_FLOPS[device.device_kind] * mesh.size, f'data sheet of {device.device_kind}'
-    n = 2048
-    x = jax.device_put(np.ones((n, n), np.float32), device)
-    matmul = jax.jit(jnp.matmul)
-    matmul(x, x).block_until_ready()
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        matmul(x, x).block_until_ready()
-        seconds.append(time.perf_counter() - start)
-    return 2 * n**3 / min(seconds), f'float32 matmul of {n} x {n} on this CPU, all cores'
-
-
-class Writer:
-    """metrics.jsonl in the workdir, continued after the step `start`; only process 0 writes."""
-
-    def __init__(self, workdir: str, config: ConfigDict, start: int):
-        self.active = jax.process_index() == 0
-        self.path = os.path.join(workdir, 'metrics.jsonl')
-        if not self.active:
-            return
-        os.makedirs(workdir, exist_ok=True)
-        keep_records(self.path, start)
-        write_file(os.path.join(workdir, 'config.json'), config.to_json(indent=2) + '\n')
-
-    def keep(self, name: str, content: str) -> None:
-        if self.active:
-            write_file(os.path.join(os.path.dirname(self.path), name), content)
-
-    def write(self, **record: Any) -> None:
-        if self.active:
-            with open(self.path, 'a') as f:
-                f.write(json.dumps(record) + '\n')
-
-    def say(self, text: str) -> None:
-        if self.active:
-            print(text, flush=True)
-
-
-def make_evaluation(
-    config: ConfigDict, mesh: Mesh, encoding: tiktoken.Encoding
-) -> Callable[[Tree, data.EvaluationSet], dict[str, float]]:
-    """(params, a fixed evaluation set) -> mean loss (nats a token) and bits a byte of its text."""
-    step = make_eval_step(config, mesh)
-    bytes_V = np.zeros(config.model.vocab_size, np.int32)
-    bytes_V[: encoding.n_vocab] = token_bytes(encoding)
-    bytes_V = jax.device_put(bytes_V, NamedSharding(mesh, P()))
-
-    def evaluate(params: Tree, batches: data.EvaluationSet) -> dict[str, float]:
-        put = functools.partial(put_batch, config=config, mesh=mesh)
-        sums = [step(params, put(batches.batch_at, i), bytes_V) for i in range(batches.n_batches)]
-        nats, targets, n_bytes = (
-            sum(float(s[name]) for s in sums) for name in ('nats', 'targets', 'bytes')
-        )
-        return {'eval_loss': nats / targets, 'eval_bits_per_byte': nats / np.log(2) / n_bytes}
-
-    return evaluate
-
-
-def zlib_bits_per_byte(batches: data.EvaluationSet, encoding: tiktoken.Encoding) -> float:
-    """What zlib at level 9 makes of the very text that evaluation predicts."""
-    targets = np.concatenate(
-        [batches.batch_at(i)[:, 1:].reshape(-1) for i in range(batches.n_batches)]
-    )
-    targets = targets[targets >= 0]
-    text = encoding.decode_bytes(targets[token_bytes(encoding)[targets] > 0].tolist())
-    return 8 * len(zlib.compress(text, 9)) / len(text)
-
-
-def hours(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f'{minutes // 60}:{minutes % 60:02}:{seconds:02}'
-
-
-def over_sources(
-    sources: list[data.Source], measure: Callable[[data.EvaluationSet], dict[str, float]]
-) -> dict[str, float]:
-    """What `measure` says, as the mean over the sources by their share of the training rows; with
-    several sources also that of each, as name/source."""
-    results = [measure(source.evaluation) for source in sources]
-    shares = [source.share for source in sources]
-    out = {
-        name: sum(share * result[name] for share, result in zip(shares, results, strict=True))
-        for name in results[0]
-    }
-    for source, result in zip(sources, results, strict=True):
-        if len(sources) > 1:
-            out |= {f'{name}/{source.name}': value for name, value in result.items()}
-    return out
 
 
 def open_data(
@@ -190,90 +85,6 @@ def open_data(
     return loader, sources, encoding
 
 
-def router_metrics(stats: Tree, config: ConfigDict, loads: bool) -> dict[str, Any]:
-    """Of each MoE layer, by its number in the model: the largest load over the mean one, the
-    share of choices dropped, the routers' mean entropy in nats; with `loads` each expert's share.
-    """
-    metrics: dict[str, Any] = {}
-    kinds, first = config.model.block, config.model.first_dense
-    for name, layer_stats in stats.items():
-        # Pipeline stages of several chunks have them in front: [chunks, blocks, ...].
-        s = {k: np.asarray(v, np.float64) for k, v in layer_stats.items()}
-        s = {k: v.reshape(-1, v.shape[-1]) if k == 'load' else v.reshape(-1) for k, v in s.items()}
-        for block, load in enumerate(s['load']):
-            layer = f'moe/{first + block * len(kinds) + int(name.partition("_")[0])}'
-            metrics[f'{layer}/load_max_over_mean'] = load.max() / load.mean()
-            metrics[f'{layer}/dropped'] = s['dropped'][block] / load.sum()
-            metrics[f'{layer}/entropy'] = s['entropy'][block] / s['tokens'][block]
-            if loads:
-                metrics[f'{layer}/load'] = (load / load.sum()).tolist()
-    return metrics
-
-
-class Progress:
-    """Speed and metrics of the run, to the terminal and metrics.jsonl."""
-
-    def __init__(self, config: ConfigDict, mesh: Mesh, writer: Writer):
-        self.config, self.writer = config, writer
-        self.step_tokens = config.batch_size * config.seq_len
-        self.step_flops = self.step_tokens * flops_per_token(model_config(config), config.seq_len)
-        self.peak, source = peak_flops(config, mesh)
-        writer.say(f'mesh {dict(config.mesh)} · peak {self.peak / 1e12:.3g} TFLOP/s: {source}')
-        self.start(0)
-
-    def start(self, step: int) -> None:
-        self.last_time, self.last_step = time.perf_counter(), step
-
-    def logs(self, step: int) -> bool:
-        every, last = self.config.log.every, step == self.config.steps
-        return bool(every) and (step % every == 0 or last)
-
-    def evaluates(self, step: int) -> bool:
-        every, last = self.config.eval.every, step == self.config.steps
-        return bool(every) and (step % every == 0 or last)
-
-    def samples(self, step: int) -> bool:
-        every = self.config.log.sample_every
-        return bool(every) and step % every == 0
-
-    def saves(self, step: int) -> bool:
-        every, last = self.config.checkpoint.every, step == self.config.steps
-        return last or (bool(every) and step % every == 0)
-
-    def log(self, step: int, metrics: dict[str, Array]) -> None:
-        """Fetches the metrics of a finished step, while the next one runs."""
-        stats = metrics.pop('router')
-        values = {name: float(value) for name, value in metrics.items()}
-        every = self.config.log.loads_every
-        values |= router_metrics(stats, self.config, loads=bool(every) and step % every == 0)
-        rate = (step - self.last_step) / (time.perf_counter() - self.last_time)
-        self.start(step)
-        speed = {
-            'tokens_per_second': rate * self.step_tokens,
-            'mfu': rate * self.step_flops / self.peak,
-        }
-        self.writer.write(step=step, tokens=step * self.step_tokens, **values, **speed)
-        self.writer.say(
-            f'step {step}/{self.config.steps}  loss {values["loss"]:.4f}  '
-            f'grad norm {values["grad_norm"]:.3f}  {speed["tokens_per_second"]:,.0f} tokens/s  '
-            f'MFU {speed["mfu"]:.1%}  ETA {hours((self.config.steps - step) / rate)}'
-        )
-
-    def log_evaluation(self, step: int, evaluation: dict[str, float], seconds: float) -> None:
-        self.last_time += seconds
-        self.writer.write(step=step, tokens=step * self.step_tokens, **evaluation)
-        self.writer.say(
-            f'step {step}/{self.config.steps}  eval loss {evaluation["eval_loss"]:.4f}  '
-            f'{evaluation["eval_bits_per_byte"]:.4f} bits/byte'
-        )
-
-    def log_samples(self, step: int, samples: list[dict[str, str]], seconds: float) -> None:
-        self.last_time += seconds
-        self.writer.write(step=step, tokens=step * self.step_tokens, samples=samples)
-        for sample in samples:
-            self.writer.say(f'step {step}/{self.config.steps}  {sample["prompt"]}{sample["text"]}')
-
-
 def start_state(
     config: ConfigDict, mesh: Mesh, checkpoints: Checkpointer, start: int, init_from: str
 ) -> Tree:
@@ -287,24 +98,48 @@ def start_state(
     return state
 
 
-def train(config: ConfigDict, workdir: str, init_from: str = '') -> dict[str, Any]:
+def train(
+    config: ConfigDict,
+    workdir: str,
+    init_from: str = '',
+    traced_steps: tuple[int, int] | None = None,
+) -> dict[str, Any]:
     """The whole run, or what is left of it in the workdir; returns the summary of what was done."""
-    validate(config, jax.device_count())
+    validate(config, jax.device_count(), jax.process_count())
+    hosts.check_shared(workdir)
+    hosts.use_cache(config)
     path, c = os.path.join(workdir, 'checkpoints'), config.checkpoint
-    with Checkpointer(path, c.keep, c.keep_every) as checkpoints, StopSignals() as stop:
-        return run(config, workdir, checkpoints, stop, init_from)
+    with (
+        out_of_memory_explained(config),
+        Watchdog(config.guard, config.steps) as watchdog,
+        Checkpointer(path, c.keep, c.keep_every) as checkpoints,
+        StopSignals() as stop,
+    ):
+        watchdog.during('starting')
+        start, where = first_step(config, workdir, checkpoints)
+        if start >= config.steps:
+            Terminal(config.steps, jax.process_index() == 0).say(where)
+            return {}
+        with Writer(workdir, config, start) as writer:
+            if where:
+                writer.say(where)
+            tracer = Tracer(traced_steps, workdir)
+            return run(config, start, writer, checkpoints, stop, watchdog, tracer, init_from)
 
 
 def run(
-    config: ConfigDict, workdir: str, checkpoints: Checkpointer, stop: StopSignals, init_from: str
+    config: ConfigDict,
+    start: int,
+    writer: Writer,
+    checkpoints: Checkpointer,
+    stop: StopSignals,
+    watchdog: Watchdog,
+    tracer: Tracer,
+    init_from: str,
 ) -> dict[str, Any]:
     started = time.perf_counter()
-    start, where = first_step(config, workdir, checkpoints)
-    writer = Writer(workdir, config, start)
-    if where:
-        writer.say(where)
-    if start >= config.steps:
-        return {}
+    if config.log.plot:
+        need_matplotlib()
     checkpoints.clean()
     loader, sources, encoding = open_data(config)
     if config.data.isolate_documents:
@@ -313,11 +148,13 @@ def run(
     sample = make_sampler(config, encoding) if config.log.sample_every else None
     mesh = make_mesh(config.mesh)
     n_params = count(declared_params(config))
-    writer.say(f'{n_params:,} parameters · {loader.n_tokens:,} tokens · workdir {workdir}')
+    writer.say(f'{n_params:,} parameters · {loader.n_tokens:,} tokens · workdir {writer.workdir}')
     progress = Progress(config, mesh, writer)
+    writer.record_start(start_entry(config, mesh, start))
 
     put = functools.partial(put_batch, config=config, mesh=mesh)
     state = start_state(config, mesh, checkpoints, start, init_from)
+    watchdog.during('compiling')
     compile_start = time.perf_counter()
     train_step = lower_train_step(config, mesh).compile()
     writer.say(f'compiled in {time.perf_counter() - compile_start:.1f} s')
@@ -328,9 +165,14 @@ def run(
     progress.start(start)
     batches = data.prefetch(lambda i: put(loader.batch_at, i), start, config.steps)
     for step, batch in enumerate(batches, start=start + 1):
+        tracer.before(step, state)
         state, metrics = train_step(state, batch)
+        writer.terminal.follow(step, metrics['loss'])
         if pending:
             progress.log(*pending)
+        if tracer.after(step, state):
+            writer.say(f'steps {tracer.first} to {tracer.last} are traced in {tracer.folder}')
+        watchdog.follow(step, metrics)
         pending = (step, metrics) if progress.logs(step) else None
         stopping = stop.asked() and step < config.steps
         pauses = progress.evaluates(step) or progress.samples(step) or progress.saves(step)
@@ -340,24 +182,28 @@ def run(
         if progress.evaluates(step) and not stopping:
             jax.block_until_ready(state)
             paused = time.perf_counter()
+            watchdog.during(f'evaluating after step {step}')
             evaluation = over_sources(sources, functools.partial(evaluate, state['params']))
             progress.log_evaluation(step, evaluation, time.perf_counter() - paused)
         if sample and progress.samples(step) and not stopping:
             jax.block_until_ready(state)
             paused = time.perf_counter()
+            watchdog.during(f'sampling after step {step}')
             samples = sample(state['params'], step)
             progress.log_samples(step, samples, time.perf_counter() - paused)
         if progress.saves(step) or stopping:
+            watchdog.during(f'saving step {step}')
             checkpoints.save(step, state, config.to_dict())
         if stopping:
             break
     batches.close()
     if pending:
         progress.log(*pending)
+    tracer.close(state)
     jax.block_until_ready(state)
     checkpoints.wait()
     if stopping:
-        writer.say(f'stopped by a signal: step {step} is saved, the same command goes on from it')
+        writer.say(f'stopped by a signal: step {step} is saved, of {config.steps}')
     summary = {
         'parameters': n_params,
         'active_parameters': count(declared_params(config), active=True),
@@ -370,7 +216,28 @@ def run(
             sources, lambda batches: {'zlib_bits_per_byte': zlib_bits_per_byte(batches, encoding)}
         )
     writer.say('\n'.join(f'{name:>22}  {value:,.4g}' for name, value in summary.items()))
+    if config.log.plot and writer.active:
+        writer.say(f'{"plot":>22}  {plot([writer.workdir])}')
     return summary
+
+
+def evaluate_only(config: ConfigDict, workdir: str, step: int) -> dict[str, float]:
+    """Loss and bits a byte of a checkpoint's parameters, which is all that is read of it; in
+    eval.jsonl, too. The run itself, which may be going on, is left alone."""
+    validate(config, jax.device_count())
+    _, sources, encoding = open_data(config)
+    if config.data.isolate_documents:
+        config.model.document_end = encoding.eot_token
+    mesh = make_mesh(config.mesh)
+    path = os.path.join(workdir, 'checkpoints', str(step))
+    params = load_params(path, abstract_state(config, mesh)['params'])
+    evaluate = make_evaluation(config, mesh, encoding)
+    result = over_sources(sources, functools.partial(evaluate, params))
+    file = append_evaluation(workdir, step, result, mesh)
+    terminal = Terminal(config.steps, jax.process_index() == 0)
+    terminal.say(f'step {step} of {workdir}, added to {file}')
+    terminal.say('\n'.join(f'{name:>22}  {value:.4f}' for name, value in result.items()))
+    return result
 
 
 def keep_freed_memory() -> None:
@@ -388,30 +255,115 @@ def keep_freed_memory() -> None:
 
 
 FLAGS = flags.FLAGS
+NEWEST = 'newest'
 
 
-def main(_: list[str]) -> None:
+class StepParser(flags.ArgumentParser):
+    """Of --eval_only: a step, or nothing, which stands for the newest one."""
+
+    syntactic_help = 'a step; without one, the newest'
+
+    def parse(self, argument: str | int) -> int | str:
+        if argument in ('true', NEWEST):
+            return NEWEST
+        if not str(argument).isdecimal():
+            raise ValueError('use --eval_only for the newest checkpoint, or --eval_only=STEP')
+        return int(argument)
+
+
+class OptionalStepFlag(flags.Flag):
+    """A flag that may stand without a value, which else only those of a boolean may."""
+
+    boolean = True
+
+
+def say_next(workdir: str) -> None:
+    """Where to go from here, in commands to copy."""
+    named = [] if FLAGS.workdir else [f'--workdir={workdir}']
+    commands = {
+        'go on': shlex.join(['python', *sys.argv, *named]),
+        'curves': f'python train.py --plot={workdir}',
+        'text': f"python generate.py --workdir={workdir} --prompt='def '",
+    }
+    for purpose, command in commands.items():
+        print(f'{purpose:>22}  {command}')
+
+
+def main(arguments: list[str]) -> None:
     keep_freed_memory()
     if FLAGS.cpu_devices:
         jax.config.update('jax_platforms', 'cpu')
         jax.config.update('jax_num_cpu_devices', FLAGS.cpu_devices)
-    name = time.strftime('runs/%Y%m%d-%H%M%S')
     try:
-        train(FLAGS.config, FLAGS.workdir or name, FLAGS.init_from or '')
-    except CheckpointError as error:
+        command(arguments[1:])
+    except (CheckpointError, TrainingError) as error:
         sys.exit(str(error))
-    except ValueError as error:
-        if not str(error).startswith('the config cannot run'):
+    except OutOfMemoryError as error:
+        hosts.fail(str(error))
+    except Exception as error:
+        if str(error).startswith('the config cannot run'):
+            sys.exit(str(error))
+        if jax.process_count() == 1:
             raise
-        sys.exit(str(error))
+        traceback.print_exc()
+        hosts.fail(
+            f'process {jax.process_index()} of {jax.process_count()} ends. If another one ended '
+            f'first, its output says why; the same command goes on from the newest checkpoint.',
+            AGAIN,
+        )
 
 
-if __name__ == '__main__':
+def command(arguments: list[str]) -> None:
+    if FLAGS.plot:
+        print(plot([*FLAGS.plot, *arguments], FLAGS.plot_output or ''))
+        return
+    if arguments:
+        raise ValueError(
+            f'the config cannot run: {" ".join(arguments)} is no flag; flags are --name=value, '
+            f'and fields of the config --config.name=value'
+        )
+    heartbeat = FLAGS.config.guard.heartbeat_seconds if FLAGS.config else hosts.HEARTBEAT_SECONDS
+    hosts.start(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id, heartbeat)
+    if FLAGS.eval_only is not None:
+        step = None if FLAGS.eval_only == NEWEST else FLAGS.eval_only
+        step, config = checkpoint_config(FLAGS.workdir, step, FLAGS.config)
+        evaluate_only(config, FLAGS.workdir, step)
+        return
+    workdir = FLAGS.workdir or hosts.new_workdir()
+    train(FLAGS.config, workdir, FLAGS.init_from or '', parse_steps(FLAGS.profile or ''))
+    if jax.process_index() == 0:
+        say_next(workdir)
+
+
+def define_flags() -> None:
     config_flags.DEFINE_config_file('config', None, 'A file of configs/.', lock_config=True)
     flags.DEFINE_string('workdir', None, 'Where the run goes; a new folder in runs/ by default.')
     flags.DEFINE_string(
         'init_from', None, 'Start from the parameters of this workdir or checkpoint folder.'
     )
-    flags.DEFINE_integer('cpu_devices', 0, 'Simulate this many devices on the CPU.')
-    flags.mark_flag_as_required('config')
+    flags.DEFINE_integer('cpu_devices', 0, 'Simulate this many devices on the CPU, a process.')
+    flags.DEFINE_string(
+        'coordinator', None, "HOST:PORT of process 0, for several processes; 'auto' asks a TPU VM."
+    )
+    flags.DEFINE_integer('num_processes', None, 'With --coordinator: how many there are.')
+    flags.DEFINE_integer('process_id', None, 'With --coordinator: which one this is, from 0.')
+    flags.DEFINE_string('profile', None, 'FIRST:LAST, steps to trace into WORKDIR/profile.')
+    flags.DEFINE_flag(
+        OptionalStepFlag(
+            StepParser(), None, 'eval_only', None,
+            'Evaluate this checkpoint of --workdir, or the newest, and do nothing else.',
+        )
+    )  # fmt: skip
+    flags.DEFINE_list('plot', None, 'Draw the runs of these workdirs, and do nothing else.')
+    flags.DEFINE_string('plot_output', None, 'The PNG; WORKDIR/metrics.png by default.')
+    flags.register_multi_flags_validator(
+        ['config', 'plot', 'eval_only', 'workdir'],
+        lambda f: bool(f['config'] or f['plot'] or (f['eval_only'] is not None and f['workdir'])),
+        'give --config=configs/NAME.py to train, --workdir=RUN --eval_only to evaluate, or '
+        '--plot=RUN to draw',
+    )
+
+
+if __name__ == '__main__':
+    define_flags()
     app.run(main)

@@ -23,6 +23,7 @@ import steps
 import train
 import validation
 from configs import default
+from metrics import peak_flops
 from model import flops_per_token, model_params
 from parallel import count, make_mesh
 
@@ -62,7 +63,7 @@ def main(_):
     step, state, batch, compile_s, lines = compile_step(config, mesh)
     peaks, seconds = [], []
     for _ in range(FLAGS.repeats):  # the clock drifts: measure both side by side
-        peaks.append(train.peak_flops(config, mesh)[0])
+        peaks.append(peak_flops(config, mesh)[0])
         for _ in range(4):
             start = time.perf_counter()
             state, metrics = step(state, batch)

@@ -27,7 +27,7 @@ if n > 1:
     jax.distributed.initialize(f'127.0.0.1:{port}', n, index)
 sys.path.insert(0, root)
 import numpy as np
-import train
+import steps
 from configs import default
 from data import Mixture, Split
 from parallel import make_mesh
@@ -38,7 +38,7 @@ mesh = make_mesh(config.mesh)
 mixture = Mixture([Split(path, 'train') for path in paths], [0.6, 0.4], 32, 16, seed=3)
 rows = {}
 for step in [0, 5, 6]:
-    batch = train.put_batch(mixture.batch_at, step, config, mesh)
+    batch = steps.put_batch(mixture.batch_at, step, config, mesh)
     for shard in batch.addressable_shards:
         for m in range(2):
             first = shard.index[1].start or 0
