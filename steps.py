@@ -48,8 +48,20 @@ from validation import declared_params, model_config, optimizer_config
 # Relative costs of F, B and W, which zero_bubble is laid out for: B runs the forward again.
 PIPELINE_COSTS = (1.0, 2.0, 1.0)
 
-# Options of the compiler for the train step; config.compiler_options overrides each by name.
-COMPILER_OPTIONS: dict[str, dict[str, str]] = {'tpu': {}, 'gpu': {}}
+# Options of the compiler for the train step, by platform; config.compiler_options overrides each
+# by name, and the compiler refuses names that it does not know. Those of TPU let collectives run
+# beside matmuls: gathers of weights are synchronous else.
+COMPILER_OPTIONS = {
+    'tpu': {
+        'xla_enable_async_all_gather': 'true',
+        'xla_tpu_enable_async_collective_fusion': 'true',
+        'xla_tpu_enable_async_collective_fusion_fuse_all_gather': 'true',
+        'xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter': 'true',
+        'xla_tpu_enable_async_collective_fusion_multiple_steps': 'true',
+        'xla_tpu_overlap_compute_collective_tc': 'true',
+    },
+    'gpu': {'xla_gpu_enable_latency_hiding_scheduler': 'true'},
+}
 
 
 def compiler_options(overrides: str, platform: str) -> dict[str, str]:
