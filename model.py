@@ -222,10 +222,15 @@ def _cross_entropy(x_TD, w_VD, labels_T, z_loss: float, chunk: int, with_grads: 
         if not with_grads:
             return (total, nll_total, dw_VD), None
         scale_T = jnp.where(valid_T, (1 + 2 * z_loss * logsumexp_T) / sum_T, 0)
-        # In the compute type, so that exp is evaluated and written once, not for each of its uses.
+
+        def d_logits(exp_TV: Array) -> Array:
+            return (exp_TV * scale_T[:, None] - is_label_TV).astype(x_TD.dtype)
+
+        # exp is evaluated and written once, in the compute type. Two barriers, so that each matmul
+        # makes its d logits from it as it reads, and none are written.
         exp_TV = lax.optimization_barrier(exp_TV.astype(x_TD.dtype))
-        d_logits_TV = (exp_TV * scale_T[:, None] - is_label_TV).astype(x_TD.dtype)
-        dx_TD = reduce_scatter(jnp.einsum('tv,vd->td', d_logits_TV, w_VD), TP, 0)
+        dx_TD = reduce_scatter(jnp.einsum('tv,vd->td', d_logits(exp_TV), w_VD), TP, 0)
+        d_logits_TV = d_logits(lax.optimization_barrier(exp_TV))
         dw_VD += jnp.einsum('tv,td->vd', d_logits_TV, x_TD, preferred_element_type=jnp.float32)
         return (total, nll_total, dw_VD), dx_TD
 
