@@ -6,27 +6,15 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from chips import chip_of, cpu_flops
 from model import flops_per_token
 from parallel import Array, Tree
 from resume import keep_records, write_file
 from validation import model_config
-
-# Dense bfloat16 FLOP/s of one jax device, by device_kind: the vendors' data sheets.
-PEAK_FLOPS = {
-    'TPU v4': 275e12,
-    'TPU v5 lite': 197e12,
-    'TPU v5': 459e12,
-    'TPU v5p': 459e12,
-    'TPU v6 lite': 918e12,
-    'NVIDIA A100-SXM4-80GB': 312e12,
-    'NVIDIA H100 80GB HBM3': 989e12,
-    'NVIDIA H200': 989e12,
-}
 
 
 def peak_flops(config: ConfigDict, mesh: Mesh) -> tuple[float, str]:
@@ -35,22 +23,14 @@ def peak_flops(config: ConfigDict, mesh: Mesh) -> tuple[float, str]:
     if config.peak_flops:
         return config.peak_flops * mesh.size, 'config.peak_flops'
     if device.platform != 'cpu':
-        if device.device_kind not in PEAK_FLOPS:
+        chip = chip_of(device.device_kind)
+        if chip is None:
             raise ValueError(
                 f'the peak of {device.device_kind!r} is unknown; set --config.peak_flops to the '
                 f'FLOP/s of one device'
             )
-        return PEAK_FLOPS[device.device_kind] * mesh.size, f'data sheet of {device.device_kind}'
-    n = 2048
-    x = jax.device_put(np.ones((n, n), np.float32), device)
-    matmul = jax.jit(jnp.matmul)
-    matmul(x, x).block_until_ready()
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        matmul(x, x).block_until_ready()
-        seconds.append(time.perf_counter() - start)
-    return 2 * n**3 / min(seconds), f'float32 matmul of {n} x {n} on this CPU, all cores'
+        return chip.flops * mesh.size, f'data sheet of {device.device_kind}'
+    return cpu_flops(device), 'float32 matmul of 2048 x 2048 on this CPU, all cores'
 
 
 class Writer:
@@ -147,8 +127,9 @@ class Progress:
             'mfu': rate * self.step_flops / self.peak,
         }
         self.writer.write(step=step, tokens=step * self.step_tokens, **values, **speed)
+        skipped = f'{values["skipped"]:.0f} skipped  ' if values['skipped'] else ''
         self.writer.say(
-            f'step {step}/{self.config.steps}  loss {values["loss"]:.4f}  '
+            f'step {step}/{self.config.steps}  loss {values["loss"]:.4f}  {skipped}'
             f'grad norm {values["grad_norm"]:.3f}  {speed["tokens_per_second"]:,.0f} tokens/s  '
             f'MFU {speed["mfu"]:.1%}  ETA {hours((self.config.steps - step) / rate)}'
         )

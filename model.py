@@ -59,11 +59,13 @@ def layer(
     """One pre-norm layer, with `attend` (parameters, input) as its attention. x_BTD: [B, T/tp, D]
     -> the same, what attention keeps for decoding, and the feed-forward's statistics."""
     h_BTD = rms_norm(x_BTD, params['attention_norm'], cfg.norm_eps)
-    h_BTD, kept = attend(params['attention'], h_BTD)
+    with jax.named_scope('attention'):
+        h_BTD, kept = attend(params['attention'], h_BTD)
     x_BTD = x_BTD + dropout(h_BTD, cfg.dropout, jax.random.fold_in(key, 0))
     x_BTD = checkpoint_name(x_BTD, RESIDUAL)
     h_BTD = rms_norm(x_BTD, params['ffn_norm'], cfg.norm_eps)
-    h_BTD, stats = FEED_FORWARD[kind][1](params['ffn'], h_BTD, cfg)
+    with jax.named_scope(kind):
+        h_BTD, stats = FEED_FORWARD[kind][1](params['ffn'], h_BTD, cfg)
     x_BTD = x_BTD + dropout(h_BTD, cfg.dropout, jax.random.fold_in(key, 1))
     return checkpoint_name(x_BTD, RESIDUAL), kept, stats
 
@@ -126,17 +128,22 @@ def run_blocks(
             f = functools.partial(one_layer, kind=kinds[run[0]])
             f = jax.checkpoint(f, policy=remat_policy(cfg), prevent_cse=False)
             layers = [(params[names[i]], jnp.asarray(start + i)) for i in run]
-            if len(run) == 1:
-                x_BTD, found = f(x_BTD, layers[0])
-                found = [found]
-            else:
-                x_BTD, found = lax.scan(f, x_BTD, jax.tree.map(lambda *x: jnp.stack(x), *layers))
-                found = [jax.tree.map(lambda x: x[i], found) for i in range(len(run))]  # noqa: B023
+            with jax.named_scope(f'layer_{names[run[0]]}' + f'_x{len(run)}' * (len(run) > 1)):
+                x_BTD, found = run_layers(f, x_BTD, layers)
             stats |= {names[i]: s for i, s in zip(run, found, strict=True) if s}
         return x_BTD, stats
 
     n_blocks = jax.tree.leaves(blocks)[0].shape[0]
     return lax.scan(block, x_BTD, (blocks, jnp.arange(n_blocks)))
+
+
+def run_layers(f: Callable, x_BTD: Array, layers: list[Tree]) -> tuple[Array, list[Tree]]:
+    """f over layers of one kind, several of them in a scan: the last output, and their statistics."""
+    if len(layers) == 1:
+        x_BTD, stats = f(x_BTD, layers[0])
+        return x_BTD, [stats]
+    x_BTD, stacked_stats = lax.scan(f, x_BTD, jax.tree.map(lambda *x: jnp.stack(x), *layers))
+    return x_BTD, [jax.tree.map(lambda x: x[i], stacked_stats) for i in range(len(layers))]  # noqa: B023
 
 
 def runs(kinds: tuple[str, ...], params: Tree) -> list[list[int]]:
@@ -166,6 +173,7 @@ def vocab_matrix(cfg: ModelConfig, std: float) -> Tree:
     return {'w_VD': Param((cfg.vocab_size, cfg.d_model), P(TP, FSDP), normal(std))}
 
 
+@jax.named_scope('embed')
 def embed(params: Tree, ids_BT: Array, cfg: ModelConfig) -> Array:
     """Embedding rows of ids_BT (all positions) -> x_BTD for the local positions [B, T/tp, D].
 
@@ -305,6 +313,7 @@ def head_weight(params: Tree, cfg: ModelConfig) -> Array:
     return unshard(head, vocab_matrix(cfg, 0), jnp.dtype(cfg.compute_dtype))['w_VD']
 
 
+@jax.named_scope('head_and_loss')
 def token_loss(params: Tree, x_TD: Array, labels_T: Array, cfg: ModelConfig) -> tuple[Array, Array]:
     """`cross_entropy` of the last block's output, any tokens of this device: [T, D] and [T]."""
     x_TD = rms_norm(x_TD, params['final_norm'], cfg.norm_eps)

@@ -100,3 +100,10 @@ def test_stacked_layers_differ_and_are_sharded_over_pp():
 def test_axes_of_a_spec():
     assert parallel.spec_axes(P('tp', None, ('dp', 'fsdp'))) == ('tp', 'dp', 'fsdp')
     assert parallel.free_axes(P('tp', None, ('dp', 'fsdp'))) == ('pp', 'ep')
+
+
+@pytest.mark.tpu
+def test_a_mesh_axis_may_split_a_dimension_of_the_torus(tpu_devices):
+    mesh = make_mesh({'pp': 2, 'fsdp': 8, 'tp': 2}, tpu_devices('v5p:2x4x4'))
+    assert mesh.devices.shape == (2, 1, 8, 1, 2)
+    assert len({device.id for device in mesh.devices.flat}) == 32
