@@ -1,4 +1,5 @@
-"""Attention: rotary positions, blockwise causal softmax, and the two layers built on them.
+"""Attention: rotary positions, blockwise causal softmax, and the two layers built on them. The
+platforms' kernels for the softmax are in attention_kernels.py.
 
 Dimension letters as in layers.py.
 """
@@ -12,8 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
-from layers import ModelConfig, gain, linear, rms_norm, weight
+from attention_kernels import cudnn_attention, splash_attention
+from layers import ATTENTION_OUTPUT, QKV, ModelConfig, gain, linear, rms_norm, weight
 from parallel import (
     FSDP,
     TP,
@@ -179,8 +182,9 @@ def _attention_forward(q, k, v, documents: Array | None, scale: float, block: in
     zeros = functools.partial(jnp.zeros_like, q, dtype=jnp.float32)
     start = (zeros(shape=(*rows, v.shape[-1])), zeros(shape=(*rows, 1)) + _MASKED)
     (out, top, total), _ = lax.scan(step, (*start, zeros(shape=(*rows, 1))), pairs)
-    out = (out / total).astype(q.dtype)
-    return out, (q, k, v, documents, out, top + jnp.log(total))
+    out = checkpoint_name((out / total).astype(q.dtype), ATTENTION_OUTPUT)
+    logsumexp = checkpoint_name(top + jnp.log(total), ATTENTION_OUTPUT)
+    return out, (q, k, v, documents, out, logsumexp)
 
 
 def _attention_backward(scale: float, block: int, saved: tuple, d_out: Array):
@@ -212,6 +216,20 @@ def _attention_backward(scale: float, block: int, saved: tuple, d_out: Array):
 
 
 causal_attention.defvjp(_attention_forward, _attention_backward)
+
+
+def attention(
+    q_BKGTH: Array, k_BKSH: Array, v_BKSH: Array, documents_BT: Array | None, cfg: ModelConfig
+) -> Array:
+    """`causal_attention`, by the kernel that the config chooses."""
+    qkv = checkpoint_name((q_BKGTH, k_BKSH, v_BKSH), QKV)
+    inputs = (*qkv, documents_BT, attention_scale(cfg))
+    if cfg.attention_kernel == 'blockwise':
+        return causal_attention(*inputs, cfg.attention_block)
+    if cfg.attention_kernel == 'cudnn':
+        return checkpoint_name(cudnn_attention(*inputs), ATTENTION_OUTPUT)
+    interpret = cfg.attention_kernel == 'splash_interpreted'
+    return splash_attention(*inputs, cfg.attention_block, ATTENTION_OUTPUT, interpret)
 
 
 def cached_attention(
@@ -286,14 +304,7 @@ def mla(params: Tree, x_BTD: Array, table: Positions, cfg: ModelConfig) -> tuple
     k_rope_BNSH = jnp.broadcast_to(k_rope_BSH[:, None], (*k_nope_BNSH.shape[:-1], cfg.rope_dim))
     q_BNTH = jnp.concatenate((q_nope_BNTH, q_rope_BNTH), axis=-1)
     k_BNSH = jnp.concatenate((k_nope_BNSH, k_rope_BNSH), axis=-1)
-    out_BNTH = causal_attention(
-        q_BNTH[:, :, None],
-        k_BNSH,
-        v_BNSH,
-        table.documents,
-        attention_scale(cfg),
-        cfg.attention_block,
-    )[:, :, 0]
+    out_BNTH = attention(q_BNTH[:, :, None], k_BNSH, v_BNSH, table.documents, cfg)[:, :, 0]
     kept = {'latent': jnp.concatenate((latent_BSR, k_rope_BSH), axis=-1)[:, None]}
     return reduce_scatter(from_heads(out_BNTH, w['w_o']), TP, 1), kept
 
@@ -373,9 +384,7 @@ def gqa(params: Tree, x_BTD: Array, table: Positions, cfg: ModelConfig) -> tuple
     q_BNTH, k_BKSH, v_BKSH = _gqa_inputs(w, x_BTD, table, cfg)
     B, N, T, H = q_BNTH.shape
     q_BKGTH = q_BNTH.reshape(B, k_BKSH.shape[1], -1, T, H)
-    out_BKGTH = causal_attention(
-        q_BKGTH, k_BKSH, v_BKSH, table.documents, attention_scale(cfg), cfg.attention_block
-    )
+    out_BKGTH = attention(q_BKGTH, k_BKSH, v_BKSH, table.documents, cfg)
     out_BTD = from_heads(out_BKGTH.reshape(B, N, T, H), w['w_o'])
     return reduce_scatter(out_BTD, TP, 1), {'k': k_BKSH, 'v': v_BKSH}
 

@@ -6,9 +6,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from attention import ATTENTION, Positions, positions
-from layers import ModelConfig, dropout, gain, rms_norm, swiglu, swiglu_params
+from layers import RESIDUAL, ModelConfig, dropout, gain, rms_norm, swiglu, swiglu_params
 from moe import moe, moe_params
 from parallel import (
     FSDP,
@@ -59,9 +60,11 @@ def layer(
     h_BTD = rms_norm(x_BTD, params['attention_norm'], cfg.norm_eps)
     h_BTD, kept = attend(params['attention'], h_BTD)
     x_BTD = x_BTD + dropout(h_BTD, cfg.dropout, jax.random.fold_in(key, 0))
+    x_BTD = checkpoint_name(x_BTD, RESIDUAL)
     h_BTD = rms_norm(x_BTD, params['ffn_norm'], cfg.norm_eps)
     h_BTD, stats = FEED_FORWARD[kind][1](params['ffn'], h_BTD, cfg)
-    return x_BTD + dropout(h_BTD, cfg.dropout, jax.random.fold_in(key, 1)), kept, stats
+    x_BTD = x_BTD + dropout(h_BTD, cfg.dropout, jax.random.fold_in(key, 1))
+    return checkpoint_name(x_BTD, RESIDUAL), kept, stats
 
 
 def block_names(kinds: tuple[str, ...]) -> list[str]:
@@ -80,6 +83,18 @@ REMAT = {
     'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     'full': jax.checkpoint_policies.nothing_saveable,
 }
+
+
+def remat_policy(cfg: ModelConfig) -> Callable:
+    """REMAT's, with exceptions by name from what 'full' recomputes (layers.REMAT_NAMES)."""
+    if not cfg.remat_keep and not cfg.remat_offload:
+        return REMAT[cfg.remat]
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=list(cfg.remat_keep),
+        names_which_can_be_offloaded=list(cfg.remat_offload),
+        offload_src='device',
+        offload_dst='pinned_host',
+    )
 
 
 def run_blocks(
@@ -105,7 +120,7 @@ def run_blocks(
             stats |= {name: layer_stats} if layer_stats else {}
         return x_BTD, stats
 
-    block = jax.checkpoint(block, policy=REMAT[cfg.remat], prevent_cse=False)
+    block = jax.checkpoint(block, policy=remat_policy(cfg), prevent_cse=False)
     n_blocks = jax.tree.leaves(blocks)[0].shape[0]
     return lax.scan(block, x_BTD, (blocks, jnp.arange(n_blocks)))
 

@@ -4,6 +4,7 @@ Without a pipeline the microbatches are a scan of value_and_grad; with one, pipe
 through the stages by a schedule. Both return the gradient of the same loss.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -46,6 +47,15 @@ from validation import declared_params, model_config, optimizer_config
 
 # Relative costs of F, B and W, which zero_bubble is laid out for: B runs the forward again.
 PIPELINE_COSTS = (1.0, 2.0, 1.0)
+
+# Options of the compiler for the train step; config.compiler_options overrides each by name.
+COMPILER_OPTIONS: dict[str, dict[str, str]] = {'tpu': {}, 'gpu': {}}
+
+
+def compiler_options(overrides: str, platform: str) -> dict[str, str]:
+    """The table's for this platform, overridden by 'name=value name=value'."""
+    options = dict(COMPILER_OPTIONS.get(platform, {}))
+    return options | dict(entry.split('=', 1) for entry in overrides.split())
 
 
 def state_specs(declared: Tree) -> Tree:
@@ -151,13 +161,16 @@ def run_stages(
     return run_pipeline(schedule, functions, params, block_params(cfg, cfg.block))
 
 
-def make_gradients(config: ConfigDict) -> Callable[[Tree, Array, Array], tuple[Tree, dict]]:
-    """(parameters, tokens_MBT, key) -> gradients and metrics, for use inside shard_map.
+def make_gradients(
+    config: ConfigDict, platform: str = 'cpu'
+) -> Callable[[Tree, Array, Array], tuple[Tree, dict]]:
+    """(parameters, tokens_MBT, key) -> gradients and metrics, for use inside shard_map on devices
+    of this platform.
 
     The gradient of the mean loss over all valid targets of the step's global batch; tokens_MBT:
     int32, this device's rows of each microbatch.
     """
-    cfg, declared = model_config(config), declared_params(config)
+    cfg, declared = model_config(config, platform), declared_params(config)
     dtype, ahead = jnp.dtype(cfg.compute_dtype), config.fsdp_gather == 'step'
     compute = accumulated
     if config.mesh.pp > 1:
@@ -192,7 +205,8 @@ def train_schedule(config: ConfigDict) -> Schedule:
 def make_train_step(config: ConfigDict, mesh: Mesh) -> Callable[[Tree, Array], tuple[Tree, dict]]:
     """jitted (state, tokens_MBT) -> (state, metrics); the state's buffers are donated."""
     cfg, optimizer = model_config(config), optimizer_config(config)
-    declared, gradients = declared_params(config), make_gradients(config)
+    platform = mesh.devices.flat[0].platform
+    declared, gradients = declared_params(config), make_gradients(config, platform)
     stage_dim = 0 if config.pipeline.chunks == 1 else 1
 
     def train_step(state: Tree, tokens_MBT: Array) -> tuple[Tree, dict[str, Array]]:
@@ -214,7 +228,8 @@ def make_train_step(config: ConfigDict, mesh: Mesh) -> Callable[[Tree, Array], t
         out_specs=(state_specs(declared), P()),
         check_vma=config.check_vma,
     )
-    return jax.jit(sharded, donate_argnums=0)
+    options = compiler_options(config.compiler_options, platform)
+    return jax.jit(sharded, donate_argnums=0, compiler_options=options)
 
 
 def lower_train_step(config: ConfigDict, mesh: Mesh) -> jax.stages.Lowered:
@@ -227,7 +242,8 @@ def lower_train_step(config: ConfigDict, mesh: Mesh) -> jax.stages.Lowered:
 
 def make_eval_step(config: ConfigDict, mesh: Mesh) -> Callable[[Tree, Array, Array], dict]:
     """jitted (params, tokens_MBT, token_bytes_V) -> sums of nats, targets and text bytes."""
-    cfg = ModelConfig(**(vars(model_config(config)) | {'dropout': 0.0}))
+    platform = mesh.devices.flat[0].platform
+    cfg = dataclasses.replace(model_config(config, platform), dropout=0.0)
     declared, chunks = declared_params(config), config.pipeline.chunks
 
     def nats_share(params: Tree, tokens_MBT: Array) -> Array:
