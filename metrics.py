@@ -127,8 +127,9 @@ class Progress:
             'mfu': rate * self.step_flops / self.peak,
         }
         self.writer.write(step=step, tokens=step * self.step_tokens, **values, **speed)
+        skipped = f'{values["skipped"]:.0f} skipped  ' if values['skipped'] else ''
         self.writer.say(
-            f'step {step}/{self.config.steps}  loss {values["loss"]:.4f}  '
+            f'step {step}/{self.config.steps}  loss {values["loss"]:.4f}  {skipped}'
             f'grad norm {values["grad_norm"]:.3f}  {speed["tokens_per_second"]:,.0f} tokens/s  '
             f'MFU {speed["mfu"]:.1%}  ETA {hours((self.config.steps - step) / rate)}'
         )

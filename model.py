@@ -58,11 +58,13 @@ def layer(
     """One pre-norm layer, with `attend` (parameters, input) as its attention. x_BTD: [B, T/tp, D]
     -> the same, what attention keeps for decoding, and the feed-forward's statistics."""
     h_BTD = rms_norm(x_BTD, params['attention_norm'], cfg.norm_eps)
-    h_BTD, kept = attend(params['attention'], h_BTD)
+    with jax.named_scope('attention'):
+        h_BTD, kept = attend(params['attention'], h_BTD)
     x_BTD = x_BTD + dropout(h_BTD, cfg.dropout, jax.random.fold_in(key, 0))
     x_BTD = checkpoint_name(x_BTD, RESIDUAL)
     h_BTD = rms_norm(x_BTD, params['ffn_norm'], cfg.norm_eps)
-    h_BTD, stats = FEED_FORWARD[kind][1](params['ffn'], h_BTD, cfg)
+    with jax.named_scope(kind):
+        h_BTD, stats = FEED_FORWARD[kind][1](params['ffn'], h_BTD, cfg)
     x_BTD = x_BTD + dropout(h_BTD, cfg.dropout, jax.random.fold_in(key, 1))
     return checkpoint_name(x_BTD, RESIDUAL), kept, stats
 
@@ -116,7 +118,8 @@ def run_blocks(
         stats = {}
         for i, name in enumerate(block_names(kinds)):
             layer_key = jax.random.fold_in(key, first_layer + index * len(kinds) + i)
-            x_BTD, _, layer_stats = layer(params[name], x_BTD, attend, layer_key, cfg, kinds[i])
+            with jax.named_scope(f'layer_{name}'):
+                x_BTD, _, layer_stats = layer(params[name], x_BTD, attend, layer_key, cfg, kinds[i])
             stats |= {name: layer_stats} if layer_stats else {}
         return x_BTD, stats
 
@@ -134,6 +137,7 @@ def vocab_matrix(cfg: ModelConfig, std: float) -> Tree:
     return {'w_VD': Param((cfg.vocab_size, cfg.d_model), P(TP, FSDP), normal(std))}
 
 
+@jax.named_scope('embed')
 def embed(params: Tree, ids_BT: Array, cfg: ModelConfig) -> Array:
     """Embedding rows of ids_BT (all positions) -> x_BTD for the local positions [B, T/tp, D].
 
@@ -266,6 +270,7 @@ def head_weight(params: Tree, cfg: ModelConfig) -> Array:
     return unshard(head, vocab_matrix(cfg, 0), jnp.dtype(cfg.compute_dtype))['w_VD']
 
 
+@jax.named_scope('head_and_loss')
 def token_loss(params: Tree, x_TD: Array, labels_T: Array, cfg: ModelConfig) -> tuple[Array, Array]:
     """`cross_entropy` of the last block's output, any tokens of this device: [T, D] and [T]."""
     x_TD = rms_norm(x_TD, params['final_norm'], cfg.norm_eps)

@@ -72,17 +72,22 @@ def moe(params: Tree, x_BTD: Array, cfg: ModelConfig) -> tuple[Array, dict[str, 
     slots, expert_BTC = keep_within_buffers(expert_BTC, cfg)
     x_TD = x_BTD.reshape(-1, cfg.d_model)
 
-    x_GD, sizes_E, return_rows = dispatch(x_TD, expert_BTC.reshape(-1), slots, cfg)
-    h_GF = gated(
-        grouped_matmul(x_GD, w['w_gate'], sizes_E), grouped_matmul(x_GD, w['w_up'], sizes_E)
-    )
-    y_AD = return_rows(grouped_matmul(h_GF, w['w_down'], sizes_E))
+    with jax.named_scope('dispatch'):
+        x_GD, sizes_E, return_rows = dispatch(x_TD, expert_BTC.reshape(-1), slots, cfg)
+    with jax.named_scope('experts'):
+        h_GF = gated(
+            grouped_matmul(x_GD, w['w_gate'], sizes_E), grouped_matmul(x_GD, w['w_up'], sizes_E)
+        )
+        y_GD = grouped_matmul(h_GF, w['w_down'], sizes_E)
+    with jax.named_scope('combine'):
+        y_AD = return_rows(y_GD)
     y_TCD = y_AD.reshape(x_TD.shape[0], -1, cfg.d_model).astype(jnp.float32)
     out_TD = jnp.sum(y_TCD * weight_BTC.reshape(x_TD.shape[0], -1, 1), axis=1)
     out_BTD = out_TD.astype(x_BTD.dtype).reshape(x_BTD.shape)
     if cfg.n_shared_experts:
         shared = unshard(params['shared'], declared['shared'], x_BTD.dtype)
-        out_BTD += swiglu_shards(shared, x_BTD)
+        with jax.named_scope('shared_experts'):
+            out_BTD += swiglu_shards(shared, x_BTD)
     # every tp device counts the same drops
     stats['dropped'] = jnp.sum(expert_BTC == cfg.n_experts, dtype=jnp.float32) / lax.axis_size(TP)
     return reduce_scatter(out_BTD, TP, 1), stats
@@ -93,6 +98,7 @@ def moe(params: Tree, x_BTD: Array, cfg: ModelConfig) -> tuple[Array, dict[str, 
 # ---------------------------------------------------------------------------------------------
 
 
+@jax.named_scope('router')
 def route(params: Tree, x_BTD: Array, cfg: ModelConfig) -> tuple[Array, Array, dict[str, Array]]:
     """The experts of each token, int32 [B, T, C], and their weights, float32; in float32.
 

@@ -14,6 +14,7 @@ gradient of a parameter is the sum of the local gradients over the axes that do 
 """
 
 import dataclasses
+import functools
 import math
 import sys
 import zlib
@@ -200,6 +201,18 @@ def free_axes(spec: P) -> tuple[str, ...]:
 # ---------------------------------------------------------------------------------------------
 
 
+def named_by_axis(verb: Callable[..., Array]) -> Callable[..., Array]:
+    """The verb, whose operations a profile then shows under its name and axis: all_gather_tp."""
+
+    @functools.wraps(verb)
+    def named(x: Array, axis: Axis, *args: Any) -> Array:
+        axes = axis if isinstance(axis, str) else '_'.join(axis)
+        with jax.named_scope(f'{verb.__name__}_{axes}'):
+            return verb(x, axis, *args)
+
+    return named
+
+
 def varying(x: Array, axes: Axis) -> Array:
     """Lets a value that is alike on all devices of `axes` be used as if it differed.
 
@@ -210,6 +223,7 @@ def varying(x: Array, axes: Axis) -> Array:
     return lax.pcast(x, axes, to='varying') if axes else x
 
 
+@named_by_axis
 def all_gather(x: Array, axis: Axis, dim: int) -> Array:
     """Layout: dim/n -> dim, the same on all devices of the axis.
 
@@ -218,6 +232,7 @@ def all_gather(x: Array, axis: Axis, dim: int) -> Array:
     return x if lax.axis_size(axis) == 1 else lax.all_gather(x, axis, axis=dim, tiled=True)
 
 
+@named_by_axis
 def reduce_scatter(x: Array, axis: Axis, dim: int) -> Array:
     """Layout: partial sums of dim -> the sum, dim/n.
 
@@ -228,6 +243,7 @@ def reduce_scatter(x: Array, axis: Axis, dim: int) -> Array:
     return lax.psum_scatter(x, axis, scatter_dimension=dim, tiled=True)
 
 
+@named_by_axis
 def all_to_all(x: Array, axis: Axis, dim: int) -> Array:
     """Layout: dim is n parts, one for each device of the axis -> n parts, one from each.
 
@@ -248,9 +264,11 @@ def ragged_all_to_all(
     Forward: an all-to-all of the real rows only. Backward: the same, the other way. TPU and GPU.
     """
     out = jnp.zeros_like(x, shape=(rows, *x.shape[1:]))
-    return lax.ragged_all_to_all(x, out, start, sizes, start_there, received, axis_name=axis)
+    with jax.named_scope(f'ragged_all_to_all_{axis}'):
+        return lax.ragged_all_to_all(x, out, start, sizes, start_there, received, axis_name=axis)
 
 
+@named_by_axis
 def psum(x: Array, axis: Axis) -> Array:
     """Layout: partial sums -> the sum, on every device of the axis.
 
@@ -260,6 +278,7 @@ def psum(x: Array, axis: Axis) -> Array:
     return x if lax.axis_size(axis) == 1 else varying(lax.psum(x, axis), axis)
 
 
+@named_by_axis
 def pmax(x: Array, axis: Axis) -> Array:
     """Layout: unchanged; the elementwise maximum over the axis. Not differentiable.
 
@@ -279,6 +298,7 @@ def broadcast(x: Array, axis: str, source: Array) -> Array:
     return psum(jnp.where(lax.axis_index(axis) == source, x, 0), axis)
 
 
+@named_by_axis
 def shift(x: Array, axis: str, by: int) -> Array:
     """Layout: unchanged; device i's x goes to device i + by of the axis, around its ring.
 
@@ -348,6 +368,7 @@ def scatter_gradients(grads: Tree, declared: Tree) -> Tree:
     return map_params(leaf, declared, grads)
 
 
+@jax.named_scope('sum_gradients')
 def sum_gradients(grads: Tree, declared: Tree) -> Tree:
     """Sums each gradient over the axes that do not shard its parameter; once per step.
 
@@ -357,6 +378,7 @@ def sum_gradients(grads: Tree, declared: Tree) -> Tree:
     return map_params(lambda p, g: lax.psum(g, free_axes(p.spec)), declared, grads)
 
 
+@named_by_axis
 def replicate(x: Array, axis: Axis, dim: int) -> Array:
     """Layout: dim/n -> dim, alike on all devices of the axis, for results that leave the step.
 
@@ -369,6 +391,7 @@ def replicate(x: Array, axis: Axis, dim: int) -> Array:
     return lax.psum(lax.dynamic_update_slice_in_dim(whole, x, start, dim), axis)
 
 
+@jax.named_scope('global_sum')
 def global_sum(x: Array) -> Array:
     """Layout: each device's share -> the sum of all devices', alike on all of them.
 

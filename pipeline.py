@@ -199,6 +199,7 @@ def _rows(schedule: Schedule) -> dict[str, Array]:
     return rows | {'head': jnp.asarray(schedule.head, jnp.int32)}
 
 
+@jax.named_scope('forward')
 def _forward(ctx: Context, state: State, row: dict[str, Array]) -> tuple[State, Array]:
     """F: files the embedding on the first virtual stage, then runs the stage."""
     x = lax.cond(
@@ -215,6 +216,7 @@ def _forward(ctx: Context, state: State, row: dict[str, Array]) -> tuple[State, 
     return state._replace(x_ring=x_ring), lax.cond(row['f'] >= 0, run, lambda: _zeros(ctx.x))
 
 
+@jax.named_scope('head')
 def _head(ctx: Context, state: State, row: dict[str, Array], y: Array) -> State:
     """Head and loss of the microbatch that leaves the last virtual stage, a share on each stage.
 
@@ -243,6 +245,7 @@ def _head(ctx: Context, state: State, row: dict[str, Array], y: Array) -> State:
     return state._replace(g_ring=_file(state.g_ring, row['g_head'], g), sums=sums)
 
 
+@jax.named_scope('backward')
 def _backward(ctx: Context, state: State, row: dict[str, Array]) -> tuple[State, Array]:
     """B: gradients of the stage's input and of the parameters that are not deferred, and what W
     takes; on the first virtual stage, those of the embedding as well."""
@@ -282,6 +285,7 @@ def _backward(ctx: Context, state: State, row: dict[str, Array]) -> tuple[State,
     return state._replace(s_ring=s_ring, sums=sums), dx
 
 
+@jax.named_scope('weight_gradients')
 def _weights(ctx: Context, state: State, row: dict[str, Array]) -> State:
     """W: the gradients of the deferred weights, block by block; they add up in place."""
 

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from attention import positions
+from guards import init_history, judge, select
 from layers import ModelConfig, linear_weight_gradient
 from model import block_params, first_layers, loss, run_blocks, split_router_loss, token_loss
 from moe import update_biases
@@ -60,14 +61,20 @@ def compiler_options(overrides: str, platform: str) -> dict[str, str]:
 
 def state_specs(declared: Tree) -> Tree:
     p = specs(declared)
-    return {'params': p, 'moments': {'m': p, 'v': p}, 'step': P()}
+    numbers = jax.tree.map(lambda _: P(), jax.eval_shape(init_numbers))
+    return {'params': p, 'moments': {'m': p, 'v': p}, **numbers}
 
 
 def init_state(config: ConfigDict, mesh: Mesh) -> Tree:
-    """Parameters, moments and the step number, on their devices."""
+    """Parameters, moments, the step number and the guards' history, on their devices."""
     params = init_params(jax.random.key(config.seed), declared_params(config), mesh)
-    step = jax.device_put(jnp.zeros((), jnp.int32), NamedSharding(mesh, P()))
-    return {'params': params, 'moments': adamw_init(params), 'step': step}
+    numbers = jax.jit(init_numbers, out_shardings=NamedSharding(mesh, P()))()
+    return {'params': params, 'moments': adamw_init(params), **numbers}
+
+
+def init_numbers() -> Tree:
+    """What of the state is alike on all devices."""
+    return {'step': jnp.zeros((), jnp.int32), 'history': init_history()}
 
 
 def abstract_state(config: ConfigDict, mesh: Mesh) -> Tree:
@@ -77,8 +84,9 @@ def abstract_state(config: ConfigDict, mesh: Mesh) -> Tree:
         return jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=NamedSharding(mesh, p.spec))
 
     params = map_params(like, declared_params(config))
-    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
-    return {'params': params, 'moments': {'m': params, 'v': params}, 'step': step}
+    sharding = NamedSharding(mesh, P())
+    numbers = jax.tree.map(lambda x: x.update(sharding=sharding), jax.eval_shape(init_numbers))
+    return {'params': params, 'moments': {'m': params, 'v': params}, **numbers}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -203,7 +211,10 @@ def train_schedule(config: ConfigDict) -> Schedule:
 
 
 def make_train_step(config: ConfigDict, mesh: Mesh) -> Callable[[Tree, Array], tuple[Tree, dict]]:
-    """jitted (state, tokens_MBT) -> (state, metrics); the state's buffers are donated."""
+    """jitted (state, tokens_MBT) -> (state, metrics); the state's buffers are donated.
+
+    A step that the guards skip advances `step` and `history` alone.
+    """
     cfg, optimizer = model_config(config), optimizer_config(config)
     platform = mesh.devices.flat[0].platform
     declared, gradients = declared_params(config), make_gradients(config, platform)
@@ -212,14 +223,20 @@ def make_train_step(config: ConfigDict, mesh: Mesh) -> Callable[[Tree, Array], t
     def train_step(state: Tree, tokens_MBT: Array) -> tuple[Tree, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.key(config.seed), state['step'])
         grads, metrics = gradients(state['params'], tokens_MBT, key)
-        grads, norm = clip_by_global_norm(grads, declared, optimizer.clip_norm)
-        params, moments = adamw(
-            state['params'], grads, state['moments'], state['step'], declared, optimizer
-        )
+        with jax.named_scope('optimizer'):
+            grads, norm = clip_by_global_norm(grads, declared, optimizer.clip_norm)
+            params, moments = adamw(
+                state['params'], grads, state['moments'], state['step'], declared, optimizer
+            )
         params['blocks'] = update_biases(params['blocks'], metrics['router'], cfg.bias_rate)
+        apply, history = judge(norm, state['history'], config.guard)
+        updated = {'params': params, 'moments': moments}
+        updated = select(apply, updated, {name: state[name] for name in updated})
         metrics['router'] = jax.tree.map(lambda x: replicate(x, PP, stage_dim), metrics['router'])
         metrics |= {'grad_norm': norm, 'lr': learning_rate(state['step'], optimizer)}
-        return {'params': params, 'moments': moments, 'step': state['step'] + 1}, metrics
+        metrics |= {'skipped': history['skipped'], 'skips_in_a_row': history['in_a_row']}
+        metrics['grad_norm_mean'] = jnp.exp(history['log_norm'])
+        return updated | {'step': state['step'] + 1, 'history': history}, metrics
 
     sharded = jax.shard_map(
         train_step,

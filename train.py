@@ -7,6 +7,9 @@
 The workdir receives config.json, metrics.jsonl, one object a logged step, and checkpoints/. The
 same command goes on from the newest checkpoint there, however the run ended before; SIGTERM or
 Ctrl-C save one first. --init_from=WORKDIR starts a new run from another one's parameters.
+
+The exit code is 0 if the run is complete or stopped by a signal, with all saved; 70 if the watchdog
+ended it; 1 if anything else did, with a message.
 """
 
 import ctypes
@@ -27,6 +30,7 @@ import data
 from checkpoint import Checkpointer, CheckpointError
 from evaluation import make_evaluation, over_sources, zlib_bits_per_byte
 from generate import TOKENIZER, make_sampler, tokenizer_record
+from guards import TrainingError, Watchdog
 from metrics import Progress, Writer
 from parallel import Tree, count, make_mesh
 from resume import StopSignals, first_step, load_params, restore_state
@@ -80,14 +84,24 @@ def train(config: ConfigDict, workdir: str, init_from: str = '') -> dict[str, An
     """The whole run, or what is left of it in the workdir; returns the summary of what was done."""
     validate(config, jax.device_count())
     path, c = os.path.join(workdir, 'checkpoints'), config.checkpoint
-    with Checkpointer(path, c.keep, c.keep_every) as checkpoints, StopSignals() as stop:
-        return run(config, workdir, checkpoints, stop, init_from)
+    with (
+        Watchdog(config.guard, config.steps) as watchdog,
+        Checkpointer(path, c.keep, c.keep_every) as checkpoints,
+        StopSignals() as stop,
+    ):
+        return run(config, workdir, checkpoints, stop, watchdog, init_from)
 
 
 def run(
-    config: ConfigDict, workdir: str, checkpoints: Checkpointer, stop: StopSignals, init_from: str
+    config: ConfigDict,
+    workdir: str,
+    checkpoints: Checkpointer,
+    stop: StopSignals,
+    watchdog: Watchdog,
+    init_from: str,
 ) -> dict[str, Any]:
     started = time.perf_counter()
+    watchdog.during('starting')
     start, where = first_step(config, workdir, checkpoints)
     writer = Writer(workdir, config, start)
     if where:
@@ -107,6 +121,7 @@ def run(
 
     put = functools.partial(put_batch, config=config, mesh=mesh)
     state = start_state(config, mesh, checkpoints, start, init_from)
+    watchdog.during('compiling')
     compile_start = time.perf_counter()
     train_step = lower_train_step(config, mesh).compile()
     writer.say(f'compiled in {time.perf_counter() - compile_start:.1f} s')
@@ -120,6 +135,7 @@ def run(
         state, metrics = train_step(state, batch)
         if pending:
             progress.log(*pending)
+        watchdog.follow(step, metrics)
         pending = (step, metrics) if progress.logs(step) else None
         stopping = stop.asked() and step < config.steps
         pauses = progress.evaluates(step) or progress.samples(step) or progress.saves(step)
@@ -129,14 +145,17 @@ def run(
         if progress.evaluates(step) and not stopping:
             jax.block_until_ready(state)
             paused = time.perf_counter()
+            watchdog.during(f'evaluating after step {step}')
             evaluation = over_sources(sources, functools.partial(evaluate, state['params']))
             progress.log_evaluation(step, evaluation, time.perf_counter() - paused)
         if sample and progress.samples(step) and not stopping:
             jax.block_until_ready(state)
             paused = time.perf_counter()
+            watchdog.during(f'sampling after step {step}')
             samples = sample(state['params'], step)
             progress.log_samples(step, samples, time.perf_counter() - paused)
         if progress.saves(step) or stopping:
+            watchdog.during(f'saving step {step}')
             checkpoints.save(step, state, config.to_dict())
         if stopping:
             break
@@ -187,7 +206,7 @@ def main(_: list[str]) -> None:
     name = time.strftime('runs/%Y%m%d-%H%M%S')
     try:
         train(FLAGS.config, FLAGS.workdir or name, FLAGS.init_from or '')
-    except CheckpointError as error:
+    except (CheckpointError, TrainingError) as error:
         sys.exit(str(error))
     except ValueError as error:
         if not str(error).startswith('the config cannot run'):

@@ -178,10 +178,10 @@ def value_errors(config: ConfigDict) -> Iterator[str]:
         'seed', 'eval.every', 'eval.batches', 'log.every', 'optimizer.warmup_steps',
         'optimizer.decay_steps', 'model.q_rank', 'model.first_dense', 'model.n_shared_experts',
         'log.loads_every', 'checkpoint.every', 'checkpoint.keep', 'checkpoint.keep_every',
-        'log.sample_every',
+        'log.sample_every', 'guard.max_skips',
     }  # fmt: skip
     flat = dict(config)
-    for group in ('model', 'mesh', 'data', 'optimizer', 'eval', 'log', 'pipeline', 'checkpoint'):
+    for group in [name for name, value in flat.items() if isinstance(value, ConfigDict)]:
         flat |= {f'{group}.{k}': v for k, v in flat.pop(group).items()}
     for name, value in flat.items():
         least = -1 if name == 'model.document_end' else 0 if name in may_be_zero else 1
@@ -212,6 +212,11 @@ def value_errors(config: ConfigDict) -> Iterator[str]:
         yield f'model.dropout={flat["model.dropout"]} drops everything; use a share below 1'
     if flat['model.rope_factor'] < 1:
         yield f'model.rope_factor={flat["model.rope_factor"]} shortens the context; use 1 or more'
+    if 0 < flat['guard.spike_factor'] <= 1:
+        yield (
+            f'guard.spike_factor={flat["guard.spike_factor"]} skips ordinary steps; use a factor '
+            f'above 1, or 0 for none'
+        )
     for name in ('optimizer.b1', 'optimizer.b2'):
         if flat[name] >= 1:
             yield f'{name}={flat[name]} never forgets; use a value below 1'

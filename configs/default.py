@@ -106,5 +106,13 @@ def get_config() -> ConfigDict:
     k.keep = 2  # the newest ones; 0 keeps all
     k.keep_every = 0  # steps whose multiples are kept for ever; 0: none
 
+    c.guard = u = ConfigDict()
+    u.nonfinite = True  # skip a step whose gradient norm is not finite
+    u.spike_factor = 10.0  # and one whose norm is so many times the geometric mean; 0: none
+    u.history = 100  # steps of that mean; before there are as many, no norm is too large
+    u.max_skips = 20  # in a row, after which the run stops; 0: never
+    u.step_seconds = 900.0  # without a finished step, after which the process ends; 0: never
+    u.pause_seconds = 7200.0  # so for a start, compilation, evaluation, samples or a save
+
     c.peak_flops = 0.0  # of one device, for MFU; 0 looks the device up, or measures a CPU
     return c.lock()

@@ -74,6 +74,9 @@ def test_tiny_divides_on_every_mesh(name, sizes):
         ({'data__path': '', 'data__sources': (('a', 'x', 1), ('a', 'y', 1))}, 'a name of its own'),
         ({'compute_dtype': 'float16'}, 'float32, bfloat16'),
         ({'model__dropout': 1.0}, 'model.dropout=1.0'),
+        ({'guard__spike_factor': 0.5}, 'use a factor above 1, or 0 for none'),
+        ({'guard__history': 0}, 'guard.history=0 is below 1'),
+        ({'guard__step_seconds': -1.0}, 'guard.step_seconds=-1.0 is negative'),
     ],
     ids=lambda x: x if isinstance(x, str) else '',
 )

@@ -1,0 +1,225 @@
+"""A step that must not count changes nothing on any device; a run that hangs or diverges ends."""
+
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from common import batch_at, on_mesh, small_config
+from jax import lax
+from ml_collections import ConfigDict
+from test_parity import assert_replicas_identical
+
+import guards
+import steps
+from configs import default
+from parallel import PP, TP, Tree, make_mesh
+
+POISON = -2  # no target, like -1, but the device that reads it gets gradients without a number
+SKIPPED = 1
+
+
+def poisoned(compute):
+    """Of the devices that hold the poisoned row, one gets NaN in each leaf of its gradient."""
+
+    def wrapped(params, tokens_MBT, *args, **kwargs):
+        grads, nll, stats = compute(params, tokens_MBT, *args, **kwargs)
+        one = (lax.axis_index(PP) == 0) & (lax.axis_index(TP) == 0)
+        bad = jnp.any(tokens_MBT == POISON) & one
+        return jax.tree.map(lambda g: jnp.where(bad, jnp.nan, g), grads), nll, stats
+
+    return wrapped
+
+
+def poisoned_batch_at(step: int, rows: slice) -> np.ndarray:
+    tokens = batch_at(step, slice(None))
+    if step == SKIPPED:
+        assert tokens[5, -1] == -1
+        tokens[5, -1] = POISON
+    return tokens[rows]
+
+
+def run(config: ConfigDict, step: Callable, leave_out: bool) -> tuple[Tree, list[Tree]]:
+    """State and metrics after four steps, the update of one of them left out or poisoned."""
+    mesh = make_mesh(config.mesh)
+    state, metrics = steps.init_state(config, mesh), []
+    for i in range(4):
+        if leave_out and i == SKIPPED:
+            state['step'] = jax.device_put(np.int32(i + 1), state['step'].sharding)
+            continue
+        batch = steps.put_batch(poisoned_batch_at, i, config, mesh)
+        state, of_step = step(state, batch)
+        metrics.append(jax.device_get(of_step))
+    return state, metrics
+
+
+PIPELINE = {'schedule': 'zero_bubble'}
+
+
+@pytest.mark.parametrize(
+    ('sizes', 'changes'),
+    [
+        ((1, 2, 2, 2), {}),
+        *(
+            pytest.param(sizes, changes, marks=pytest.mark.slow)
+            for sizes, changes in [
+                ((1, 1, 1, 1), {}),
+                ((2, 2, 2, 1), {'check_vma': False}),
+                ((1, 2, 1, 2, 2), {}),
+                ((1, 1, 2, 2, 2), {'check_vma': False}),
+                ((1, 4, 1, 1, 2), {'pipeline': PIPELINE}),
+                ((1, 2, 2, 1, 2), {'fsdp_gather': 'step'}),
+            ]
+        ),
+    ],
+    ids=str,
+)
+def test_a_poisoned_step_is_as_if_it_had_not_been(sizes, changes, monkeypatch):
+    for name in ('accumulated', 'pipelined'):
+        monkeypatch.setattr(steps, name, poisoned(getattr(steps, name)))
+    config = on_mesh(small_config(moe=True, microbatches=2), sizes)
+    config.model.update(n_layers=2, first_dense=0, block=('moe',))
+    config.update(changes)
+    step = steps.make_train_step(config, make_mesh(config.mesh))
+    state, metrics = run(config, step, leave_out=False)
+    expected, expected_metrics = run(config, step, leave_out=True)
+    assert [int(m['skipped']) for m in metrics] == [0, 1, 1, 1]
+    assert [int(m['skips_in_a_row']) for m in metrics] == [0, 1, 0, 0]
+    assert math.isnan(metrics[SKIPPED]['grad_norm'])
+    del metrics[SKIPPED]
+    for a, b in zip(metrics, expected_metrics, strict=True):
+        assert (a['loss'], a['grad_norm'], a['lr']) == (b['loss'], b['grad_norm'], b['lr'])
+    assert int(state['history'].pop('skipped')) == 1
+    assert int(expected['history'].pop('skipped')) == 0
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(expected), strict=True
+    ):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), jax.tree_util.keystr(path)
+    assert_replicas_identical(state)
+
+
+@pytest.mark.slow
+def test_without_the_guard_the_poison_spreads(monkeypatch):
+    monkeypatch.setattr(steps, 'accumulated', poisoned(steps.accumulated))
+    config = small_config()
+    config.guard.nonfinite = False
+    step = steps.make_train_step(config, make_mesh({}))
+    state, metrics = run(config, step, leave_out=False)
+    assert int(metrics[-1]['skipped']) == 0
+    assert all(np.isnan(x).all() for x in jax.tree.leaves(jax.device_get(state['params'])))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('sizes', [(1, 1, 1), (1, 2, 2, 2), (1, 2, 1, 2, 2)], ids=str)
+def test_skipping_keeps_no_second_state(sizes):
+    config = on_mesh(small_config(moe=True, microbatches=2), sizes)
+    config.model.update(d_model=128, d_ff=256, d_expert=128)
+
+    def analysis(**changes):
+        config.guard.update(changes)
+        return steps.lower_train_step(config, make_mesh(config.mesh)).compile().memory_analysis()
+
+    guarded, free = analysis(), analysis(nonfinite=False, spike_factor=0.0)
+    state = guarded.alias_size_in_bytes
+    assert state > 0.99 * guarded.argument_size_in_bytes
+    assert guarded.temp_size_in_bytes < free.temp_size_in_bytes + 0.05 * state
+
+
+def judged(norms: list[float], **changes) -> tuple[list[bool], dict]:
+    guard = default.get_config().guard
+    guard.update(changes)
+    history, applied = guards.init_history(), []
+    for norm in norms:
+        apply, history = guards.judge(jnp.float32(norm), history, guard)
+        applied.append(bool(apply))
+    return applied, {name: float(x) for name, x in history.items()}
+
+
+def test_norms_are_judged_by_their_recent_history():
+    inf, nan = math.inf, math.nan
+    # Before the history is complete no finite norm is too large.
+    assert judged([1, 100, nan, inf, 1], history=4)[0] == [True, True, False, False, True]
+    applied, history = judged([1, 4, 2, 30, nan, 2, 30, 30], history=3, spike_factor=10)
+    assert applied == [True, True, True, False, False, True, False, False]
+    assert (history['counted'], history['skipped'], history['in_a_row']) == (4, 4, 2)
+    assert math.exp(history['log_norm']) == pytest.approx(2)
+    # The mean follows what is recent.
+    norms = [2.0**i for i in range(20)]
+    assert all(judged(norms, history=3, spike_factor=10)[0])
+    assert judged([*norms, 1, 2.0**30], history=3, spike_factor=10)[0][-2:] == [True, False]
+    # A norm of 0, of a batch without targets, says nothing.
+    assert judged([1, 1, 0, 1], history=2)[1] == judged([1, 1, 1], history=2)[1]
+
+
+def test_guards_can_be_off():
+    norms = [1, 1, 1000, math.nan, math.inf]
+    assert judged(norms, history=2, spike_factor=0.0)[0] == [True, True, True, False, False]
+    applied, history = judged(norms, history=2, spike_factor=0.0, nonfinite=False)
+    assert all(applied)
+    assert history['skipped'] == 0
+    assert math.isfinite(history['log_norm'])
+
+
+def test_too_many_skips_stop_the_run():
+    guard = default.get_config().guard
+    guard.max_skips = 3
+    with guards.Watchdog(guard, steps=10) as watchdog:
+        skips = [0, 1, 2, 0, 1, 2, 3]
+        for step, n in enumerate(skips, start=1):
+            metrics = {'skips_in_a_row': np.int32(n), 'grad_norm': math.nan, 'grad_norm_mean': 2.0}
+            watchdog.follow(step, metrics)
+        with pytest.raises(guards.TrainingError, match='stopped at step 7: 3 steps in a row'):
+            watchdog.follow(8, metrics)
+    guard.max_skips = 0
+    with guards.Watchdog(guard, steps=10) as watchdog:
+        watchdog.follow(7, metrics)
+        watchdog.follow(8, metrics)
+
+
+HANG = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+import guards
+from configs import default
+guard = default.get_config().guard
+guard.step_seconds, guard.pause_seconds = float(sys.argv[2]), float(sys.argv[3])
+
+def stuck():
+    time.sleep(3)
+
+with guards.Watchdog(guard, steps=9) as watchdog:
+    watchdog.during('compiling')
+    for step in range(1, 4):
+        watchdog.follow(step, {'skips_in_a_row': 0})
+        time.sleep(0.1)
+    if sys.argv[4:]:
+        watchdog.during('saving')
+    stuck()
+print('went on')
+"""
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (('0.5', '0'), 'no progress for 0.5 s (guard.step_seconds), in step 3 of 9'),
+        (('0.5', '0.7', 'pause'), 'no progress for 0.7 s (guard.pause_seconds), saving'),
+        (('0.5', '0', 'pause'), ''),
+    ],
+)
+def test_the_watchdog_ends_a_process_that_hangs(arguments, message):
+    root = guards.__file__.rpartition('/')[0]
+    command = [sys.executable, '-c', HANG, root, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if not message:
+        assert (done.returncode, done.stdout, done.stderr) == (0, 'went on\n', '')
+        return
+    assert done.returncode == guards.EXIT_HUNG
+    assert done.stdout == ''
+    assert message in done.stderr
+    assert ' in stuck\n' in done.stderr
+    assert 'the same command goes on from the newest checkpoint' in done.stderr
