@@ -114,5 +114,6 @@ def get_config() -> ConfigDict:
     u.step_seconds = 900.0  # without a finished step, after which the process ends; 0: never
     u.pause_seconds = 7200.0  # so for a start, compilation, evaluation, samples or a save
 
+    c.chip = 'cpu'  # that plan.py plans for: 'cpu' | 'v4' | 'v5e' | 'v5p' | 'v6e' | 'h100' | ...
     c.peak_flops = 0.0  # of one device, for MFU; 0 looks the device up, or measures a CPU
     return c.lock()
