@@ -17,9 +17,9 @@ from ml_collections import ConfigDict
 
 from layers import ModelConfig
 from model import layer_params, model_params
-from parallel import FSDP, TP, Param, Tree, is_param, spec_axes
-from schedules import Schedule, make_schedule
-from steps import PIPELINE_COSTS
+from parallel import BATCH, FSDP, PP, TP, Param, Tree, is_param, spec_axes
+from schedules import Schedule
+from steps import train_schedule
 from validation import model_config
 
 FLOAT32 = 4  # bytes of a master parameter, a moment, an accumulated gradient
@@ -47,6 +47,11 @@ class Share:
     def tokens(self) -> int:
         """Of a microbatch, all positions: what heads, feed-forward and experts work on."""
         return self.rows * self.T
+
+    @property
+    def step_tokens(self) -> int:
+        """Of a step, over all devices."""
+        return self.tokens * self.microbatches * math.prod(self.mesh[axis] for axis in BATCH)
 
     @property
     def local(self) -> int:
@@ -87,11 +92,6 @@ class Share:
 
 
 @functools.cache
-def schedule_of(name: str, stages: int, microbatches: int, chunks: int) -> Schedule:
-    return make_schedule(name, stages, microbatches, chunks, PIPELINE_COSTS)
-
-
-@functools.cache
 def declarations(cfg: ModelConfig, chunks: int) -> Tree:
     return model_params(cfg, chunks)
 
@@ -104,19 +104,15 @@ def layer_declaration(cfg: ModelConfig, kind: str) -> Tree:
 def share(config: ConfigDict, platform: str) -> Share:
     mesh = dict(config.mesh)
     over = config.microbatches * mesh['dp'] * mesh['fsdp'] * mesh['ep']
-    p = config.pipeline
-    schedule = None
-    if mesh['pp'] > 1:
-        schedule = schedule_of(p.schedule, mesh['pp'], config.microbatches, p.chunks)
     return Share(
         cfg=model_config(config, platform),
         mesh=mesh,
         microbatches=config.microbatches,
         T=config.seq_len,
         rows=config.batch_size // over,
-        chunks=p.chunks,
+        chunks=config.pipeline.chunks,
         gather=config.fsdp_gather,
-        schedule=schedule,
+        schedule=train_schedule(config) if mesh[PP] > 1 else None,
     )
 
 
@@ -150,7 +146,7 @@ class Value:
 
 
 def attention_values(s: Share) -> list[Value]:
-    cfg, c, tp, t = s.cfg, s.width, s.mesh['tp'], s.tokens
+    cfg, c, tp, t = s.cfg, s.width, s.mesh[TP], s.tokens
     D, N = cfg.d_model, cfg.n_heads // tp
     if cfg.attention == 'mla':
         query, key = cfg.q_rank or D, cfg.nope_dim + cfg.rope_dim
@@ -175,7 +171,7 @@ def attention_values(s: Share) -> list[Value]:
 
 
 def feed_forward_values(s: Share, kind: str) -> list[Value]:
-    cfg, c, tp, t = s.cfg, s.width, s.mesh['tp'], s.tokens
+    cfg, c, tp, t = s.cfg, s.width, s.mesh[TP], s.tokens
     D = cfg.d_model
     values = [Value(s.local * D * c), Value(t * D * c)]  # normed, gathered
     if kind == 'dense':
@@ -218,11 +214,19 @@ def recomputed_of_block(s: Share, kinds: tuple[str, ...]) -> float:
 
 def gradients_of_layer(s: Share, kind: str) -> float:
     """Bytes of the gradients of activations that are there at once in a layer's backward pass."""
-    cfg, c, tp, t = s.cfg, s.width, s.mesh['tp'], s.tokens
+    cfg, c, tp, t = s.cfg, s.width, s.mesh[TP], s.tokens
     if kind == 'dense':
-        return t * (2 * cfg.d_ff // tp + 2 * cfg.d_model) * c
-    rows, width = s.assignments, cfg.d_expert // tp
-    return rows * (2 * width * FLOAT32 + cfg.d_model * (FLOAT32 + c))
+        feed_forward = t * (2 * cfg.d_ff // tp + 2 * cfg.d_model) * c
+    else:
+        rows, width = s.assignments, cfg.d_expert // tp
+        feed_forward = rows * (2 * width * FLOAT32 + cfg.d_model * (FLOAT32 + c))
+    qkv = next(v.bytes for v in attention_values(s) if v.group == 'qkv')
+    attention = qkv  # their gradients
+    if cfg.attention_kernel == 'blockwise':
+        block = min(cfg.attention_block, s.T)
+        scores = s.rows * cfg.n_heads // tp * block**2
+        attention = qkv * FLOAT32 / c + 3 * scores * FLOAT32 + scores * c
+    return max(feed_forward, attention)
 
 
 def linear_values(s: Share, kind: str) -> float:
@@ -231,7 +235,7 @@ def linear_values(s: Share, kind: str) -> float:
     for p in leaves(layer_declaration(s.cfg, kind)):
         if not p.linear:
             continue
-        tp = s.mesh['tp'] if TP in spec_axes(p.spec) else 1
+        tp = s.mesh[TP] if TP in spec_axes(p.spec) else 1
         tokens = s.tokens if TP in spec_axes(p.spec) else s.local
         if p.spec[0] == TP:  # tp shards what goes in
             inputs, outputs = math.prod(p.shape[:-1]) // tp, p.shape[-1]

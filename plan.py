@@ -90,7 +90,7 @@ def model_lines(config: ConfigDict, e: Estimate) -> list[str]:
         row('and with what is computed again', scaled(e.computed, 'FLOP')),
         row('tokens a step', f'{e.tokens:,}'),
         '  6 FLOPs a weight that a token meets, and attention, of whose T² causal half counts.',
-        f'  {config.batch_size} sequences of {config.seq_len:,}; of a microbatch a device has {rows}.',
+        f'  {config.batch_size} sequences of {config.seq_len:,}; {rows} a device and microbatch.',
     ]
 
 
@@ -131,7 +131,10 @@ def network_lines(e: Estimate) -> list[str]:
     for axis, n in e.axis_bytes.items():
         lines.append(row(f'{axis:<5} in all', scaled(n, 'B'), seconds(e.axis_seconds[axis])))
     rate = scaled(e.chip.link, 'B/s')
-    lines.append(f'  At {rate} an axis: both directions of one dimension of the network.')
+    if e.chip.platform == 'tpu':
+        lines.append(f'  At {rate} an axis: both directions of one dimension of the torus.')
+    else:
+        lines.append(f'  At {rate} within a node.')
     return lines if e.transfers else ['network: none']
 
 

@@ -17,10 +17,12 @@ import math
 from ml_collections import ConfigDict
 
 from chips import Chip
+from layers import ModelConfig
 from memory import (
     FLOAT32,
     Memory,
     Share,
+    declarations,
     gathered,
     layer_declaration,
     layer_values,
@@ -34,6 +36,12 @@ from parallel import AXES, EP, FSDP, PP, TP, Param, Tree, count, free_axes
 from schedules import ideal, lock_step
 
 useful_flops = functools.cache(flops_per_token)
+
+
+@functools.cache
+def counted(cfg: ModelConfig, chunks: int, active: bool) -> int:
+    return count(declarations(cfg, chunks), active)
+
 
 # Which name in model.remat_keep spares computing a weight's matmul again.
 KEPT_BY = {
@@ -340,18 +348,19 @@ class Estimate:
 
 def estimate(config: ConfigDict, chip: Chip) -> Estimate:
     """The plan of a config that `validate` accepts, on devices of that chip."""
-    s = share(config, chip.platform)
-    tokens, work = config.batch_size * config.seq_len, all_work(s)
-    devices = math.prod(s.mesh.values())
-    sizes = [s.mesh[axis] for axis in AXES]
+    return estimate_share(share(config, chip.platform), chip)
+
+
+def estimate_share(s: Share, chip: Chip) -> Estimate:
+    work, sizes = all_work(s), [s.mesh[axis] for axis in AXES]
     return Estimate(
         chip=chip,
-        devices=devices,
-        tokens=tokens,
-        parameters=count(s.declared),
-        active=count(s.declared, active=True),
-        useful=useful_flops(s.cfg, config.seq_len),
-        computed=sum(w.flops for w in work) * devices / tokens,
+        devices=math.prod(sizes),
+        tokens=s.step_tokens,
+        parameters=counted(s.cfg, s.chunks, active=False),
+        active=counted(s.cfg, s.chunks, active=True),
+        useful=useful_flops(s.cfg, s.T),
+        computed=sum(w.flops for w in work) * math.prod(sizes) / s.step_tokens,
         memory=memory(s),
         work=work,
         transfers=all_transfers(s),

@@ -1,12 +1,14 @@
 """Searches the layouts of a config: meshes, microbatches, pipeline schedules, rematerialization."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 
 from ml_collections import ConfigDict
 
 from chips import Chip
+from memory import share
 from parallel import AXES
-from roofline import Estimate, estimate
+from roofline import Estimate, estimate_share
 from validation import validate
 
 # model.remat with what it keeps: from the least memory to the most.
@@ -61,7 +63,7 @@ def candidates(config: ConfigDict, devices: int) -> Iterator[ConfigDict]:
         if config.batch_size % shards or m.n_heads % mesh['tp'] or mesh['tp'] > m.n_heads:
             continue
         rows = config.batch_size // shards
-        for microbatches in (2**i for i in range(rows.bit_length())):
+        for microbatches in (m for m in range(1, rows + 1) if rows % m == 0):
             if mesh['pp'] > 1 and microbatches > 8 * mesh['pp']:
                 continue  # the bubble is small by then
             for schedule, chunks in schedules(config, mesh['pp']):
@@ -73,29 +75,25 @@ def candidates(config: ConfigDict, devices: int) -> Iterator[ConfigDict]:
                     yield c
 
 
-def with_remat(config: ConfigDict, remat: str, keep: tuple[str, ...]) -> ConfigDict:
-    c = config.copy_and_resolve_references()
-    c.model.update(remat=remat, remat_keep=keep, remat_offload=())
-    return c
-
-
 def search(
     config: ConfigDict, devices: int, chip: Chip, room: float = 0.9
 ) -> tuple[list[tuple[ConfigDict, Estimate]], int]:
     """Configs that take at most `room` of the memory, fastest first, one for each mesh; and how
-    many were tried. Fastest: the mean of the two bounds, since compilers hide some of it."""
+    many were tried. Fastest: by the mean of the two bounds, since compilers hide some of it."""
     best: dict[tuple[int, ...], tuple[ConfigDict, Estimate]] = {}
     tried = 0
-    for base in candidates(config, devices):
+    for c in candidates(config, devices):
+        s, key = share(c, chip.platform), tuple(c.mesh[axis] for axis in AXES)
         for remat, keep in REMAT_CHOICES:
-            c = with_remat(base, remat, keep)
-            e = estimate(c, chip)
+            cfg = dataclasses.replace(s.cfg, remat=remat, remat_keep=keep, remat_offload=())
+            e = estimate_share(dataclasses.replace(s, cfg=cfg), chip)
             tried += 1
             if e.memory.peak > room * chip.memory:
                 break  # the next ones keep more
-            key = tuple(c.mesh[axis] for axis in AXES)
             if key not in best or expected(e) < expected(best[key][1]):
-                best[key] = (c, e)
+                found = c.copy_and_resolve_references()
+                found.model.update(remat=remat, remat_keep=keep, remat_offload=())
+                best[key] = (found, e)
     return sorted(best.values(), key=lambda found: expected(found[1])), tried
 
 
