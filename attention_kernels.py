@@ -52,13 +52,15 @@ def splash_attention(
 
     B, K, G, T, H = q_BKGTH.shape
     size = min(block, T)
+    keys = 2 * size if T % (2 * size) == 0 else size  # fewer partial dq, some blocks in vain
     kernel = splash.make_splash_mha(
         masks.MultiHeadMask([masks.CausalMask((T, T))] * (K * G)),
         block_sizes=splash.BlockSizes(
             block_q=size,
             block_kv=size,
             block_q_dkv=size,
-            block_kv_dkv=size,
+            block_kv_dkv=keys,
+            block_kv_dkv_compute=size,
             use_fused_bwd_kernel=True,
         ),
         head_shards=1,

@@ -2,7 +2,7 @@
 
 Parameters, moments and gradients follow from the declarations and are exact. The rest is what the
 step must hold at its two peaks: in the head, where the logits of a chunk exist, and in the backward
-pass of a block. Activations are listed array by array (`layer_values`), as XLA keeps them: an
+pass of a layer. Activations are listed array by array (`layer_values`), as XLA keeps them: an
 elementwise chain fused, and each input of a matmul once. tests/test_plan.py compares the sum with
 what XLA says of the compiled step.
 """
@@ -195,21 +195,21 @@ def layer_values(s: Share, kind: str) -> list[Value]:
     return [x, *attention_values(s), *feed_forward_values(s, kind)]
 
 
-def kept_of_block(s: Share, kinds: tuple[str, ...]) -> float:
-    """Bytes that a block keeps from its forward to its backward pass, by model.remat: its input
+def kept_of_layer(s: Share, kind: str) -> float:
+    """Bytes that a layer keeps from its forward to its backward pass, by model.remat: its input
     and what is kept by name. 'dots' keeps no more, since linear layers differentiate themselves
     and hide their matmuls from it."""
-    values = [v for kind in kinds for v in layer_values(s, kind)]
+    values = layer_values(s, kind)
     if s.cfg.remat == 'none':
         return sum(v.bytes for v in values)
-    kept = sum(v.bytes for v in values if v.group in s.cfg.remat_keep)
-    return kept + ('residual' not in s.cfg.remat_keep) * values[0].bytes
+    keep = s.cfg.remat_keep
+    kept = sum(v.bytes for v in values if v.group in keep)
+    return kept + ('residual' not in keep) * values[0].bytes
 
 
-def recomputed_of_block(s: Share, kinds: tuple[str, ...]) -> float:
-    """Bytes that the backward pass of a block computes again, all of it before it begins."""
-    values = sum(v.bytes for kind in kinds for v in layer_values(s, kind))
-    return values - kept_of_block(s, kinds)
+def recomputed_of_layer(s: Share, kind: str) -> float:
+    """Bytes that the backward pass of a layer computes again, all of it before it begins."""
+    return sum(v.bytes for v in layer_values(s, kind)) - kept_of_layer(s, kind)
 
 
 def gradients_of_layer(s: Share, kind: str) -> float:
@@ -281,8 +281,8 @@ class Memory:
     microbatch_gradients: float  # float32, of one microbatch, before they are added
     stash: float  # what is in flight between pipeline stages
     activations: float  # kept from forward to backward
-    recomputed: float  # in the backward pass of one block
-    gathered: float  # weights in the compute type: of one block, or of all
+    recomputed: float  # in the backward pass of one layer
+    gathered: float  # weights in the compute type: of one layer, or of all
     layer_gradients: float  # of activations, within a layer
     logits: float  # of a chunk, with their gradient
     head: float  # the head's weight, and its gradient over chunks
@@ -299,7 +299,7 @@ class Memory:
 
     @property
     def in_backward(self) -> float:
-        """Besides, in the backward pass of the last block."""
+        """Besides, in the backward pass of the last layer."""
         weights = 0 if self.ahead else self.gathered
         within = self.recomputed + weights + self.layer_gradients
         return self.activations + self.microbatch_gradients + within
@@ -324,10 +324,10 @@ def memory(s: Share) -> Memory:
         summed -= in_blocks
         in_blocks = sum(shard_size(p, s.mesh, FSDP) for p in leaves(blocks))
         summed += in_blocks
-    kept = s.blocks // s.chunks * kept_of_block(s, kinds)
+    kept = s.blocks // s.chunks * sum(kept_of_layer(s, kind) for kind in kinds)
     if s.schedule is None:
-        kept += s.cfg.first_dense * kept_of_block(s, ('dense',))
-    layers = [gathered(layer_declaration(s.cfg, kind), s) for kind in kinds]
+        kept += s.cfg.first_dense * kept_of_layer(s, 'dense')
+    layers = max(gathered(layer_declaration(s.cfg, kind), s) for kind in kinds)
     logits, head = head_parts(s)
     return Memory(
         parameters=FLOAT32 * count,
@@ -336,9 +336,9 @@ def memory(s: Share) -> Memory:
         microbatch_gradients=FLOAT32 * in_blocks / s.chunks,
         stash=pipeline_stash(s),
         activations=kept,
-        recomputed=recomputed_of_block(s, kinds),
-        gathered=gathered(blocks, s) if ahead else sum(layers),
-        layer_gradients=max(gradients_of_layer(s, kind) for kind in set(kinds)),
+        recomputed=max(recomputed_of_layer(s, kind) for kind in kinds),
+        gathered=gathered(blocks, s) if ahead else layers,
+        layer_gradients=max(gradients_of_layer(s, kind) for kind in kinds),
         logits=logits,
         head=head,
         ahead=ahead,

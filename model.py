@@ -16,6 +16,7 @@ from parallel import (
     PP,
     TP,
     Array,
+    Deferred,
     P,
     Param,
     Tree,
@@ -112,20 +113,52 @@ def run_blocks(
     `first_layer` of the model. x_BTD: [B, T/tp, D] -> the same, and statistics by layer of the
     block: {name: {statistic: [blocks, ...]}}."""
     attend = functools.partial(ATTENTION[cfg.attention].forward, table=table, cfg=cfg)
+    names = block_names(kinds)
+
+    def one_layer(x_BTD: Array, scanned: tuple[Tree, Array], kind: str):
+        params, number = scanned
+        layer_key = jax.random.fold_in(key, number)
+        x_BTD, _, stats = layer(params, x_BTD, attend, layer_key, cfg, kind)
+        return x_BTD, stats
 
     def block(x_BTD: Array, scanned: tuple[Tree, Array]):
         params, index = scanned
-        stats = {}
-        for i, name in enumerate(block_names(kinds)):
-            layer_key = jax.random.fold_in(key, first_layer + index * len(kinds) + i)
-            with jax.named_scope(f'layer_{name}'):
-                x_BTD, _, layer_stats = layer(params[name], x_BTD, attend, layer_key, cfg, kinds[i])
-            stats |= {name: layer_stats} if layer_stats else {}
+        stats, start = {}, first_layer + index * len(kinds)
+        for run in runs(kinds, params):
+            f = functools.partial(one_layer, kind=kinds[run[0]])
+            f = jax.checkpoint(f, policy=remat_policy(cfg), prevent_cse=False)
+            layers = [(params[names[i]], jnp.asarray(start + i)) for i in run]
+            with jax.named_scope(f'layer_{names[run[0]]}'):
+                if len(run) == 1:
+                    x_BTD, found = f(x_BTD, layers[0])
+                    found = [found]
+                else:
+                    stack = jax.tree.map(lambda *x: jnp.stack(x), *layers)
+                    x_BTD, found = lax.scan(f, x_BTD, stack)
+                    found = [jax.tree.map(lambda x: x[i], found) for i in range(len(run))]  # noqa: B023
+            stats |= {names[i]: s for i, s in zip(run, found, strict=True) if s}
         return x_BTD, stats
 
-    block = jax.checkpoint(block, policy=remat_policy(cfg), prevent_cse=False)
     n_blocks = jax.tree.leaves(blocks)[0].shape[0]
     return lax.scan(block, x_BTD, (blocks, jnp.arange(n_blocks)))
+
+
+def runs(kinds: tuple[str, ...], params: Tree) -> list[list[int]]:
+    """A block's layers, those of one kind in a row together: they are scanned, so that the program
+    has one of them. That takes a copy of their shards. Weights whose gradient is deferred leave
+    activations beside them, which are not worth copying: there each layer is alone.
+    """
+    alone = any(
+        isinstance(leaf, Deferred)
+        for leaf in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Deferred))
+    )
+    found: list[list[int]] = []
+    for i, kind in enumerate(kinds):
+        if found and not alone and kinds[i - 1] == kind:
+            found[-1].append(i)
+        else:
+            found.append([i])
+    return found
 
 
 # ---------------------------------------------------------------------------------------------
@@ -194,8 +227,15 @@ def _cross_entropy(x_TD, w_VD, labels_T, z_loss: float, chunk: int, with_grads: 
         if not with_grads:
             return (total, nll_total, dw_VD), None
         scale_T = jnp.where(valid_T, (1 + 2 * z_loss * logsumexp_T) / sum_T, 0)
-        d_logits_TV = (exp_TV * scale_T[:, None] - is_label_TV).astype(x_TD.dtype)
-        dx_TD = reduce_scatter(jnp.einsum('tv,vd->td', d_logits_TV, w_VD), TP, 0)
+
+        def d_logits(exp_TV: Array) -> Array:
+            return (exp_TV * scale_T[:, None] - is_label_TV).astype(x_TD.dtype)
+
+        # exp is evaluated and written once, in the compute type. Two barriers, so that each matmul
+        # makes its d logits from it as it reads, and none are written.
+        exp_TV = lax.optimization_barrier(exp_TV.astype(x_TD.dtype))
+        dx_TD = reduce_scatter(jnp.einsum('tv,vd->td', d_logits(exp_TV), w_VD), TP, 0)
+        d_logits_TV = d_logits(lax.optimization_barrier(exp_TV))
         dw_VD += jnp.einsum('tv,td->vd', d_logits_TV, x_TD, preferred_element_type=jnp.float32)
         return (total, nll_total, dw_VD), dx_TD
 

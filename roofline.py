@@ -46,7 +46,7 @@ def counted(cfg: ModelConfig, chunks: int, active: bool) -> int:
 # Which name in model.remat_keep spares computing a weight's matmul again.
 KEPT_BY = {
     'w_q': 'qkv', 'w_k': 'qkv', 'w_v': 'qkv', 'w_q_up': 'qkv', 'w_k_up': 'qkv', 'w_v_up': 'qkv',
-    'w_o': 'residual', 'w_gate': 'hidden', 'w_up': 'hidden', 'w_down': 'residual',
+    'w_o': 'residual', 'w_gate': 'hidden', 'w_up': 'hidden',
 }  # fmt: skip
 
 
@@ -92,33 +92,34 @@ def attention_flops(s: Share) -> tuple[float, float]:
     return each * (key + value), each * (3 * key + 2 * value)
 
 
-def matmul_flops(s: Share, kind: str, again: bool = False, last: bool = False) -> float:
+def matmul_flops(s: Share, kind: str, again: bool = False) -> float:
     """One pass over a layer's matrices, for a microbatch on a device: 2 a weight and token. With
-    `again` only those that remat computes again; the `last` layer's output is not needed."""
+    `again` only those that remat computes again; a layer's last matmul is not needed."""
+    cfg = s.cfg
 
     def walk(tree: Tree, name: str = '') -> float:
         if not isinstance(tree, Param):
             return sum(walk(child, key) for key, child in tree.items())
-        kept = KEPT_BY.get(name) in s.cfg.remat_keep
-        unneeded = last and name == 'w_down' and tree.use == 1
-        if not tree.matrix or (again and (kept or unneeded)):
+        unneeded = KEPT_BY.get(name) in cfg.remat_keep or (name == 'w_down' and tree.use == 1)
+        if not tree.matrix or (again and unneeded):
             return 0.0
-        return 2 * math.prod(tree.shape) * tree.use * s.local
+        flops = 2 * math.prod(tree.shape) * tree.use * s.local
+        if name == 'w_k_up':  # hands the rotary key to all heads as well
+            flops *= (1 + cfg.rope_dim / cfg.kv_rank) * (1 + cfg.rope_dim / cfg.nope_dim)
+        return flops
 
-    return walk(layer_declaration(s.cfg, kind))
+    return walk(layer_declaration(cfg, kind))
 
 
 def layers_work(s: Share, part: str, kinds: tuple[str, ...], n: int) -> Work:
-    """`n` times a block of layers of these kinds, for all microbatches of a step."""
+    """`n` times layers of these kinds, for all microbatches of a step."""
     passes, remat = forward_passes(s), s.cfg.remat != 'none'
     attend, attend_back = attention_flops(s)
     flops = moved = 0.0
-    for i, kind in enumerate(kinds):
-        last = i == len(kinds) - 1
-        matmuls = (passes + 2) * matmul_flops(s, kind)
-        flops += matmuls + passes * attend + attend_back
+    for kind in kinds:
+        flops += (passes + 2) * matmul_flops(s, kind) + passes * attend + attend_back
         if remat:
-            flops += matmul_flops(s, kind, again=True, last=last)
+            flops += matmul_flops(s, kind, again=True)
             flops += attend * ('attention' not in s.cfg.remat_keep)
         values = sum(v.bytes for v in layer_values(s, kind))
         weights = gathered(layer_declaration(s.cfg, kind), s)
@@ -206,19 +207,17 @@ def activation_transfers(s: Share) -> list[Transfer]:
     cfg, passes, remat = s.cfg, forward_passes(s), s.cfg.remat != 'none'
     x = s.tokens * cfg.d_model * s.width
 
-    def layers(kinds: tuple[str, ...]) -> float:
-        sent = 0.0
-        for i, kind in enumerate(kinds):
-            gathers, scatters = activations_sent(s, kind)
-            sent += (passes + 1) * sum(gathers + scatters)
-            if kind == 'moe':
-                sent -= 4 * s.tokens * cfg.experts_per_token  # numbers of experts: no gradient
-            if remat:  # what the last layer of a block scatters is not needed again
-                again = scatters[: 1 if i == len(kinds) - 1 else 2]
-                sent += sum(gathers) + sum(again) * ('residual' not in cfg.remat_keep)
+    def layer(kind: str) -> float:
+        gathers, scatters = activations_sent(s, kind)
+        sent = (passes + 1) * sum(gathers + scatters)
+        if kind == 'moe':
+            sent -= 4 * s.tokens * cfg.experts_per_token  # numbers of experts: no gradient
+        if remat:  # what the feed-forward scatters is not needed again
+            sent += sum(gathers) + scatters[0] * ('residual' not in cfg.remat_keep)
         return sent
 
-    sent = s.blocks * layers(tuple(cfg.block)) + cfg.first_dense * layers(('dense',))
+    sent = s.blocks * sum(layer(kind) for kind in cfg.block)
+    sent += cfg.first_dense * layer('dense')
     sent += 2 * x  # the embedding's
     sent += s.head_tokens * s.mesh[TP] * (2 * cfg.d_model * s.width + 28)  # and loss statistics
     sent *= part_sent(s.mesh[TP]) * s.microbatches

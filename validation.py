@@ -210,6 +210,9 @@ def value_errors(config: ConfigDict) -> Iterator[str]:
             yield f'model.block has the unknown kind {kind!r}; use {", ".join(FEED_FORWARD)}'
     if not flat['model.block']:
         yield "model.block=() is empty; use at least one kind of layer, as in ('dense',)"
+    for entry in config.compiler_options.split():
+        if '=' not in entry:
+            yield f"compiler_options has {entry!r}, which sets nothing; use 'name=value ...'"
     if flat['model.dropout'] >= 1:
         yield f'model.dropout={flat["model.dropout"]} drops everything; use a share below 1'
     if flat['model.rope_factor'] < 1:
