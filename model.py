@@ -128,19 +128,22 @@ def run_blocks(
             f = functools.partial(one_layer, kind=kinds[run[0]])
             f = jax.checkpoint(f, policy=remat_policy(cfg), prevent_cse=False)
             layers = [(params[names[i]], jnp.asarray(start + i)) for i in run]
-            with jax.named_scope(f'layer_{names[run[0]]}'):
-                if len(run) == 1:
-                    x_BTD, found = f(x_BTD, layers[0])
-                    found = [found]
-                else:
-                    stack = jax.tree.map(lambda *x: jnp.stack(x), *layers)
-                    x_BTD, found = lax.scan(f, x_BTD, stack)
-                    found = [jax.tree.map(lambda x: x[i], found) for i in range(len(run))]  # noqa: B023
+            with jax.named_scope(f'layer_{names[run[0]]}' + f'_x{len(run)}' * (len(run) > 1)):
+                x_BTD, found = run_layers(f, x_BTD, layers)
             stats |= {names[i]: s for i, s in zip(run, found, strict=True) if s}
         return x_BTD, stats
 
     n_blocks = jax.tree.leaves(blocks)[0].shape[0]
     return lax.scan(block, x_BTD, (blocks, jnp.arange(n_blocks)))
+
+
+def run_layers(f: Callable, x_BTD: Array, layers: list[Tree]) -> tuple[Array, list[Tree]]:
+    """f over layers of one kind, several of them in a scan: the last output, and their statistics."""
+    if len(layers) == 1:
+        x_BTD, stats = f(x_BTD, layers[0])
+        return x_BTD, [stats]
+    x_BTD, stacked_stats = lax.scan(f, x_BTD, jax.tree.map(lambda *x: jnp.stack(x), *layers))
+    return x_BTD, [jax.tree.map(lambda x: x[i], stacked_stats) for i in range(len(layers))]  # noqa: B023
 
 
 def runs(kinds: tuple[str, ...], params: Tree) -> list[list[int]]:

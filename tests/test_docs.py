@@ -1,0 +1,414 @@
+"""The README and the guide say what is so: names, links, flags and fields exist, code runs.
+
+Fenced blocks are of four kinds. ```python is run, all of a file's in one process; ```bash is run
+with `-m slow`, all of a file's in one folder, a copy of the project. ```text right after either is
+what it prints, where … stands for anything, and so does … elsewhere. ```console cannot be run
+here; like ```bash, its commands are checked: files, flags, config fields and their values.
+"""
+
+import ast
+import functools
+import importlib
+import itertools
+import json
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from configs import default
+from validation import validate
+
+ROOT = pathlib.Path(__file__).parent.parent
+PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
+LANGUAGES = ('python', 'bash', 'console', 'text')
+DEVICES = 4096  # that a documented mesh may have
+
+
+class Block(NamedTuple):
+    language: str
+    text: str
+    line: int  # of the fence, from 1 up
+    output: str | None  # the ```text block that follows
+
+
+def blocks(page: str) -> list[Block]:
+    """The fenced blocks of a page."""
+    found: list[Block] = []
+    end = 0
+    for fence in re.finditer(r'^```(.*)\n((?:.*\n)*?)```$', page, re.MULTILINE):
+        block = Block(fence[1], fence[2], page.count('\n', 0, fence.start()) + 1, None)
+        if block.language == 'text' and found and not page[end : fence.start()].strip():
+            found[-1] = found[-1]._replace(output=block.text)
+        found.append(block)
+        end = fence.end()
+    return found
+
+
+def prose(page: str) -> str:
+    """The page without its fenced blocks."""
+    return re.sub(r'^```(.*)\n((?:.*\n)*?)```$', '', page, flags=re.MULTILINE)
+
+
+# ---------------------------------------------------------------------------------------------
+# Names
+# ---------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def defined(module: str) -> dict[str, ast.AST]:
+    """What a module defines or imports at its top level."""
+    tree = ast.parse((ROOT / f'{module}.py').read_text())
+    names: dict[str, ast.AST] = {}
+    for node in tree.body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {alias.asname or alias.name: node for alias in node.names}
+    return names | members(tree)
+
+
+def members(node: ast.AST) -> dict[str, ast.AST]:
+    """What the body of a module or class defines; of a class also the attributes of self."""
+    names: dict[str, ast.AST] = {}
+    for child in getattr(node, 'body', []):
+        if isinstance(child, ast.FunctionDef | ast.ClassDef):
+            names[child.name] = child
+        elif isinstance(child, ast.Assign | ast.AnnAssign):
+            targets = child.targets if isinstance(child, ast.Assign) else [child.target]
+            names |= {n.id: child for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)}
+    if isinstance(node, ast.ClassDef):
+        for child in ast.walk(node):
+            if isinstance(child, ast.Attribute) and isinstance(child.ctx, ast.Store):
+                names[child.attr] = child
+    return names
+
+
+def modules() -> set[str]:
+    return {path.stem for path in ROOT.glob('*.py')}
+
+
+def is_field(name: str, config: ConfigDict) -> bool:
+    for part in name.split('.'):
+        if not isinstance(config, ConfigDict) or part not in config:
+            return False
+        config = config[part]
+    return True
+
+
+def resolves(name: str) -> bool:
+    """Whether a dotted name is something of the project's modules, its config, or jax."""
+    first, *rest = name.split('.')
+    if is_field(name, default.get_config()):
+        return True
+    if first in ('jax', 'lax', 'jnp'):
+        module = {'jax': 'jax', 'lax': 'jax.lax', 'jnp': 'jax.numpy'}[first]
+        found = importlib.import_module(module)
+        for part in rest:
+            found = getattr(found, part, None)
+        return found is not None
+    if first not in modules() or rest[0] not in defined(first):
+        return False
+    node = defined(first)[rest[0]]
+    return len(rest) == 1 or not isinstance(node, ast.ClassDef) or rest[1] in members(node)
+
+
+def wrong_names(page: str) -> Iterator[str]:
+    """Of inline code: dotted names, files and flags that do not exist."""
+    groups = {name for name, value in default.get_config().items() if isinstance(value, ConfigDict)}
+    for code in re.findall(r'`([^`\n]+)`', prose(page)):
+        if re.fullmatch(r'[\w/]+\.(py|md)', code):
+            if not (ROOT / code).exists() and not (ROOT / 'docs' / code).exists():
+                yield f'`{code}` is no file'
+        elif code.startswith('--'):
+            yield from wrong_flags(shlex.split(code), None)
+        elif name := re.fullmatch(r'([a-z]\w*)((?:\.\w+)+)(?:\(.*\)|=.*)?', code):
+            if name[2].endswith(('.json', '.jsonl', '.txt', '.tiktoken')):
+                continue
+            known = modules() | groups | {'jax', 'lax', 'jnp'}
+            if name[1] in known and not resolves(name[1] + name[2]):
+                yield f'`{code}` does not exist'
+
+
+# ---------------------------------------------------------------------------------------------
+# Links
+# ---------------------------------------------------------------------------------------------
+
+
+def anchors(page: str) -> set[str]:
+    """The anchors that GitHub gives to a page's headings."""
+    titles = re.findall(r'^#+ (.*)$', prose(page), re.MULTILINE)
+    plain = [re.sub(r'[^\w\- ]', '', title.lower()) for title in titles]
+    return {title.replace(' ', '-') for title in plain}
+
+
+def wrong_links(page: str, folder: pathlib.Path) -> Iterator[str]:
+    for target in re.findall(r'\]\(([^)\s]+)\)', prose(page)):
+        if target.startswith(('https://', 'http://')):
+            continue
+        path, _, anchor = target.partition('#')
+        if not (folder / path).exists():
+            yield f'the link {target} leads nowhere'
+        elif anchor and anchor not in anchors((folder / path).read_text() if path else page):
+            yield f'the link {target} names no heading'
+
+
+# ---------------------------------------------------------------------------------------------
+# Commands
+# ---------------------------------------------------------------------------------------------
+
+
+def commands(script: str) -> Iterator[list[str]]:
+    """The simple commands of a shell script, each as its words."""
+    for line in script.replace('\\\n', ' ').splitlines():
+        words = shlex.shlex(line, posix=True, punctuation_chars=True)
+        words.whitespace_split = True
+        command: list[str] = []
+        for word in [*words, ';']:
+            if set(word) <= set('();<>|&'):
+                if command:
+                    yield command
+                command = []
+            else:
+                command.append(word)
+
+
+@functools.cache
+def flags_of(script: str) -> dict[str, str]:
+    """name -> kind of the flags that a script defines."""
+    found: dict[str, str] = {}
+    for node in ast.walk(ast.parse((ROOT / script).read_text())):
+        kind = getattr(node.func, 'attr', '') if isinstance(node, ast.Call) else ''
+        if kind.startswith('DEFINE_'):
+            found[ast.literal_eval(node.args[0])] = kind.removeprefix('DEFINE_')
+    return found
+
+
+def wrong_flags(words: list[str], script: str | None) -> Iterator[str]:
+    """Of a command's flags; without a script, those that no script of the project has."""
+    scripts = [script] if script else [path.name for path in ROOT.glob('*.py')]
+    for word in words:
+        name = word.partition('=')[0].removeprefix('--')
+        if not word.startswith('--') or name in ('help', 'helpfull') or name.startswith('xla_'):
+            continue
+        if name.startswith('config.') and not script:
+            if not is_field(name.removeprefix('config.').rstrip('.*'), default.get_config()):
+                yield f'{word}: there is no such field'
+        elif not name.startswith('config.'):
+            known = {n: kind for s in scripts for n, kind in flags_of(s).items()}
+            positive = name.removeprefix('no')
+            if name not in known and known.get(positive) not in ('bool', 'boolean'):
+                yield f'{word}: {script or "no command"} has no such flag'
+
+
+def wrong_config(words: list[str]) -> Iterator[str]:
+    """Whether the config that a command names, with its overrides, exists and can run."""
+    settings = [w for w in words if re.match(r'--config[.=]', w) and not re.search(r'[$…]', w)]
+    if not any(w.startswith('--config=') for w in settings):
+        return
+    settings = [w.replace('--config=', f'--config={ROOT}/') for w in settings]
+    argv, values = ['command', *settings], flags.FlagValues()
+    config_flags.DEFINE_config_file(
+        'config', None, '', lock_config=True, flag_values=values, sys_argv=argv
+    )
+    try:
+        values(argv)
+        config = values.config
+        config.data.path = config.data.path or ('' if config.data.sources else 'somewhere')
+        simulated = [w.partition('=')[2] for w in words if w.startswith('--cpu_devices=')]
+        validate(config, int(simulated[0]) if simulated else DEVICES)
+    except (flags.Error, ValueError, AttributeError, TypeError, OSError) as error:
+        yield f'{shlex.join(words)}: {error}'
+
+
+def wrong_commands(page: str) -> Iterator[str]:
+    """Scripts, requirements, flags, configs and fields of the page's commands that are not there
+    or do not go together."""
+    for block in blocks(page):
+        if block.language not in ('bash', 'console'):
+            continue
+        for words in commands(block.text):
+            for before, word in itertools.pairwise(['', *words]):
+                if before == '-r' and not (ROOT / word).exists():
+                    yield f'{word} is no file'
+            words = words[next((i for i, w in enumerate(words) if '=' not in w), 0) :]
+            if words[0].startswith('python') and len(words) > 1 and words[1].endswith('.py'):
+                if not (ROOT / words[1]).exists():
+                    yield f'python {words[1]} is no file'
+                    continue
+                yield from wrong_flags(words[2:], words[1])
+                yield from wrong_config(words)
+
+
+# ---------------------------------------------------------------------------------------------
+# The tests of the pages
+# ---------------------------------------------------------------------------------------------
+
+
+def wrong_layout(page: str) -> Iterator[str]:
+    for block in blocks(page):
+        if block.language not in LANGUAGES:
+            yield f'line {block.line}: a block is {", ".join(LANGUAGES)}, not {block.language!r}'
+    if page.count('```') != 2 * len(blocks(page)):
+        yield 'a fence is not closed'
+    if re.search(r'^\n {4,}(?!\d|[-*])\S', prose(page), re.MULTILINE):
+        yield 'an indented block runs in no test: fence it'
+
+
+def wrong(page: str, folder: pathlib.Path) -> list[str]:
+    """All that can be found wrong in a page without running its code."""
+    return [
+        *wrong_layout(page),
+        *wrong_links(page, folder),
+        *wrong_names(page),
+        *wrong_commands(page),
+    ]
+
+
+def agrees(printed: str, expected: str) -> bool:
+    """Whether the output is what the page shows, but for spaces at line ends and what … hides."""
+    tidy = lambda text: '\n'.join(line.rstrip() for line in text.strip().splitlines())  # noqa: E731
+    pattern = '.*'.join(re.escape(part.strip(' ')) for part in tidy(expected).split('…'))
+    return re.fullmatch(pattern, tidy(printed), re.DOTALL) is not None
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda path: path.stem)
+def test_page_names_what_exists(page):
+    assert wrong(page.read_text(), page.parent) == []
+
+
+# Runs blocks of Python in one namespace, and says what each printed.
+RUNNER = """
+import contextlib, io, json, sys
+namespace, printed = {'__name__': '__main__'}, []
+for name, source in json.load(sys.stdin):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(compile(source, name, 'exec'), namespace)
+    printed.append(out.getvalue())
+print(json.dumps(printed))
+"""
+
+
+def copy_of_project(folder: pathlib.Path) -> pathlib.Path:
+    hidden = shutil.ignore_patterns('.*', '__pycache__', 'runs')
+    return pathlib.Path(shutil.copytree(ROOT, folder / 'project', ignore=hidden))
+
+
+def of_language(page: pathlib.Path, language: str) -> list[Block]:
+    return [block for block in blocks(page.read_text()) if block.language == language]
+
+
+def with_blocks(language: str) -> list[pathlib.Path]:
+    return [page for page in PAGES if of_language(page, language)]
+
+
+def compare(page: pathlib.Path, block: Block, printed: str) -> None:
+    if block.output is not None and not agrees(printed, block.output):
+        pytest.fail(f'{page.name}, line {block.line} printed:\n{printed}\nnot:\n{block.output}')
+
+
+@pytest.mark.parametrize('page', with_blocks('python'), ids=lambda path: path.stem)
+def test_python_prints_what_the_page_shows(page, tmp_path):
+    found = of_language(page, 'python')
+    sources = [(f'{page.name}, line {block.line}', block.text) for block in found]
+    done = subprocess.run(
+        [sys.executable, '-c', RUNNER],
+        input=json.dumps(sources),
+        cwd=copy_of_project(tmp_path),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    for block, printed in zip(found, json.loads(done.stdout), strict=True):
+        compare(page, block, printed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('page', with_blocks('bash'), ids=lambda path: path.stem)
+def test_commands_print_what_the_page_shows(page, tmp_path):
+    project = copy_of_project(tmp_path)
+    path = f'{pathlib.Path(sys.executable).parent}:{os.environ["PATH"]}'
+    for block in of_language(page, 'bash'):
+        done = subprocess.run(
+            ['bash', '-euo', 'pipefail', '-c', block.text],
+            cwd=project,
+            env={**os.environ, 'PATH': path, 'JAX_PLATFORMS': 'cpu'},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, (
+            f'{page.name}, line {block.line}:\n{done.stdout}\n{done.stderr}'
+        )
+        compare(page, block, done.stdout)
+
+
+# ---------------------------------------------------------------------------------------------
+# The tests of the tests
+# ---------------------------------------------------------------------------------------------
+
+GOOD = """# A title, with words
+
+[this](#a-title-with-words), [that](default.py), `parallel.Param.spec`, `moe.dispatch`,
+`data.path`, `jax.shard_map`, `--config.mesh.fsdp=8`, `train.py`, `metrics.jsonl`
+
+```bash
+XLA_FLAGS= python train.py --config=configs/tiny.py --cpu_devices=4 \\
+    --config.mesh.fsdp=4 && pip install -r requirements.txt  # comment --none
+python benchmarks/train_step.py --nokeep_freed_memory | head
+```
+"""
+
+
+def test_a_right_page_is_right():
+    assert wrong(GOOD, ROOT / 'configs') == []
+
+
+@pytest.mark.parametrize(
+    ('old', 'new'),
+    [
+        ('a-title-with', 'a-title-without'),
+        ('(default.py)', '(defaults.py)'),
+        ('Param.spec', 'Param.specs'),
+        ('moe.dispatch', 'moe.despatch'),
+        ('data.path', 'data.paths'),
+        ('jax.shard_map', 'jax.shard_maps'),
+        ('--config.mesh.fsdp=8', '--config.mesh.fsd=8'),
+        ('`train.py', '`trains.py'),
+        ('python train.py', 'python trains.py'),
+        ('--cpu_devices=4', '--cpus=4'),
+        ('--cpu_devices=4', '--cpu_devices=2'),
+        ('configs/tiny.py', 'configs/tinier.py'),
+        ('--config.mesh.fsdp=4', '--config.mesh.fsd=4'),
+        ('--config.mesh.fsdp=4', '--config.mesh.fsdp=3'),
+        ('--nokeep', '--nkeep'),
+        ('requirements.txt', 'requirement.txt'),
+        ('```bash', '```sh'),
+        ('```bash\n', '\n    python train.py\n\n```bash\n'),
+    ],
+)
+def test_a_wrong_page_is_found(old, new):
+    page = GOOD.replace(old, new)
+    assert page != GOOD
+    assert wrong(page, ROOT / 'configs') != []
+
+
+def test_output_is_compared_up_to_what_is_left_out():
+    assert agrees('loss 8.31  \nmore\nend\n', 'loss 8.…\n…\nend')
+    assert not agrees('loss 7.31\nend\n', 'loss 8.…\nend')
+    assert not agrees('loss 8.31\nmore\n', 'loss 8.31\n')
+
+
+def test_every_block_that_must_run_is_found():
+    page = 'a\n```python\nprint(1)\n```\n\n```text\n1\n```\nb\n```text\n2\n```\n'
+    assert [(b.language, b.output) for b in blocks(page)] == [
+        ('python', '1\n'),
+        ('text', None),
+        ('text', None),
+    ]
