@@ -138,12 +138,13 @@ def run_blocks(
 
 
 def run_layers(f: Callable, x_BTD: Array, layers: list[Tree]) -> tuple[Array, list[Tree]]:
-    """f over layers of one kind, several of them in a scan: the last output, and their statistics."""
+    """f over layers of one kind, several of them in a scan: the last output, and statistics."""
     if len(layers) == 1:
         x_BTD, stats = f(x_BTD, layers[0])
         return x_BTD, [stats]
     x_BTD, stacked_stats = lax.scan(f, x_BTD, jax.tree.map(lambda *x: jnp.stack(x), *layers))
-    return x_BTD, [jax.tree.map(lambda x: x[i], stacked_stats) for i in range(len(layers))]  # noqa: B023
+    at = lambda i: jax.tree.map(lambda x: x[i], stacked_stats)  # noqa: E731
+    return x_BTD, [at(i) for i in range(len(layers))]
 
 
 def runs(kinds: tuple[str, ...], params: Tree) -> list[list[int]]:
@@ -234,11 +235,13 @@ def _cross_entropy(x_TD, w_VD, labels_T, z_loss: float, chunk: int, with_grads: 
         def d_logits(exp_TV: Array) -> Array:
             return (exp_TV * scale_T[:, None] - is_label_TV).astype(x_TD.dtype)
 
-        # exp is evaluated and written once, in the compute type. Two barriers, so that each matmul
-        # makes its d logits from it as it reads, and none are written.
+        # exp is evaluated and written once, in the compute type. On TPU each of the two matmuls
+        # then makes its d logits from it as it reads, and none are written, if they look like two.
         exp_TV = lax.optimization_barrier(exp_TV.astype(x_TD.dtype))
         dx_TD = reduce_scatter(jnp.einsum('tv,vd->td', d_logits(exp_TV), w_VD), TP, 0)
-        d_logits_TV = d_logits(lax.optimization_barrier(exp_TV))
+        d_logits_TV = d_logits(
+            lax.platform_dependent(exp_TV, tpu=lax.optimization_barrier, default=lambda x: x)
+        )
         dw_VD += jnp.einsum('tv,td->vd', d_logits_TV, x_TD, preferred_element_type=jnp.float32)
         return (total, nll_total, dw_VD), dx_TD
 
