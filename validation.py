@@ -13,6 +13,7 @@ from model import FEED_FORWARD, REMAT, model_params
 from optimizer import OptimizerConfig
 from parallel import AXES, Tree
 from schedules import NAMES, make_schedule
+from writers import WRITERS
 
 
 def model_config(config: ConfigDict, platform: str = 'cpu') -> ModelConfig:
@@ -217,6 +218,12 @@ def value_errors(config: ConfigDict) -> Iterator[str]:
         yield f'model.dropout={flat["model.dropout"]} drops everything; use a share below 1'
     if flat['model.rope_factor'] < 1:
         yield f'model.rope_factor={flat["model.rope_factor"]} shortens the context; use 1 or more'
+    for name in flat['log.writers']:
+        if name not in WRITERS:
+            yield (
+                f'log.writers has the unknown {name!r}; use {", ".join(WRITERS)}, or both as in '
+                f"--config.log.writers=\"('tensorboard', 'wandb')\""
+            )
     if 0 < flat['guard.spike_factor'] <= 1:
         yield (
             f'guard.spike_factor={flat["guard.spike_factor"]} skips ordinary steps; use a factor '

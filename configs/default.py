@@ -95,6 +95,9 @@ def get_config() -> ConfigDict:
 
     c.log = g = ConfigDict()
     g.every = 10  # steps
+    g.writers = ()  # besides metrics.jsonl: 'tensorboard' | 'wandb'
+    g.wandb_project = 'jaxformer'
+    g.plot = False  # draw WORKDIR/metrics.png when the run ends
     g.loads_every = 100  # steps; each expert's share of the choices, for moe
     g.sample_every = 0  # steps; continuations of the prompts, to the terminal and metrics.jsonl
     g.prompts = ('def ',)

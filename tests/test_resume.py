@@ -114,6 +114,8 @@ def test_more_steps_continue_a_complete_run(whole, tokens, tmp_path, capsys):
     found = records(tmp_path / 'run')
     assert found[: len(records(whole))] == records(whole)
     assert [r['step'] for r in found[-2:]] == [21, 22]
+    entries = json.loads((tmp_path / 'run' / 'record.json').read_text())
+    assert [(e['from_step'], e['config']['steps']) for e in entries] == [(0, 20), (20, 22)]
 
 
 def test_another_model_or_order_of_the_data_is_refused(whole, tokens, tmp_path):
@@ -168,7 +170,7 @@ def test_init_from_refuses_what_does_not_fit(whole, tokens, tmp_path):
     config = small_run(tokens, model__d_ff=96)
     shapes = steps.abstract_state(config, make_mesh({}))['params']
     with pytest.raises(
-        ValueError, match=r'the config cannot run: --init_from.*\n.*d_ff|\[2, 32, 48\]'
+        ValueError, match=r'the config cannot run: the parameters of .*\n.*d_ff|\[2, 32, 48\]'
     ):
         load_params(str(whole), shapes)
     with pytest.raises(ValueError, match='holds no checkpoint'):
