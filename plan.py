@@ -5,7 +5,7 @@
     python plan.py --config=configs/tpu_v4.py --compile=v4:2x4x4    # asks the TPU compiler
     python plan.py --config=configs/tiny.py --chip=cpu --json
 
-The estimates take seconds on any machine (memory.py, roofline.py). --compile compiles the real
+The estimates take seconds on any machine (footprint.py, roofline.py). --compile compiles the real
 training step with the real compiler, which takes minutes and `pip install -r requirements-tpu.txt`,
 and prints what it says beside the estimate (compiled.py). Any field may be overridden, as in
 train.py. The last line is one JSON object with --json.
@@ -24,7 +24,7 @@ from ml_collections import ConfigDict, config_flags
 
 from chips import CHIPS, Chip, measured_cpu
 from compiled import Compiled, OutOfMemoryError, compile_step
-from memory import share
+from footprint import share
 from parallel import AXES
 from roofline import Estimate, estimate
 from search import search

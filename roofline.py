@@ -17,8 +17,7 @@ import math
 from ml_collections import ConfigDict
 
 from chips import Chip
-from layers import ModelConfig
-from memory import (
+from footprint import (
     FLOAT32,
     Memory,
     Share,
@@ -31,6 +30,7 @@ from memory import (
     shard_size,
     share,
 )
+from layers import ModelConfig
 from model import flops_per_token
 from parallel import AXES, EP, FSDP, PP, TP, Param, Tree, count, free_axes
 from schedules import ideal, lock_step

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from ml_collections import ConfigDict
 
 from chips import Chip
-from memory import share
+from footprint import share
 from parallel import AXES
 from roofline import Estimate, estimate_share
 from validation import validate

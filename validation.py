@@ -256,7 +256,7 @@ def source_errors(config: ConfigDict) -> Iterator[str]:
         yield f'data.sources names {names} twice; use a name of its own for each source'
 
 
-def validate(config: ConfigDict, n_devices: int) -> None:
+def validate(config: ConfigDict, n_devices: int, n_processes: int = 1) -> None:
     """Raises one ValueError with all that is wrong: each rule, its values, and the remedy."""
     errors = [*value_errors(config), *source_errors(config)]
     if not errors:
@@ -266,6 +266,11 @@ def validate(config: ConfigDict, n_devices: int) -> None:
             errors.append(
                 f'the mesh takes {needed} devices and {n_devices} are there; use a smaller mesh, '
                 f'or --cpu_devices={needed} to simulate them'
+            )
+        elif n_processes > 1 and needed < n_devices:
+            errors.append(
+                f'the mesh takes {needed} of the {n_devices} devices that {n_processes} processes '
+                f'have; use a mesh of all of them, since no process may be left out'
             )
     if errors:
         raise ValueError('the config cannot run:\n' + '\n'.join(f'  - {e}' for e in errors))

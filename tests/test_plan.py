@@ -14,7 +14,7 @@ from common import small_config
 import plan
 from chips import CHIPS, Chip, chip_of
 from compiled import Reader
-from memory import memory, share
+from footprint import memory, share
 from parallel import make_mesh
 from roofline import estimate
 from search import search
