@@ -64,4 +64,5 @@ def get_config() -> ConfigDict:
     c.eval.every = 1000
     c.eval.batches = 20
     c.checkpoint.every = 1000
+    c.chip = 'v4'
     return c
