@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from chips import chip_of, cpu_flops
+from memory import memory_use
 from model import flops_per_token
 from parallel import Array, Tree
 from record import add_entry
@@ -146,12 +147,16 @@ class Progress:
             'tokens_per_second': self.step_tokens / seconds,
             'mfu': self.step_flops / seconds / self.peak,
         }
-        self.writer.write(step=step, tokens=step * self.step_tokens, **values, **speed)
+        memory = memory_use()
+        tokens = step * self.step_tokens
+        self.writer.write(step=step, tokens=tokens, **values, **speed, **memory)
         skipped = f'{values["skipped"]:.0f} skipped  ' if values['skipped'] else ''
+        gigabytes = memory.get('device_bytes', memory['host_bytes']) / 1e9
         self.writer.terminal.log(
             step,
             f'loss {values["loss"]:.4f}  {skipped}grad norm {values["grad_norm"]:.3f}  '
-            f'{speed["tokens_per_second"]:,.0f} tokens/s  MFU {speed["mfu"]:.1%}',
+            f'{speed["tokens_per_second"]:,.0f} tokens/s  MFU {speed["mfu"]:.1%}  '
+            f'{gigabytes:.1f} GB',
             seconds,
         )
 

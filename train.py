@@ -12,8 +12,8 @@ Ctrl-C save one first. --init_from=WORKDIR starts a new run from another one's p
     python train.py --workdir=runs/tiny --eval_only               # or --eval_only=STEP
     python train.py --plot=runs/tiny                              # or several: --plot=runs/a,runs/b
 
-The exit code is 0 if the run is complete or stopped by a signal, with all saved; 70 if the watchdog
-ended it; 1 if anything else did, with a message.
+The exit code is 0 if the run is complete, or stopped by a signal and saved; 75 if the same command
+is to be given again, because the watchdog ended the process or another one was lost; otherwise 1.
 """
 
 import ctypes
@@ -23,6 +23,7 @@ import platform
 import shlex
 import sys
 import time
+import traceback
 from typing import Any
 
 import jax
@@ -32,6 +33,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
 import data
+import hosts
 from checkpoint import Checkpointer, CheckpointError
 from evaluation import (
     append_evaluation,
@@ -41,7 +43,8 @@ from evaluation import (
     zlib_bits_per_byte,
 )
 from generate import TOKENIZER, make_sampler, tokenizer_record
-from guards import TrainingError, Watchdog
+from guards import AGAIN, TrainingError, Watchdog
+from memory import OutOfMemoryError, out_of_memory_explained
 from metrics import Progress, Writer
 from parallel import Tree, count, make_mesh
 from plot import need_matplotlib, plot
@@ -102,9 +105,12 @@ def train(
     traced_steps: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """The whole run, or what is left of it in the workdir; returns the summary of what was done."""
-    validate(config, jax.device_count())
+    validate(config, jax.device_count(), jax.process_count())
+    hosts.check_shared(workdir)
+    hosts.use_cache(config)
     path, c = os.path.join(workdir, 'checkpoints'), config.checkpoint
     with (
+        out_of_memory_explained(config),
         Watchdog(config.guard, config.steps) as watchdog,
         Checkpointer(path, c.keep, c.keep_every) as checkpoints,
         StopSignals() as stop,
@@ -286,10 +292,19 @@ def main(arguments: list[str]) -> None:
         command(arguments[1:])
     except (CheckpointError, TrainingError) as error:
         sys.exit(str(error))
-    except ValueError as error:
-        if not str(error).startswith('the config cannot run'):
+    except OutOfMemoryError as error:
+        hosts.fail(str(error))
+    except Exception as error:
+        if str(error).startswith('the config cannot run'):
+            sys.exit(str(error))
+        if jax.process_count() == 1:
             raise
-        sys.exit(str(error))
+        traceback.print_exc()
+        hosts.fail(
+            f'process {jax.process_index()} of {jax.process_count()} ends. If another one ended '
+            f'first, its output says why; the same command goes on from the newest checkpoint.',
+            AGAIN,
+        )
 
 
 def command(arguments: list[str]) -> None:
@@ -301,12 +316,14 @@ def command(arguments: list[str]) -> None:
             f'the config cannot run: {" ".join(arguments)} is no flag; flags are --name=value, '
             f'and fields of the config --config.name=value'
         )
+    heartbeat = FLAGS.config.guard.heartbeat_seconds if FLAGS.config else hosts.HEARTBEAT_SECONDS
+    hosts.start(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id, heartbeat)
     if FLAGS.eval_only is not None:
         step = None if FLAGS.eval_only == NEWEST else FLAGS.eval_only
         step, config = checkpoint_config(FLAGS.workdir, step, FLAGS.config)
         evaluate_only(config, FLAGS.workdir, step)
         return
-    workdir = FLAGS.workdir or time.strftime('runs/%Y%m%d-%H%M%S')
+    workdir = FLAGS.workdir or hosts.new_workdir()
     train(FLAGS.config, workdir, FLAGS.init_from or '', parse_steps(FLAGS.profile or ''))
     if jax.process_index() == 0:
         say_next(workdir)
@@ -318,7 +335,12 @@ def define_flags() -> None:
     flags.DEFINE_string(
         'init_from', None, 'Start from the parameters of this workdir or checkpoint folder.'
     )
-    flags.DEFINE_integer('cpu_devices', 0, 'Simulate this many devices on the CPU.')
+    flags.DEFINE_integer('cpu_devices', 0, 'Simulate this many devices on the CPU, a process.')
+    flags.DEFINE_string(
+        'coordinator', None, "HOST:PORT of process 0, for several processes; 'auto' asks a TPU VM."
+    )
+    flags.DEFINE_integer('num_processes', None, 'With --coordinator: how many there are.')
+    flags.DEFINE_integer('process_id', None, 'With --coordinator: which one this is, from 0.')
     flags.DEFINE_string('profile', None, 'FIRST:LAST, steps to trace into WORKDIR/profile.')
     flags.DEFINE_flag(
         flags.Flag(

@@ -16,13 +16,13 @@ from checkpoint import Checkpointer
 from parallel import make_mesh
 from resume import differences, keep_records, load_params, restore_state
 
-TIMES = {'tokens_per_second', 'mfu'}
+MEASURED = {'tokens_per_second', 'mfu', 'host_bytes'}
 
 
 def records(workdir: pathlib.Path) -> list[dict]:
-    """metrics.jsonl without what a clock measured."""
+    """metrics.jsonl without what was measured on the machine."""
     lines = (workdir / 'metrics.jsonl').read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if k not in MEASURED} for line in lines]
 
 
 def final_state(workdir: pathlib.Path, config):
