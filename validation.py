@@ -11,6 +11,7 @@ from model import FEED_FORWARD, REMAT, model_params
 from optimizer import OptimizerConfig
 from parallel import AXES, Tree
 from schedules import NAMES, make_schedule
+from writers import WRITERS
 
 
 def model_config(config: ConfigDict) -> ModelConfig:
@@ -173,6 +174,12 @@ def value_errors(config: ConfigDict) -> Iterator[str]:
         yield f'model.dropout={flat["model.dropout"]} drops everything; use a share below 1'
     if flat['model.rope_factor'] < 1:
         yield f'model.rope_factor={flat["model.rope_factor"]} shortens the context; use 1 or more'
+    for name in flat['log.writers']:
+        if name not in WRITERS:
+            yield (
+                f'log.writers has the unknown {name!r}; use {", ".join(WRITERS)}, or both as in '
+                f"--config.log.writers=\"('tensorboard', 'wandb')\""
+            )
     if 0 < flat['guard.spike_factor'] <= 1:
         yield (
             f'guard.spike_factor={flat["guard.spike_factor"]} skips ordinary steps; use a factor '
@@ -205,7 +212,7 @@ def source_errors(config: ConfigDict) -> Iterator[str]:
         yield f'data.sources names {names} twice; use a name of its own for each source'
 
 
-def validate(config: ConfigDict, n_devices: int) -> None:
+def validate(config: ConfigDict, n_devices: int, n_processes: int = 1) -> None:
     """Raises one ValueError with all that is wrong: each rule, its values, and the remedy."""
     errors = [*value_errors(config), *source_errors(config)]
     if not errors:
@@ -215,6 +222,11 @@ def validate(config: ConfigDict, n_devices: int) -> None:
             errors.append(
                 f'the mesh takes {needed} devices and {n_devices} are there; use a smaller mesh, '
                 f'or --cpu_devices={needed} to simulate them'
+            )
+        elif n_processes > 1 and needed < n_devices:
+            errors.append(
+                f'the mesh takes {needed} of the {n_devices} devices that {n_processes} processes '
+                f'have; use a mesh of all of them, since no process may be left out'
             )
     if errors:
         raise ValueError('the config cannot run:\n' + '\n'.join(f'  - {e}' for e in errors))

@@ -90,6 +90,9 @@ def get_config() -> ConfigDict:
 
     c.log = g = ConfigDict()
     g.every = 10  # steps
+    g.writers = ()  # besides metrics.jsonl: 'tensorboard' | 'wandb'
+    g.wandb_project = 'jaxformer'
+    g.plot = False  # draw WORKDIR/metrics.png when the run ends
     g.loads_every = 100  # steps; each expert's share of the choices, for moe
     g.sample_every = 0  # steps; continuations of the prompts, to the terminal and metrics.jsonl
     g.prompts = ('def ',)
@@ -108,6 +111,8 @@ def get_config() -> ConfigDict:
     u.max_skips = 20  # in a row, after which the run stops; 0: never
     u.step_seconds = 900.0  # without a finished step, after which the process ends; 0: never
     u.pause_seconds = 7200.0  # so for a start, compilation, evaluation, samples or a save
+    u.heartbeat_seconds = 100  # missed by one of several processes, after which the others end
 
+    c.compilation_cache = ''  # a folder or URL that keeps compiled programs for the next start
     c.peak_flops = 0.0  # of one device, for MFU; 0 looks the device up, or measures a CPU
     return c.lock()
