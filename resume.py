@@ -26,7 +26,10 @@ from parallel import P, Tree
 
 # What the checkpoint, and the meaning of its step, depend on; of the model, all but how it runs.
 FIXED = ('seed', 'batch_size', 'seq_len', 'model.')
-FREE = ('model.remat', 'model.attention_block', 'model.loss_chunk')
+FREE = (
+    'model.remat', 'model.remat_keep', 'model.remat_offload', 'model.attention_kernel',
+    'model.attention_block', 'model.loss_chunk',
+)  # fmt: skip
 
 
 def flat(config: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
