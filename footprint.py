@@ -197,12 +197,11 @@ def layer_values(s: Share, kind: str) -> list[Value]:
 
 def kept_of_layer(s: Share, kind: str) -> float:
     """Bytes that a layer keeps from its forward to its backward pass, by model.remat: its input
-    and what is kept by name. 'dots' keeps no more, since linear layers differentiate themselves
-    and hide their matmuls from it."""
+    and what is kept by name."""
     values = layer_values(s, kind)
     if s.cfg.remat == 'none':
         return sum(v.bytes for v in values)
-    keep = s.cfg.remat_keep
+    keep = s.cfg.kept_names
     kept = sum(v.bytes for v in values if v.group in keep)
     return kept + ('residual' not in keep) * values[0].bytes
 

@@ -95,6 +95,11 @@ class ModelConfig:
         return (self.n_layers - self.first_dense) // len(self.block)
 
     @property
+    def kept_names(self) -> tuple[str, ...]:
+        """Those of REMAT_NAMES that are kept on the device; with remat='dots', all."""
+        return REMAT_NAMES if self.remat == 'dots' else self.remat_keep
+
+    @property
     def rotary_dim(self) -> int:
         return self.rope_dim if self.attention == 'mla' else self.head_dim
 
@@ -135,24 +140,27 @@ rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
 @jax.custom_vjp
-def _matmul(x_BTI: Array, w_IO: Array) -> Array:
+def _matmul(x_BTI: Array, w: Array) -> Array:
     """x w. Its weight gradient is written so that the narrower operand is the one transposed:
-    XLA:CPU would else copy the wide one, a third of a SwiGLU's time."""
-    return jnp.einsum('bti,io->bto', x_BTI, w_IO)
+    XLA:CPU would else copy the wide one, a third of a SwiGLU's time. The weight comes in its own
+    shape, so that what it leaves to backward is what was gathered, which no policy of
+    rematerialization saves."""
+    return jnp.einsum('bti,io->bto', x_BTI, w.reshape(x_BTI.shape[-1], -1))
 
 
-def _matmul_forward(x_BTI: Array, w_IO: Array):
-    return _matmul(x_BTI, w_IO), (x_BTI, w_IO)
+def _matmul_forward(x_BTI: Array, w: Array):
+    return _matmul(x_BTI, w), (x_BTI, w)
 
 
 def _matmul_backward(saved: tuple[Array, Array], d_BTO: Array):
-    x_BTI, w_IO = saved
+    x_BTI, w = saved
+    w_IO = w.reshape(x_BTI.shape[-1], -1)
     rows = (((0, 1), (0, 1)), ((), ()))
     if w_IO.shape[0] <= w_IO.shape[1]:
         dw_IO = lax.dot_general(x_BTI, d_BTO, rows)
     else:
         dw_IO = lax.dot_general(d_BTO, x_BTI, rows).T
-    return jnp.einsum('bto,io->bti', d_BTO, w_IO), dw_IO
+    return jnp.einsum('bto,io->bti', d_BTO, w_IO), dw_IO.reshape(w.shape)
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)
@@ -175,7 +183,7 @@ _deferred_matmul.defvjp(lambda x, w, _: (_matmul(x, w), (x, w)), _deferred_backw
 def linear(x_BTI: Array, w: Array | Deferred) -> Array:
     """x w: [B, T, I] -> [B, T, O]. A weight of more dimensions counts as [I, O]."""
     if not isinstance(w, Deferred):
-        return _matmul(x_BTI, w.reshape(x_BTI.shape[-1], -1))
+        return _matmul(x_BTI, w)
     w_IO = w.array.reshape(x_BTI.shape[-1], -1)
     if w.sink is not None:
         return _deferred_matmul(x_BTI, w_IO, w.sink)

@@ -9,7 +9,16 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from attention import ATTENTION, Positions, positions
-from layers import RESIDUAL, ModelConfig, dropout, gain, rms_norm, swiglu, swiglu_params
+from layers import (
+    REMAT_NAMES,
+    RESIDUAL,
+    ModelConfig,
+    dropout,
+    gain,
+    rms_norm,
+    swiglu,
+    swiglu_params,
+)
 from moe import moe, moe_params
 from parallel import (
     FSDP,
@@ -83,7 +92,9 @@ def _all_but_gathered_weights(prim, *_, **params) -> bool:
 # together are the whole model, so each is gathered again instead.
 REMAT = {
     'none': _all_but_gathered_weights,
-    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # Linear layers differentiate themselves, so their matmuls are hidden from a policy, not their
+    # names.
+    'dots': jax.checkpoint_policies.save_only_these_names(*REMAT_NAMES),
     'full': jax.checkpoint_policies.nothing_saveable,
 }
 

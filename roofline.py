@@ -100,7 +100,7 @@ def matmul_flops(s: Share, kind: str, again: bool = False) -> float:
     def walk(tree: Tree, name: str = '') -> float:
         if not isinstance(tree, Param):
             return sum(walk(child, key) for key, child in tree.items())
-        unneeded = KEPT_BY.get(name) in cfg.remat_keep or (name == 'w_down' and tree.use == 1)
+        unneeded = KEPT_BY.get(name) in cfg.kept_names or (name == 'w_down' and tree.use == 1)
         if not tree.matrix or (again and unneeded):
             return 0.0
         flops = 2 * math.prod(tree.shape) * tree.use * s.local
@@ -120,7 +120,7 @@ def layers_work(s: Share, part: str, kinds: tuple[str, ...], n: int) -> Work:
         flops += (passes + 2) * matmul_flops(s, kind) + passes * attend + attend_back
         if remat:
             flops += matmul_flops(s, kind, again=True)
-            flops += attend * ('attention' not in s.cfg.remat_keep)
+            flops += attend * ('attention' not in s.cfg.kept_names)
         values = sum(v.bytes for v in layer_values(s, kind))
         weights = gathered(layer_declaration(s.cfg, kind), s)
         # Forward writes and reads each array once, backward twice that.
@@ -213,7 +213,7 @@ def activation_transfers(s: Share) -> list[Transfer]:
         if kind == 'moe':
             sent -= 4 * s.tokens * cfg.experts_per_token  # numbers of experts: no gradient
         if remat:  # what the feed-forward scatters is not needed again
-            sent += sum(gathers) + scatters[0] * ('residual' not in cfg.remat_keep)
+            sent += sum(gathers) + scatters[0] * ('residual' not in cfg.kept_names)
         return sent
 
     sent = s.blocks * sum(layer(kind) for kind in cfg.block)

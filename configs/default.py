@@ -62,7 +62,7 @@ def get_config() -> ConfigDict:
     m.dropout = 0.0  # of embedding, attention and feed-forward outputs
     m.z_loss = 0.0  # weight of logsumexp squared in the loss
     m.loss_chunk = 1024  # tokens whose logits exist at a time, on a device
-    m.remat = 'none'  # what backward recomputes: 'none' | 'dots' (all but matmuls) | 'full'
+    m.remat = 'none'  # what backward recomputes: 'none' | 'dots' (not the matmuls) | 'full'
     m.remat_keep = ()  # 'full': but not these, 'attention' | 'qkv' | 'residual' | 'hidden'
     m.remat_offload = ()  # 'full': nor these, which wait in host memory (TPU, GPU)
 

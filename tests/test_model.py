@@ -9,6 +9,7 @@ import pytest
 from common import on_one_device, small_config
 
 import model
+import steps
 from model import cross_entropy, flops_per_token, logits, model_params
 from parallel import AXES, count, init_params, make_mesh, varying
 from validation import model_config
@@ -158,3 +159,24 @@ def test_count_is_the_formula():
     cfg = model_config(small_config('gqa', tied=False))
     layer = 2 * 32 + 2 * 8 + 4 * 32 * 64 + 3 * 32 * 48
     assert count(model_params(cfg)) == 2 * 64 * 32 + 32 + 4 * layer
+
+
+def traced_step(remat: str, fsdp: int) -> str:
+    config = small_config('gqa')
+    config.model.update(remat=remat, n_layers=2)
+    config.mesh.update(fsdp=fsdp)
+    mesh = make_mesh(config.mesh)
+    tokens = jax.ShapeDtypeStruct((1, 16, 17), np.int32)
+    step = steps.make_train_step(config, mesh)
+    return str(jax.make_jaxpr(step)(steps.abstract_state(config, mesh), tokens))
+
+
+def test_rematerialization_computes_again_what_it_says():
+    matmuls = {r: traced_step(r, 1).count('dot_general[') for r in ('none', 'dots', 'full')}
+    assert matmuls['none'] <= matmuls['dots'] < matmuls['full']
+
+
+def test_no_gathered_weight_is_saved():
+    """Where nothing else is computed again, weights are gathered as often as where all is."""
+    gathers = {r: traced_step(r, 2).count(" axis_name=('fsdp',)") for r in ('none', 'full')}
+    assert gathers['none'] == gathers['full']
