@@ -1,4 +1,5 @@
-"""Attention: rotary positions, blockwise causal softmax, and the two layers built on them.
+"""Attention: rotary positions, blockwise causal softmax, and the two layers built on them. The
+platforms' kernels for the softmax are in attention_kernels.py.
 
 Dimension letters as in layers.py.
 """
@@ -12,16 +13,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
-from layers import ModelConfig, gain, linear, rms_norm, weight
+from attention_kernels import cudnn_attention, splash_attention
+from layers import ATTENTION_OUTPUT, QKV, ModelConfig, gain, linear, rms_norm, weight
 from parallel import (
     FSDP,
     TP,
     Array,
     Deferred,
     P,
+    Param,
     Tree,
     all_gather,
+    normal,
     reduce_scatter,
     unshard,
 )
@@ -81,10 +86,55 @@ def positions(ids_BT: Array, cfg: ModelConfig) -> Positions:
 
 
 def rope(x: Array, table: Positions) -> Array:
-    """Rotates the pairs (i, i + H/2) of [..., T, H] by their position's angles (Su et al. 2021)."""
-    cos, sin = table.cos, table.sin
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate((a * cos - b * sin, b * cos + a * sin), axis=-1).astype(x.dtype)
+    """Rotates the pairs (i, i + R/2) of the last R of [..., T, H] by their position's angles, R
+    being twice the table's width (Su et al. 2021). What stands before them stays as it is."""
+    return _rotate(x, table.cos, table.sin)
+
+
+@jax.custom_vjp
+def _rotate(x: Array, cos: Array, sin: Array) -> Array:
+    return lax.platform_dependent(x, cos, sin, cpu=_rotate_parts, default=_rotate_whole)
+
+
+def _rotate_parts(x: Array, cos: Array, sin: Array) -> Array:
+    half = cos.shape[-1]
+    first, a, b = jnp.split(x, (x.shape[-1] - 2 * half, x.shape[-1] - half), axis=-1)
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    a, b = a * cos - b * sin, b * cos + a * sin
+    return jnp.concatenate((first, a.astype(x.dtype), b.astype(x.dtype)), axis=-1)
+
+
+def _rotate_whole(x: Array, cos: Array, sin: Array) -> Array:
+    """Exchanges the pairs by a matmul with a signed permutation, which is exact. Parts of a head
+    would each take up the 128 lanes of a TPU's registers and memory tiles: slicing and joining
+    them cost several times the rotation."""
+    H, half = x.shape[-1], cos.shape[-1]
+    a = np.arange(H - 2 * half, H - half)
+    exchange_HH = np.zeros((H, H))
+    exchange_HH[a + half, a], exchange_HH[a, a + half] = -1, 1
+    exchanged = jnp.einsum(
+        '...h,hi->...i',
+        x,
+        exchange_HH.astype(x.dtype),
+        precision='highest' if x.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
+    front = [(0, 0)] * (cos.ndim - 1) + [(H - 2 * half, 0)]
+    cos = jnp.pad(jnp.concatenate((cos, cos), axis=-1), front, constant_values=1)
+    sin = jnp.pad(jnp.concatenate((sin, sin), axis=-1), front)
+    return (x.astype(jnp.float32) * cos + exchanged * sin).astype(x.dtype)
+
+
+def _rotate_forward(x: Array, cos: Array, sin: Array):
+    return _rotate(x, cos, sin), (cos, sin)
+
+
+def _rotate_backward(saved: tuple[Array, Array], d: Array):
+    cos, sin = saved
+    return _rotate(d, cos, -sin), None, None
+
+
+_rotate.defvjp(_rotate_forward, _rotate_backward)
 
 
 def to_heads(x_BTI: Array, w_INH: Array | Deferred) -> Array:
@@ -179,8 +229,9 @@ def _attention_forward(q, k, v, documents: Array | None, scale: float, block: in
     zeros = functools.partial(jnp.zeros_like, q, dtype=jnp.float32)
     start = (zeros(shape=(*rows, v.shape[-1])), zeros(shape=(*rows, 1)) + _MASKED)
     (out, top, total), _ = lax.scan(step, (*start, zeros(shape=(*rows, 1))), pairs)
-    out = (out / total).astype(q.dtype)
-    return out, (q, k, v, documents, out, top + jnp.log(total))
+    out = checkpoint_name((out / total).astype(q.dtype), ATTENTION_OUTPUT)
+    logsumexp = checkpoint_name(top + jnp.log(total), ATTENTION_OUTPUT)
+    return out, (q, k, v, documents, out, logsumexp)
 
 
 def _attention_backward(scale: float, block: int, saved: tuple, d_out: Array):
@@ -212,6 +263,20 @@ def _attention_backward(scale: float, block: int, saved: tuple, d_out: Array):
 
 
 causal_attention.defvjp(_attention_forward, _attention_backward)
+
+
+def attention(
+    q_BKGTH: Array, k_BKSH: Array, v_BKSH: Array, documents_BT: Array | None, cfg: ModelConfig
+) -> Array:
+    """`causal_attention`, by the kernel that the config chooses."""
+    qkv = checkpoint_name((q_BKGTH, k_BKSH, v_BKSH), QKV)
+    inputs = (*qkv, documents_BT, attention_scale(cfg))
+    if cfg.attention_kernel == 'blockwise':
+        return causal_attention(*inputs, cfg.attention_block)
+    if cfg.attention_kernel == 'cudnn':
+        return checkpoint_name(cudnn_attention(*inputs), ATTENTION_OUTPUT)
+    interpret = cfg.attention_kernel == 'splash_interpreted'
+    return splash_attention(*inputs, cfg.attention_block, ATTENTION_OUTPUT, interpret)
 
 
 def cached_attention(
@@ -266,7 +331,7 @@ def mla_params(cfg: ModelConfig) -> Tree:
     return query | {
         'w_kv_down': weight((D, R + Hr), P(FSDP, None), D**-0.5),
         'kv_norm': gain(R),
-        'w_k_up': weight((R, N, Hn), P(FSDP, TP, None), R**-0.5),
+        'w_k_up': Param((R, N, Hn), P(FSDP, TP, None), normal(R**-0.5)),
         'w_v_up': weight((R, N, Hv), P(FSDP, TP, None), R**-0.5),
         'w_o': weight((N, Hv, D), P(TP, None, FSDP), (2 * cfg.n_layers * N * Hv) ** -0.5),
     }
@@ -280,30 +345,33 @@ def mla(params: Tree, x_BTD: Array, table: Positions, cfg: ModelConfig) -> tuple
     decoding keeps of each position, [B, 1, T, R + H_rope].
     """
     w = unshard(params, mla_params(cfg), x_BTD.dtype)
-    q_nope_BNTH, q_rope_BNTH, latent_BSR, k_rope_BSH = _mla_inputs(w, x_BTD, table, cfg)
-    k_nope_BNSH = to_heads(latent_BSR, w['w_k_up'])
+    q_BNTH, latent_BSR, k_rope_BSH = _mla_inputs(w, x_BTD, table, cfg)
+    kept_BSR = jnp.concatenate((latent_BSR, k_rope_BSH), axis=-1)
+    k_BNSH = to_heads(kept_BSR, _key_weight(w['w_k_up'], cfg))
     v_BNSH = to_heads(latent_BSR, w['w_v_up'])
-    k_rope_BNSH = jnp.broadcast_to(k_rope_BSH[:, None], (*k_nope_BNSH.shape[:-1], cfg.rope_dim))
-    q_BNTH = jnp.concatenate((q_nope_BNTH, q_rope_BNTH), axis=-1)
-    k_BNSH = jnp.concatenate((k_nope_BNSH, k_rope_BNSH), axis=-1)
-    out_BNTH = causal_attention(
-        q_BNTH[:, :, None],
-        k_BNSH,
-        v_BNSH,
-        table.documents,
-        attention_scale(cfg),
-        cfg.attention_block,
-    )[:, :, 0]
-    kept = {'latent': jnp.concatenate((latent_BSR, k_rope_BSH), axis=-1)[:, None]}
-    return reduce_scatter(from_heads(out_BNTH, w['w_o']), TP, 1), kept
+    out_BNTH = attention(q_BNTH[:, :, None], k_BNSH, v_BNSH, table.documents, cfg)[:, :, 0]
+    return reduce_scatter(from_heads(out_BNTH, w['w_o']), TP, 1), {'latent': kept_BSR[:, None]}
+
+
+def _key_weight(w_RNH: Array, cfg: ModelConfig) -> Array:
+    """From a latent and a rotary key to whole keys: [R, N, H_nope] -> [R + H_rope, N, H].
+
+    The rotary key is handed to all heads by ones in the matrix: the matmul takes up to twice the
+    FLOPs, which are few, and writes keys once, where joining parts of heads would be several
+    passes over arrays that fill a part of each tile on TPU.
+    """
+    N, same = w_RNH.shape[1], jnp.eye(cfg.rope_dim, dtype=w_RNH.dtype)
+    top = jnp.pad(w_RNH, ((0, 0), (0, 0), (0, cfg.rope_dim)))
+    same_HNH = jnp.broadcast_to(same[:, None], (cfg.rope_dim, N, cfg.rope_dim))
+    return jnp.concatenate((top, jnp.pad(same_HNH, ((0, 0), (0, 0), (cfg.nope_dim, 0)))))
 
 
 def _mla_inputs(
     w: Tree, x_BTD: Array, table: Positions, cfg: ModelConfig
-) -> tuple[Array, Array, Array, Array]:
-    """Both parts of the query, [B, N, T, H], the latent and the rotary key, [B, T, R] and
-    [B, T, H_rope], all rotated. Latents are made on the local positions and only then gathered
-    over tp: R + H_rope (+ q_rank) numbers a token travel instead of D."""
+) -> tuple[Array, Array, Array]:
+    """The query, [B, N, T, H], the latent and the rotary key, [B, T, R] and [B, T, H_rope], all
+    rotated. Latents are made on the local positions and only then gathered over tp:
+    R + H_rope (+ q_rank) numbers a token travel instead of D."""
     kv_BTR = linear(x_BTD, w['w_kv_down'])
     latent_BTR, k_rope_BTH = jnp.split(kv_BTR, [cfg.kv_rank], axis=-1)
     latent_BTR = rms_norm(latent_BTR, w['kv_norm'], cfg.norm_eps)
@@ -317,10 +385,8 @@ def _mla_inputs(
     all_BTR = all_gather(jnp.concatenate((latent_BTR, k_rope_BTH, q_BTR), -1), TP, 1)
     # B T/tp R -> B T R
     latent_BSR, k_rope_BSH, q_BTR = jnp.split(all_BTR, sizes, axis=-1)
-    q_BNTH = to_heads(q_BTR, w_q)
-    q_nope_BNTH, q_rope_BNTH = jnp.split(q_BNTH, [cfg.nope_dim], axis=-1)
     k_rope_BSH = rope(k_rope_BSH[:, None], table)[:, 0]
-    return q_nope_BNTH, rope(q_rope_BNTH, table), latent_BSR, k_rope_BSH
+    return rope(to_heads(q_BTR, w_q), table), latent_BSR, k_rope_BSH
 
 
 def mla_decode(
@@ -338,7 +404,8 @@ def mla_decode(
     attention with heads of R + H_rope, and no key or value of the cache is ever expanded.
     """
     w = unshard(params, mla_params(cfg), x_BD.dtype)
-    q_nope_BNTH, q_rope_BNTH, latent_BSR, k_rope_BSH = _mla_inputs(w, x_BD, table, cfg)
+    q_BNTH, latent_BSR, k_rope_BSH = _mla_inputs(w, x_BD, table, cfg)
+    q_nope_BNTH, q_rope_BNTH = jnp.split(q_BNTH, [cfg.nope_dim], axis=-1)
     rows, filled = visible_BS.shape[0], latent_BSR.shape[1]
     q_BNR = jnp.einsum('bnh,rnh->bnr', _rows_first(q_nope_BNTH, rows), w['w_k_up'])
     q_BNR = jnp.concatenate((q_BNR, _rows_first(q_rope_BNTH, rows)), axis=-1)
@@ -373,9 +440,7 @@ def gqa(params: Tree, x_BTD: Array, table: Positions, cfg: ModelConfig) -> tuple
     q_BNTH, k_BKSH, v_BKSH = _gqa_inputs(w, x_BTD, table, cfg)
     B, N, T, H = q_BNTH.shape
     q_BKGTH = q_BNTH.reshape(B, k_BKSH.shape[1], -1, T, H)
-    out_BKGTH = causal_attention(
-        q_BKGTH, k_BKSH, v_BKSH, table.documents, attention_scale(cfg), cfg.attention_block
-    )
+    out_BKGTH = attention(q_BKGTH, k_BKSH, v_BKSH, table.documents, cfg)
     out_BTD = from_heads(out_BKGTH.reshape(B, N, T, H), w['w_o'])
     return reduce_scatter(out_BTD, TP, 1), {'k': k_BKSH, 'v': v_BKSH}
 

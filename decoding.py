@@ -116,7 +116,7 @@ def decoding_config(cfg: ModelConfig) -> ModelConfig:
     whole sequence, of which decoding does not know the rest."""
     return dataclasses.replace(
         cfg, dropout=0.0, capacity_factor=0.0, buffer_factor=0.0, balance_loss=0.0,
-        router_z_loss=0.0,
+        router_z_loss=0.0, attention_kernel='blockwise',
     )  # fmt: skip
 
 

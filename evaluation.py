@@ -1,6 +1,9 @@
 """Loss and bits a byte on the fixed validation set of each source."""
 
+import datetime
 import functools
+import json
+import os
 import zlib
 from collections.abc import Callable
 
@@ -11,9 +14,14 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 import data
+from checkpoint import Checkpointer
+from generate import saved_config
 from parallel import P, Tree
+from resume import check_alike
 from steps import make_eval_step, put_batch
 from tokenizer import token_bytes
+
+EVALUATIONS = 'eval.jsonl'  # of checkpoints, in the workdir
 
 
 def make_evaluation(
@@ -61,3 +69,44 @@ def over_sources(
         if len(sources) > 1:
             out |= {f'{name}/{source.name}': value for name, value in result.items()}
     return out
+
+
+def checkpoint_config(
+    workdir: str, step: int | None, given: ConfigDict | None
+) -> tuple[int, ConfigDict]:
+    """Which step of a run to evaluate, None being the newest, and with what config: the given one,
+    which has to be of the same model, or else the run's own.
+
+    Raises ValueError if there is no such checkpoint. All processes have to call this.
+    """
+    with Checkpointer(os.path.join(workdir, 'checkpoints')) as checkpoints:
+        if step is None:
+            step = checkpoints.latest_step()
+        if step is None:
+            raise ValueError(
+                f'the config cannot run: {workdir} holds no checkpoint to evaluate; use the '
+                f'--workdir of a run that has saved one'
+            )
+        try:
+            saved = checkpoints.metadata(step)['config']
+        except ValueError as error:
+            raise ValueError(f'the config cannot run: --eval_only={step}: {error}') from error
+    if given is None:
+        return step, saved_config(saved)
+    check_alike(saved, given, ('model.',), f'{workdir} holds a model')
+    return step, given
+
+
+def append_evaluation(workdir: str, step: int, result: dict[str, float], mesh: Mesh) -> str:
+    """Adds a line to eval.jsonl, a file of its own: a run may be writing the others. Its path."""
+    path = os.path.join(workdir, EVALUATIONS)
+    record = {
+        'step': step,
+        **result,
+        'time': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
+        'mesh': dict(mesh.shape),
+    }
+    if jax.process_index() == 0:
+        with open(path, 'a') as f:
+            f.write(json.dumps(record) + '\n')
+    return path

@@ -194,8 +194,14 @@ def saved_config(saved: dict[str, Any]) -> ConfigDict:
     for name, value in saved.items():
         group = config.get(name)
         config[name] = group | value if isinstance(group, dict) else value
-    config['model']['block'] = tuple(config['model']['block'])  # JSON has lists only
-    return ConfigDict(config)
+    return ConfigDict({name: as_tuples(value) for name, value in config.items()})
+
+
+def as_tuples(value: Any) -> Any:
+    """Tuples, of which JSON makes lists."""
+    if isinstance(value, dict):
+        return {name: as_tuples(x) for name, x in value.items()}
+    return tuple(map(as_tuples, value)) if isinstance(value, list) else value
 
 
 def make_decoding_mesh(declared: Tree, tp: int, fsdp: int) -> Mesh:

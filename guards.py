@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from parallel import Array, Tree
 
-EXIT_HUNG = 70  # of a process that the watchdog ends
+AGAIN = os.EX_TEMPFAIL  # 75, the exit code that asks for the same command again
 
 
 def init_history() -> Tree:
@@ -152,4 +152,4 @@ class Watchdog:
             file=file,
             flush=True,
         )
-        os._exit(EXIT_HUNG)
+        os._exit(AGAIN)

@@ -13,6 +13,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from parallel import (
     BATCH,
@@ -29,6 +30,13 @@ from parallel import (
     reduce_scatter,
     unshard,
 )
+
+# What model.remat_keep and model.remat_offload may name. Bytes a token and layer, in bfloat16 on
+# one device of tp: of attention the output and log-sum-exp, N·(2·H_v + 4); its inputs,
+# N·(4·H_qk + 2·H_v); the residual stream after both parts of a layer, 4·D/tp; both factors of a
+# SwiGLU's product, 4·F.
+REMAT_NAMES = ('attention', 'qkv', 'residual', 'hidden')
+ATTENTION_OUTPUT, QKV, RESIDUAL, HIDDEN = REMAT_NAMES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +63,7 @@ class ModelConfig:
     rope_scaling: str
     rope_factor: float
     rope_original_len: int
+    attention_kernel: str
     attention_block: int
     document_end: int
     n_experts: int
@@ -77,6 +86,8 @@ class ModelConfig:
     z_loss: float
     loss_chunk: int
     remat: str
+    remat_keep: tuple[str, ...]
+    remat_offload: tuple[str, ...]
     compute_dtype: str
 
     @property
@@ -228,7 +239,9 @@ def swiglu_params(cfg: ModelConfig, d_ff: int) -> Tree:
 def swiglu_shards(w: Tree, x_BTD: Array) -> Array:
     """(silu(x W_gate) · x W_up) W_down (Shazeer 2020) by this device's slice of F: summed over tp,
     [B, T, D] is the result."""
-    return linear(gated(linear(x_BTD, w['w_gate']), linear(x_BTD, w['w_up'])), w['w_down'])
+    gate_BTF, up_BTF = linear(x_BTD, w['w_gate']), linear(x_BTD, w['w_up'])
+    gate_BTF, up_BTF = checkpoint_name((gate_BTF, up_BTF), HIDDEN)
+    return linear(gated(gate_BTF, up_BTF), w['w_down'])
 
 
 def swiglu(params: Tree, x_BTD: Array, cfg: ModelConfig) -> tuple[Array, dict[str, Array]]:

@@ -11,10 +11,14 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from chips import chip_of, cpu_flops
+from memory import memory_use
 from model import flops_per_token
 from parallel import Array, Tree
+from record import add_entry
 from resume import keep_records, write_file
+from terminal import Terminal
 from validation import model_config
+from writers import WRITERS
 
 
 def peak_flops(config: ConfigDict, mesh: Mesh) -> tuple[float, str]:
@@ -34,29 +38,49 @@ def peak_flops(config: ConfigDict, mesh: Mesh) -> tuple[float, str]:
 
 
 class Writer:
-    """metrics.jsonl in the workdir, continued after the step `start`; only process 0 writes."""
+    """metrics.jsonl in the workdir and log.writers, continued after the step `start`; the terminal.
+
+    Only process 0 writes. Raises ValueError if the package of a writer is missing.
+    """
 
     def __init__(self, workdir: str, config: ConfigDict, start: int):
         self.active = jax.process_index() == 0
-        self.path = os.path.join(workdir, 'metrics.jsonl')
+        self.workdir, self.path = workdir, os.path.join(workdir, 'metrics.jsonl')
+        self.terminal = Terminal(config.steps, self.active)
+        self._others: list[Any] = []
         if not self.active:
             return
         os.makedirs(workdir, exist_ok=True)
+        self._others = [WRITERS[name](workdir, config, start) for name in config.log.writers]
         keep_records(self.path, start)
         write_file(os.path.join(workdir, 'config.json'), config.to_json(indent=2) + '\n')
 
+    def __enter__(self) -> 'Writer':
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.terminal.close()
+        for writer in self._others:
+            writer.close()
+
     def keep(self, name: str, content: str) -> None:
         if self.active:
-            write_file(os.path.join(os.path.dirname(self.path), name), content)
+            write_file(os.path.join(self.workdir, name), content)
+
+    def record_start(self, entry: dict[str, Any]) -> None:
+        if self.active:
+            add_entry(self.workdir, entry)
 
     def write(self, **record: Any) -> None:
-        if self.active:
-            with open(self.path, 'a') as f:
-                f.write(json.dumps(record) + '\n')
+        if not self.active:
+            return
+        with open(self.path, 'a') as f:
+            f.write(json.dumps(record) + '\n')
+        for writer in self._others:
+            writer.write(record)
 
     def say(self, text: str) -> None:
-        if self.active:
-            print(text, flush=True)
+        self.terminal.say(text)
 
 
 def router_metrics(stats: Tree, config: ConfigDict, loads: bool) -> dict[str, Any]:
@@ -77,11 +101,6 @@ def router_metrics(stats: Tree, config: ConfigDict, loads: bool) -> dict[str, An
             if loads:
                 metrics[f'{layer}/load'] = (load / load.sum()).tolist()
     return metrics
-
-
-def hours(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f'{minutes // 60}:{minutes % 60:02}:{seconds:02}'
 
 
 class Progress:
@@ -115,23 +134,30 @@ class Progress:
         return last or (bool(every) and step % every == 0)
 
     def log(self, step: int, metrics: dict[str, Array]) -> None:
-        """Fetches the metrics of a finished step, while the next one runs."""
+        """Fetches the metrics of a step, while the next one runs."""
+        self.writer.terminal.catch_up(step)
+        metrics = jax.device_get(metrics)
         stats = metrics.pop('router')
         values = {name: float(value) for name, value in metrics.items()}
         every = self.config.log.loads_every
         values |= router_metrics(stats, self.config, loads=bool(every) and step % every == 0)
-        rate = (step - self.last_step) / (time.perf_counter() - self.last_time)
+        seconds = (time.perf_counter() - self.last_time) / (step - self.last_step)
         self.start(step)
         speed = {
-            'tokens_per_second': rate * self.step_tokens,
-            'mfu': rate * self.step_flops / self.peak,
+            'tokens_per_second': self.step_tokens / seconds,
+            'mfu': self.step_flops / seconds / self.peak,
         }
-        self.writer.write(step=step, tokens=step * self.step_tokens, **values, **speed)
+        memory = memory_use()
+        tokens = step * self.step_tokens
+        self.writer.write(step=step, tokens=tokens, **values, **speed, **memory)
         skipped = f'{values["skipped"]:.0f} skipped  ' if values['skipped'] else ''
-        self.writer.say(
-            f'step {step}/{self.config.steps}  loss {values["loss"]:.4f}  {skipped}'
-            f'grad norm {values["grad_norm"]:.3f}  {speed["tokens_per_second"]:,.0f} tokens/s  '
-            f'MFU {speed["mfu"]:.1%}  ETA {hours((self.config.steps - step) / rate)}'
+        gigabytes = memory.get('device_bytes', memory['host_bytes']) / 1e9
+        self.writer.terminal.log(
+            step,
+            f'loss {values["loss"]:.4f}  {skipped}grad norm {values["grad_norm"]:.3f}  '
+            f'{speed["tokens_per_second"]:,.0f} tokens/s  MFU {speed["mfu"]:.1%}  '
+            f'{gigabytes:.1f} GB',
+            seconds,
         )
 
     def log_evaluation(self, step: int, evaluation: dict[str, float], seconds: float) -> None:

@@ -6,15 +6,17 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from attention import ATTENTION, Positions, positions
-from layers import ModelConfig, dropout, gain, rms_norm, swiglu, swiglu_params
+from layers import RESIDUAL, ModelConfig, dropout, gain, rms_norm, swiglu, swiglu_params
 from moe import moe, moe_params
 from parallel import (
     FSDP,
     PP,
     TP,
     Array,
+    Deferred,
     P,
     Param,
     Tree,
@@ -60,10 +62,12 @@ def layer(
     with jax.named_scope('attention'):
         h_BTD, kept = attend(params['attention'], h_BTD)
     x_BTD = x_BTD + dropout(h_BTD, cfg.dropout, jax.random.fold_in(key, 0))
+    x_BTD = checkpoint_name(x_BTD, RESIDUAL)
     h_BTD = rms_norm(x_BTD, params['ffn_norm'], cfg.norm_eps)
     with jax.named_scope(kind):
         h_BTD, stats = FEED_FORWARD[kind][1](params['ffn'], h_BTD, cfg)
-    return x_BTD + dropout(h_BTD, cfg.dropout, jax.random.fold_in(key, 1)), kept, stats
+    x_BTD = x_BTD + dropout(h_BTD, cfg.dropout, jax.random.fold_in(key, 1))
+    return checkpoint_name(x_BTD, RESIDUAL), kept, stats
 
 
 def block_names(kinds: tuple[str, ...]) -> list[str]:
@@ -84,6 +88,18 @@ REMAT = {
 }
 
 
+def remat_policy(cfg: ModelConfig) -> Callable:
+    """REMAT's, with exceptions by name from what 'full' recomputes (layers.REMAT_NAMES)."""
+    if not cfg.remat_keep and not cfg.remat_offload:
+        return REMAT[cfg.remat]
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=list(cfg.remat_keep),
+        names_which_can_be_offloaded=list(cfg.remat_offload),
+        offload_src='device',
+        offload_dst='pinned_host',
+    )
+
+
 def run_blocks(
     blocks: Tree,
     x_BTD: Array,
@@ -97,20 +113,56 @@ def run_blocks(
     `first_layer` of the model. x_BTD: [B, T/tp, D] -> the same, and statistics by layer of the
     block: {name: {statistic: [blocks, ...]}}."""
     attend = functools.partial(ATTENTION[cfg.attention].forward, table=table, cfg=cfg)
+    names = block_names(kinds)
+
+    def one_layer(x_BTD: Array, scanned: tuple[Tree, Array], kind: str):
+        params, number = scanned
+        layer_key = jax.random.fold_in(key, number)
+        x_BTD, _, stats = layer(params, x_BTD, attend, layer_key, cfg, kind)
+        return x_BTD, stats
 
     def block(x_BTD: Array, scanned: tuple[Tree, Array]):
         params, index = scanned
-        stats = {}
-        for i, name in enumerate(block_names(kinds)):
-            layer_key = jax.random.fold_in(key, first_layer + index * len(kinds) + i)
-            with jax.named_scope(f'layer_{name}'):
-                x_BTD, _, layer_stats = layer(params[name], x_BTD, attend, layer_key, cfg, kinds[i])
-            stats |= {name: layer_stats} if layer_stats else {}
+        stats, start = {}, first_layer + index * len(kinds)
+        for run in runs(kinds, params):
+            f = functools.partial(one_layer, kind=kinds[run[0]])
+            f = jax.checkpoint(f, policy=remat_policy(cfg), prevent_cse=False)
+            layers = [(params[names[i]], jnp.asarray(start + i)) for i in run]
+            with jax.named_scope(f'layer_{names[run[0]]}' + f'_x{len(run)}' * (len(run) > 1)):
+                x_BTD, found = run_layers(f, x_BTD, layers)
+            stats |= {names[i]: s for i, s in zip(run, found, strict=True) if s}
         return x_BTD, stats
 
-    block = jax.checkpoint(block, policy=REMAT[cfg.remat], prevent_cse=False)
     n_blocks = jax.tree.leaves(blocks)[0].shape[0]
     return lax.scan(block, x_BTD, (blocks, jnp.arange(n_blocks)))
+
+
+def run_layers(f: Callable, x_BTD: Array, layers: list[Tree]) -> tuple[Array, list[Tree]]:
+    """f over layers of one kind, several of them in a scan: the last output, and statistics."""
+    if len(layers) == 1:
+        x_BTD, stats = f(x_BTD, layers[0])
+        return x_BTD, [stats]
+    x_BTD, stacked_stats = lax.scan(f, x_BTD, jax.tree.map(lambda *x: jnp.stack(x), *layers))
+    at = lambda i: jax.tree.map(lambda x: x[i], stacked_stats)  # noqa: E731
+    return x_BTD, [at(i) for i in range(len(layers))]
+
+
+def runs(kinds: tuple[str, ...], params: Tree) -> list[list[int]]:
+    """A block's layers, those of one kind in a row together: they are scanned, so that the program
+    has one of them. That takes a copy of their shards. Weights whose gradient is deferred leave
+    activations beside them, which are not worth copying: there each layer is alone.
+    """
+    alone = any(
+        isinstance(leaf, Deferred)
+        for leaf in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Deferred))
+    )
+    found: list[list[int]] = []
+    for i, kind in enumerate(kinds):
+        if found and not alone and kinds[i - 1] == kind:
+            found[-1].append(i)
+        else:
+            found.append([i])
+    return found
 
 
 # ---------------------------------------------------------------------------------------------
@@ -179,8 +231,17 @@ def _cross_entropy(x_TD, w_VD, labels_T, z_loss: float, chunk: int, with_grads: 
         if not with_grads:
             return (total, nll_total, dw_VD), None
         scale_T = jnp.where(valid_T, (1 + 2 * z_loss * logsumexp_T) / sum_T, 0)
-        d_logits_TV = (exp_TV * scale_T[:, None] - is_label_TV).astype(x_TD.dtype)
-        dx_TD = reduce_scatter(jnp.einsum('tv,vd->td', d_logits_TV, w_VD), TP, 0)
+
+        def d_logits(exp_TV: Array) -> Array:
+            return (exp_TV * scale_T[:, None] - is_label_TV).astype(x_TD.dtype)
+
+        # exp is evaluated and written once, in the compute type. On TPU each of the two matmuls
+        # then makes its d logits from it as it reads, and none are written, if they look like two.
+        exp_TV = lax.optimization_barrier(exp_TV.astype(x_TD.dtype))
+        dx_TD = reduce_scatter(jnp.einsum('tv,vd->td', d_logits(exp_TV), w_VD), TP, 0)
+        d_logits_TV = d_logits(
+            lax.platform_dependent(exp_TV, tpu=lax.optimization_barrier, default=lambda x: x)
+        )
         dw_VD += jnp.einsum('tv,td->vd', d_logits_TV, x_TD, preferred_element_type=jnp.float32)
         return (total, nll_total, dw_VD), dx_TD
 

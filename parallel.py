@@ -18,11 +18,13 @@ import functools
 import math
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import app, flags
 from jax import lax
 from jax.experimental import mesh_utils
@@ -46,13 +48,38 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     """A mesh with all five axes; an axis that `sizes` does not name has size 1.
 
     The axes are Auto: `shard_map` takes ordinary arrays on those only. On a torus, each is laid
-    along whole dimensions where that is possible; else one is split, as 8 over 2 x 4 x 4.
+    along whole dimensions where that is possible; else one is split, as 8 over 2 x 4 x 4. Of
+    several slices, see `device_grid`.
     """
     shape = tuple(sizes.get(axis, 1) for axis in AXES)
     if devices is None:
         devices = jax.devices()[: math.prod(shape)]
-    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(device_grid(shape, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def device_grid(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
+    """The devices in the shape of the mesh. Between slices, whose network is slow, lies dp alone:
+    all that crosses it is one all-reduce of the gradients a step.
+
+    GPUs that a switch connects count as slices, too; if dp cannot cross them, they are taken in
+    their order. Raises ValueError if TPU slices are not whole, or do not divide dp.
+    """
+    slices = Counter(getattr(device, 'slice_index', 0) for device in devices)
+    n, dp = len(slices), AXES.index(DP)
+    fits = shape[dp] % n == 0 and len(set(slices.values())) == 1
+    if n > 1 and not fits and devices[0].platform == 'tpu':
+        raise ValueError(
+            f'the config cannot run: the mesh takes {dict(slices)} devices of {n} slices, which dp '
+            f'has to cross, but mesh.dp={shape[dp]}; use all devices of each slice, and a dp that '
+            f'is a multiple of {n}'
+        )
+    if n == 1 or not fits:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    within = tuple(size // n if i == dp else size for i, size in enumerate(shape))
+    across = tuple(n if i == dp else 1 for i in range(len(shape)))
+    return mesh_utils.create_hybrid_device_mesh(
+        within, across, devices, allow_split_physical_axes=True
+    )
 
 
 # ---------------------------------------------------------------------------------------------

@@ -26,7 +26,10 @@ from parallel import P, Tree
 
 # What the checkpoint, and the meaning of its step, depend on; of the model, all but how it runs.
 FIXED = ('seed', 'batch_size', 'seq_len', 'model.')
-FREE = ('model.remat', 'model.attention_block', 'model.loss_chunk')
+FREE = (
+    'model.remat', 'model.remat_keep', 'model.remat_offload', 'model.attention_kernel',
+    'model.attention_block', 'model.loss_chunk',
+)  # fmt: skip
 
 
 def flat(config: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
@@ -44,6 +47,20 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[st
     return [(name, a[name], b[name]) for name in a if name in b and a[name] != b[name]]
 
 
+def check_alike(
+    old: Mapping[str, Any], config: ConfigDict, fixed: tuple[str, ...], holder: str
+) -> None:
+    """Raises ValueError if `holder` differs in a field that starts as `fixed` says."""
+    changed = differences(old, config.to_dict())
+    changed = [c for c in changed if c[0].startswith(fixed) and c[0] not in FREE]
+    if changed:
+        raise ValueError(
+            f'the config cannot run: {holder} that differs in\n'
+            + '\n'.join(f'  - {name}: {a!r} there, {b!r} here' for name, a, b in changed)
+            + '\nuse the values there to go on with it, or another --workdir for a new run'
+        )
+
+
 def first_step(config: ConfigDict, workdir: str, checkpoints: Checkpointer) -> tuple[int, str]:
     """The step that the run goes on from (0: it starts anew), and a line that says so.
 
@@ -57,14 +74,8 @@ def first_step(config: ConfigDict, workdir: str, checkpoints: Checkpointer) -> t
     elif os.path.exists(file):
         with open(file) as f:
             old = json.load(f)
+    check_alike(old, config, FIXED, f'{workdir} holds a run')
     changed = differences(old, config.to_dict())
-    fixed = [c for c in changed if c[0].startswith(FIXED) and c[0] not in FREE]
-    if fixed:
-        raise ValueError(
-            f'the config cannot run: {workdir} holds a run that differs in\n'
-            + '\n'.join(f'  - {name}: {a!r} there, {b!r} here' for name, a, b in fixed)
-            + '\nuse the values there to go on with it, or another --workdir for a new run'
-        )
     if not step:
         return 0, f'starting again: {workdir} holds no checkpoint' if old else ''
     if step >= config.steps:
@@ -142,13 +153,13 @@ def load_params(path: str, shapes: Tree) -> Tree:
         step = int(name) if is_step else source.latest_step()
         if step is None:
             raise ValueError(
-                f'the config cannot run: --init_from={path} holds no checkpoint; use the workdir '
+                f'the config cannot run: {path} holds no checkpoint to start from; use the workdir '
                 f'of a run, or WORKDIR/checkpoints/STEP'
             )
         try:
             return restore_state(source, step, {'params': shapes})['params']
         except ValueError as error:
-            raise ValueError(f'the config cannot run: --init_from={path}: {error}') from error
+            raise ValueError(f'the config cannot run: the parameters of {path}: {error}') from error
 
 
 class StopSignals:

@@ -4,6 +4,7 @@ Without a pipeline the microbatches are a scan of value_and_grad; with one, pipe
 through the stages by a schedule. Both return the gradient of the same loss.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -47,6 +48,23 @@ from validation import declared_params, model_config, optimizer_config
 
 # Relative costs of F, B and W, which zero_bubble is laid out for: B runs the forward again.
 PIPELINE_COSTS = (1.0, 2.0, 1.0)
+
+# Options of the compiler for the train step, by platform; config.compiler_options overrides each
+# by name, and the compiler refuses names that it does not know. They let weights be gathered while
+# matmuls run. (The collective fusions of v5e would do more, but v4 refuses them.)
+COMPILER_OPTIONS = {
+    'tpu': {
+        'xla_enable_async_all_gather': 'true',
+        'xla_enable_async_collective_permute': 'true',
+    },
+    'gpu': {'xla_gpu_enable_latency_hiding_scheduler': 'true'},
+}
+
+
+def compiler_options(overrides: str, platform: str) -> dict[str, str]:
+    """The table's for this platform, overridden by 'name=value name=value'."""
+    options = dict(COMPILER_OPTIONS.get(platform, {}))
+    return options | dict(entry.split('=', 1) for entry in overrides.split())
 
 
 def state_specs(declared: Tree) -> Tree:
@@ -159,13 +177,16 @@ def run_stages(
     return run_pipeline(schedule, functions, params, block_params(cfg, cfg.block))
 
 
-def make_gradients(config: ConfigDict) -> Callable[[Tree, Array, Array], tuple[Tree, dict]]:
-    """(parameters, tokens_MBT, key) -> gradients and metrics, for use inside shard_map.
+def make_gradients(
+    config: ConfigDict, platform: str = 'cpu'
+) -> Callable[[Tree, Array, Array], tuple[Tree, dict]]:
+    """(parameters, tokens_MBT, key) -> gradients and metrics, for use inside shard_map on devices
+    of this platform.
 
     The gradient of the mean loss over all valid targets of the step's global batch; tokens_MBT:
     int32, this device's rows of each microbatch.
     """
-    cfg, declared = model_config(config), declared_params(config)
+    cfg, declared = model_config(config, platform), declared_params(config)
     dtype, ahead = jnp.dtype(cfg.compute_dtype), config.fsdp_gather == 'step'
     compute = accumulated
     if config.mesh.pp > 1:
@@ -203,7 +224,8 @@ def make_train_step(config: ConfigDict, mesh: Mesh) -> Callable[[Tree, Array], t
     A step that the guards skip advances `step` and `history` alone.
     """
     cfg, optimizer = model_config(config), optimizer_config(config)
-    declared, gradients = declared_params(config), make_gradients(config)
+    platform = mesh.devices.flat[0].platform
+    declared, gradients = declared_params(config), make_gradients(config, platform)
     stage_dim = 0 if config.pipeline.chunks == 1 else 1
 
     def train_step(state: Tree, tokens_MBT: Array) -> tuple[Tree, dict[str, Array]]:
@@ -231,7 +253,8 @@ def make_train_step(config: ConfigDict, mesh: Mesh) -> Callable[[Tree, Array], t
         out_specs=(state_specs(declared), P()),
         check_vma=config.check_vma,
     )
-    return jax.jit(sharded, donate_argnums=0)
+    options = compiler_options(config.compiler_options, platform)
+    return jax.jit(sharded, donate_argnums=0, compiler_options=options)
 
 
 def lower_train_step(config: ConfigDict, mesh: Mesh) -> jax.stages.Lowered:
@@ -244,7 +267,8 @@ def lower_train_step(config: ConfigDict, mesh: Mesh) -> jax.stages.Lowered:
 
 def make_eval_step(config: ConfigDict, mesh: Mesh) -> Callable[[Tree, Array, Array], dict]:
     """jitted (params, tokens_MBT, token_bytes_V) -> sums of nats, targets and text bytes."""
-    cfg = ModelConfig(**(vars(model_config(config)) | {'dropout': 0.0}))
+    platform = mesh.devices.flat[0].platform
+    cfg = dataclasses.replace(model_config(config, platform), dropout=0.0)
     declared, chunks = declared_params(config), config.pipeline.chunks
 
     def nats_share(params: Tree, tokens_MBT: Array) -> Array:

@@ -6,15 +6,22 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from attention import ATTENTION
-from layers import ModelConfig
+from attention_kernels import KERNELS, SPLASH_LANES, choose_kernel
+from layers import REMAT_NAMES, ModelConfig
 from model import FEED_FORWARD, REMAT, model_params
 from optimizer import OptimizerConfig
 from parallel import AXES, Tree
 from schedules import NAMES, make_schedule
+from writers import WRITERS
 
 
-def model_config(config: ConfigDict) -> ModelConfig:
-    return ModelConfig(compute_dtype=config.compute_dtype, **config.model)
+def model_config(config: ConfigDict, platform: str = 'cpu') -> ModelConfig:
+    """The model's sizes and choices, with the attention kernel for devices of this platform."""
+    fields = dict(config.model) | {'compute_dtype': config.compute_dtype}
+    fields['attention_kernel'] = choose_kernel(
+        config.model.attention_kernel, platform, config.check_vma, config.compute_dtype
+    )
+    return ModelConfig(**fields)
 
 
 def declared_params(config: ConfigDict) -> Tree:
@@ -74,10 +81,42 @@ def division_errors(config: ConfigDict) -> Iterator[str]:
             f'seq_len={config.seq_len} is not a multiple of model.attention_block='
             f'{m.attention_block}; use a block of {divisors(config.seq_len)}'
         )
+    yield from attention_errors(config)
     yield from pipeline_errors(config)
     rotary = 'rope_dim' if m.attention == 'mla' else 'head_dim'
     if m[rotary] % 2:
         yield f'model.{rotary}={m[rotary]} is odd, but rotation takes pairs; use {m[rotary] + 1}'
+
+
+def attention_errors(config: ConfigDict) -> Iterator[str]:
+    """What the kernels do not take, and what remat would ignore."""
+    m = config.model
+    kernel, block = m.attention_kernel, min(m.attention_block, config.seq_len)
+    if kernel in ('splash', 'cudnn') and config.check_vma:
+        yield (
+            f'model.attention_kernel={kernel!r} has no replication types, which check_vma=True '
+            f"checks; use check_vma=False, or 'blockwise'"
+        )
+    if kernel == 'splash' and block % SPLASH_LANES:
+        yield (
+            f'model.attention_block={m.attention_block} with seq_len={config.seq_len} makes '
+            f'blocks of {block}, and splash takes multiples of {SPLASH_LANES}; use a multiple of '
+            f'it that divides seq_len'
+        )
+    if kernel == 'cudnn' and config.compute_dtype != 'bfloat16':
+        yield (
+            f"model.attention_kernel='cudnn' does not take compute_dtype={config.compute_dtype!r}; "
+            f"use 'bfloat16', or the kernel 'blockwise'"
+        )
+    for field in ('remat_keep', 'remat_offload'):
+        if m[field] and m.remat != 'full':
+            yield (
+                f"model.{field}={tuple(m[field])} are exceptions from remat='full', and "
+                f"model.remat={m.remat!r}; use 'full', or none of them"
+            )
+        for name in m[field]:
+            if name not in REMAT_NAMES:
+                yield f'model.{field} has the unknown {name!r}; use {", ".join(REMAT_NAMES)}'
 
 
 def pipeline_errors(config: ConfigDict) -> Iterator[str]:
@@ -154,6 +193,7 @@ def value_errors(config: ConfigDict) -> Iterator[str]:
     choices = {
         'compute_dtype': ('float32', 'bfloat16'),
         'model.attention': ATTENTION,
+        'model.attention_kernel': ('auto', *KERNELS),
         'model.remat': REMAT,
         'model.router': ('sigmoid', 'softmax'),
         'fsdp_gather': ('layer', 'step'),
@@ -169,10 +209,19 @@ def value_errors(config: ConfigDict) -> Iterator[str]:
             yield f'model.block has the unknown kind {kind!r}; use {", ".join(FEED_FORWARD)}'
     if not flat['model.block']:
         yield "model.block=() is empty; use at least one kind of layer, as in ('dense',)"
+    for entry in config.compiler_options.split():
+        if '=' not in entry:
+            yield f"compiler_options has {entry!r}, which sets nothing; use 'name=value ...'"
     if flat['model.dropout'] >= 1:
         yield f'model.dropout={flat["model.dropout"]} drops everything; use a share below 1'
     if flat['model.rope_factor'] < 1:
         yield f'model.rope_factor={flat["model.rope_factor"]} shortens the context; use 1 or more'
+    for name in flat['log.writers']:
+        if name not in WRITERS:
+            yield (
+                f'log.writers has the unknown {name!r}; use {", ".join(WRITERS)}, or both as in '
+                f"--config.log.writers=\"('tensorboard', 'wandb')\""
+            )
     if 0 < flat['guard.spike_factor'] <= 1:
         yield (
             f'guard.spike_factor={flat["guard.spike_factor"]} skips ordinary steps; use a factor '
@@ -205,7 +254,7 @@ def source_errors(config: ConfigDict) -> Iterator[str]:
         yield f'data.sources names {names} twice; use a name of its own for each source'
 
 
-def validate(config: ConfigDict, n_devices: int) -> None:
+def validate(config: ConfigDict, n_devices: int, n_processes: int = 1) -> None:
     """Raises one ValueError with all that is wrong: each rule, its values, and the remedy."""
     errors = [*value_errors(config), *source_errors(config)]
     if not errors:
@@ -215,6 +264,11 @@ def validate(config: ConfigDict, n_devices: int) -> None:
             errors.append(
                 f'the mesh takes {needed} devices and {n_devices} are there; use a smaller mesh, '
                 f'or --cpu_devices={needed} to simulate them'
+            )
+        elif n_processes > 1 and needed < n_devices:
+            errors.append(
+                f'the mesh takes {needed} of the {n_devices} devices that {n_processes} processes '
+                f'have; use a mesh of all of them, since no process may be left out'
             )
     if errors:
         raise ValueError('the config cannot run:\n' + '\n'.join(f'  - {e}' for e in errors))

@@ -15,7 +15,8 @@ def get_config() -> ConfigDict:
     c.seq_len = 256  # tokens a sequence
     c.microbatches = 1  # parts of a batch, one after the other, gradients accumulated
     c.compute_dtype = 'float32'  # of matmuls and residual stream: 'float32' | 'bfloat16'
-    c.check_vma = True  # let shard_map check replication; kernels without types need it off
+    c.check_vma = True  # let shard_map check replication; the attention kernels need it off
+    c.compiler_options = ''  # of the train step, 'name=value ...', over those of steps.py
 
     c.model = m = ConfigDict()
     m.vocab_size = 4096  # at least the tokenizer's, and divisible by tp
@@ -52,6 +53,8 @@ def get_config() -> ConfigDict:
     m.rope_scaling = 'none'  # 'none' | 'linear' | 'yarn'
     m.rope_factor = 1.0  # context length over the original one
     m.rope_original_len = 256  # yarn: the context length that was trained first
+    m.attention_kernel = 'auto'  # 'blockwise' | 'splash' (TPU) | 'cudnn' (GPU) | 'auto': the
+    # platform's with check_vma off and the compute type right, else blockwise
     m.attention_block = 128  # scores exist for a block of queries x keys at a time
     m.document_end = -1  # token that ends a document, for data.isolate_documents; -1: none
     m.tie_embeddings = True  # head and embedding share one matrix
@@ -60,6 +63,8 @@ def get_config() -> ConfigDict:
     m.z_loss = 0.0  # weight of logsumexp squared in the loss
     m.loss_chunk = 1024  # tokens whose logits exist at a time, on a device
     m.remat = 'none'  # what backward recomputes: 'none' | 'dots' (all but matmuls) | 'full'
+    m.remat_keep = ()  # 'full': but not these, 'attention' | 'qkv' | 'residual' | 'hidden'
+    m.remat_offload = ()  # 'full': nor these, which wait in host memory (TPU, GPU)
 
     c.mesh = ConfigDict({'pp': 1, 'dp': 1, 'fsdp': 1, 'ep': 1, 'tp': 1})
 
@@ -90,6 +95,9 @@ def get_config() -> ConfigDict:
 
     c.log = g = ConfigDict()
     g.every = 10  # steps
+    g.writers = ()  # besides metrics.jsonl: 'tensorboard' | 'wandb'
+    g.wandb_project = 'jaxformer'
+    g.plot = False  # draw WORKDIR/metrics.png when the run ends
     g.loads_every = 100  # steps; each expert's share of the choices, for moe
     g.sample_every = 0  # steps; continuations of the prompts, to the terminal and metrics.jsonl
     g.prompts = ('def ',)
@@ -108,6 +116,8 @@ def get_config() -> ConfigDict:
     u.max_skips = 20  # in a row, after which the run stops; 0: never
     u.step_seconds = 900.0  # without a finished step, after which the process ends; 0: never
     u.pause_seconds = 7200.0  # so for a start, compilation, evaluation, samples or a save
+    u.heartbeat_seconds = 100  # missed by one of several processes, after which the others end
 
+    c.compilation_cache = ''  # a folder or URL that keeps compiled programs for the next start
     c.peak_flops = 0.0  # of one device, for MFU; 0 looks the device up, or measures a CPU
     return c.lock()

@@ -30,6 +30,7 @@ def get_config() -> ConfigDict:
     c.seq_len = 1024
     c.microbatches = 8
     c.compute_dtype = 'bfloat16'
+    c.check_vma = False
     c.mesh.update(fsdp=8, pp=2, tp=2)
 
     m = c.model
@@ -46,7 +47,7 @@ def get_config() -> ConfigDict:
     m.kv_rank = 128
     m.nope_dim = 64
     m.rope_dim = 64
-    m.attention_block = 512
+    m.attention_block = 512  # splash; check_vma off chooses it
     m.remat = 'full'
     m.loss_chunk = 2048
 

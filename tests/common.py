@@ -37,11 +37,11 @@ def on_mesh(config: ConfigDict, sizes: tuple[int, ...]) -> ConfigDict:
     return config
 
 
-def batch_at(step: int, rows: slice) -> np.ndarray:
+def batch_at(step: int, rows: slice, seq_len: int = 16) -> np.ndarray:
     """Random tokens, with some targets left out, and not as many in each row."""
     rng = np.random.default_rng(step)
-    tokens = rng.integers(0, 64, (16, 17))
-    tokens[np.arange(17) > 8 + np.arange(16)[:, None]] = -1
+    tokens = rng.integers(0, 64, (16, seq_len + 1))
+    tokens[np.arange(seq_len + 1) > seq_len // 2 + np.arange(16)[:, None]] = -1
     return tokens.astype(np.int32)[rows]
 
 

@@ -23,7 +23,10 @@ def tpu_devices():
     pytest.importorskip('libtpu', reason='needs libtpu: pip install -r requirements-tpu.txt')
     from jax.experimental import topologies
 
-    return lambda name: topologies.get_topology_desc(platform='tpu', topology_name=name).devices
+    def devices(name: str, **more):
+        return topologies.get_topology_desc(platform='tpu', topology_name=name, **more).devices
+
+    return devices
 
 
 @pytest.fixture(scope='session')

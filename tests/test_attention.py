@@ -1,5 +1,6 @@
-"""Blockwise attention against the plain formula; rotary positions."""
+"""Every attention kernel against the plain formula; rotary positions."""
 
+import functools
 import math
 
 import jax
@@ -16,6 +17,7 @@ from attention import (
     rope_frequencies,
     rope_table,
 )
+from attention_kernels import choose_kernel, cudnn_attention, splash_attention
 from validation import model_config
 
 
@@ -44,6 +46,70 @@ def test_blockwise_attention_is_softmax_attention(block, packed):
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
     for a, b in zip(got_vjp(d_out), want_vjp(d_out), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6)
+
+
+# cuDNN itself needs its GPU: here its arguments go through the plain XLA implementation.
+KERNELS = {
+    'splash': functools.partial(splash_attention, saved_name='saved', interpret=True),
+    'cudnn': lambda q, k, v, documents, scale, block: cudnn_attention(
+        q, k, v, documents, scale, implementation='xla'
+    ),
+}
+
+
+@pytest.mark.parametrize('packed', [False, True], ids=['one_document', 'packed'])
+@pytest.mark.parametrize('kernel', KERNELS)
+def test_kernels_are_softmax_attention(kernel, packed):
+    """Keys wider than values, as in MLA; several queries a key, as in GQA; blocks below, on and
+    above the diagonal."""
+    T, block = 512, 128
+    documents = np.sort(np.random.default_rng(0).integers(0, 4, (1, T))) if packed else None
+    keys = jax.random.split(jax.random.key(0), 4)
+    q = 3 * jax.random.normal(keys[0], (1, 1, 2, T, 24))
+    k = 3 * jax.random.normal(keys[1], (1, 1, T, 24))
+    v = jax.random.normal(keys[2], (1, 1, T, 16))
+    d_out = jax.random.normal(keys[3], (1, 1, 2, T, 16))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(attend, *arrays):
+        out, vjp = jax.vjp(lambda *x: attend(*x, documents, 0.2), *arrays)
+        return out, *vjp(d_out)
+
+    got = run(functools.partial(KERNELS[kernel], block=block), q, k, v)
+    for a, b in zip(got, run(plain_attention, q, k, v), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5 * np.abs(b).max())
+
+
+@pytest.mark.parametrize(
+    ('kernel', 'platform', 'call'),
+    [('splash', 'tpu', 'tpu_custom_call'), ('cudnn', 'cuda', '__cudnn$fmha')],
+)
+def test_kernels_lower_for_their_platform(kernel, platform, call):
+    """cuDNN is asked for its version on the way, so that takes its library, if no GPU."""
+    attend = {
+        'splash': functools.partial(splash_attention, block=128, saved_name='', interpret=False),
+        'cudnn': cudnn_attention,
+    }[kernel]
+    q = jax.ShapeDtypeStruct((2, 2, 2, 256, 128), jnp.bfloat16)
+    kv = [jax.ShapeDtypeStruct((2, 2, 256, size), jnp.bfloat16) for size in (128, 64)]
+    loss = lambda *x: attend(*x, None, 0.1).astype(jnp.float32).sum()  # noqa: E731
+    try:
+        traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(q, *kv)
+    except RuntimeError as error:
+        if 'cuDNN is not detected' not in str(error):
+            raise
+        pytest.skip('needs the library cuDNN')
+    assert call in traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+def test_auto_is_the_kernel_of_the_platform():
+    choose = functools.partial(choose_kernel, check_vma=False, compute_dtype='bfloat16')
+    assert choose('auto', 'tpu') == 'splash'
+    assert choose('auto', 'gpu') == 'cudnn'
+    assert choose('auto', 'cpu') == 'blockwise'
+    assert choose('splash', 'cpu') == 'splash_interpreted'
+    assert choose('auto', 'tpu', check_vma=True) == 'blockwise'
+    assert choose('auto', 'gpu', compute_dtype='float32') == 'blockwise'
 
 
 def test_attention_block_must_divide():

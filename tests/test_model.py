@@ -39,7 +39,8 @@ def test_cross_entropy_is_the_plain_formula(z_loss):
 
 def test_logits_never_exist_at_once():
     config = small_config()
-    config.model.vocab_size, config.seq_len = 4096, 128
+    config.seq_len = 128
+    config.model.update(vocab_size=4096, n_layers=1, block=('dense',))
     cfg = model_config(config)
     params = init_params(jax.random.key(0), model_params(cfg), make_mesh({}))
     tokens = jnp.zeros((8, 129), jnp.int32)
@@ -150,7 +151,7 @@ def test_compile_does_not_grow_with_depth():
         tokens = jax.ShapeDtypeStruct((4, 17), jnp.int32)
         return on_one_device(grad).lower(params, tokens).as_text().count('\n')
 
-    assert program_size(4) == program_size(16)
+    assert program_size(8) == program_size(16)
 
 
 def test_count_is_the_formula():

@@ -1,12 +1,14 @@
 """Each verb's layout and transpose: with shares that add up, gradients are those of the sum."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import parallel
-from parallel import AXES, P, Param, make_mesh, normal, stacked, unshard, varying
+from parallel import AXES, P, Param, device_grid, make_mesh, normal, stacked, unshard, varying
 
 MESH = {'dp': 2, 'fsdp': 2, 'tp': 2}
 
@@ -107,3 +109,49 @@ def test_a_mesh_axis_may_split_a_dimension_of_the_torus(tpu_devices):
     mesh = make_mesh({'pp': 2, 'fsdp': 8, 'tp': 2}, tpu_devices('v5p:2x4x4'))
     assert mesh.devices.shape == (2, 1, 8, 1, 2)
     assert len({device.id for device in mesh.devices.flat}) == 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """As much of a device as a mesh of several slices looks at."""
+
+    id: int
+    slice_index: int
+    platform: str = 'cpu'
+    device_kind: str = 'none'
+    process_index: int = 0
+
+
+def slices_of(shape: tuple[int, ...], devices: list[Device]) -> np.ndarray:
+    return np.vectorize(lambda device: device.slice_index)(device_grid(shape, devices))
+
+
+def test_dp_alone_crosses_slices():
+    # As the processes number them, slices need not come one after the other.
+    devices = [Device(i, slice_index=i % 2) for i in range(16)]
+    shape = (2, 4, 1, 1, 2)  # pp dp fsdp ep tp
+    grid = device_grid(shape, devices)
+    assert grid.shape == shape
+    assert sorted(device.id for device in grid.flat) == list(range(16))
+    found = slices_of(shape, devices)
+    assert (found[:, :2] == 0).all()
+    assert (found[:, 2:] == 1).all()
+
+
+def test_slices_that_dp_cannot_cross():
+    devices = [Device(i, slice_index=i // 8, platform='tpu') for i in range(16)]
+    with pytest.raises(ValueError, match=r'mesh\.dp=1; use all devices .* a multiple of 2'):
+        device_grid((1, 1, 8, 1, 2), devices)
+    with pytest.raises(ValueError, match=r'takes \{0: 8, 1: 4\} devices'):
+        device_grid((1, 2, 6, 1, 1), devices[:12])
+    # The GPUs of several nodes are taken in their order.
+    gpus = [Device(i, slice_index=i // 8, platform='gpu') for i in range(16)]
+    assert [device.id for device in device_grid((1, 1, 8, 1, 2), gpus).flat] == list(range(16))
+    assert (slices_of((1, 2, 4, 1, 2), gpus)[:, 1] == 1).all()
+
+
+@pytest.mark.tpu
+def test_dp_alone_crosses_the_slices_of_a_topology(tpu_devices):
+    found = slices_of((1, 4, 2, 1, 2), tpu_devices('v5e:2x4', num_slices=2))
+    assert (found[:, :2] == 0).all()
+    assert (found[:, 2:] == 1).all()

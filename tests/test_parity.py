@@ -3,6 +3,8 @@
 All in float32, by relative error of each leaf's norm; replicas must be bit-identical.
 """
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -23,7 +25,8 @@ def run(config: ConfigDict) -> dict[str, Tree]:
     stands clipped and times 1 - b1: so each leaf is tested without a second program."""
     validate(config, 8)
     mesh = make_mesh(config.mesh)
-    put = lambda i: put_batch(batch_at, i, config, mesh)  # noqa: E731
+    batches = functools.partial(batch_at, seq_len=config.seq_len)
+    put = lambda i: put_batch(batches, i, config, mesh)  # noqa: E731
     state, step = init_state(config, mesh), make_train_step(config, mesh)
     history, grads = [], None
     for i in range(3):
@@ -181,6 +184,17 @@ def test_whole_query_matches():
     check(config, (2, 1, 4))
 
 
+def test_splash_matches():
+    """The interpreted kernel on a mesh against the blockwise form on one device."""
+    config = small_config()
+    config.seq_len, config.model.attention_block, config.check_vma = 128, 128, False
+    config.model.update(remat='full', remat_keep=('attention', 'qkv'))
+    want = reference(config)
+    config.model.attention_kernel = 'splash'
+    _reference[config.to_json()] = want
+    check(config, (2, 2, 2))
+
+
 @pytest.mark.parametrize('attention', ['mla', 'gqa'])
 def test_packed_documents_match(attention):
     config = small_config(attention)
@@ -196,11 +210,12 @@ def test_dropout_matches():
     check(config, (2, 2, 2))
 
 
-@pytest.mark.parametrize('remat', ['dots', 'full'])
-def test_remat_matches(remat):
+@pytest.mark.parametrize('keep', [None, (), ('attention', 'hidden')], ids=str)
+def test_remat_matches(keep):
     config = small_config()
     plain = reference(config)
-    config.model.remat = remat
+    config.model.remat = 'dots' if keep is None else 'full'
+    config.model.remat_keep = keep or ()
     check(config, (2, 2, 2))
     assert_trees_close(reference(config)['grads'], plain['grads'], TOLERANCE)
 

@@ -16,13 +16,13 @@ from checkpoint import Checkpointer
 from parallel import make_mesh
 from resume import differences, keep_records, load_params, restore_state
 
-TIMES = {'tokens_per_second', 'mfu'}
+MEASURED = {'tokens_per_second', 'mfu', 'host_bytes'}
 
 
 def records(workdir: pathlib.Path) -> list[dict]:
-    """metrics.jsonl without what a clock measured."""
+    """metrics.jsonl without what was measured on the machine."""
     lines = (workdir / 'metrics.jsonl').read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if k not in MEASURED} for line in lines]
 
 
 def final_state(workdir: pathlib.Path, config):
@@ -114,6 +114,8 @@ def test_more_steps_continue_a_complete_run(whole, tokens, tmp_path, capsys):
     found = records(tmp_path / 'run')
     assert found[: len(records(whole))] == records(whole)
     assert [r['step'] for r in found[-2:]] == [21, 22]
+    entries = json.loads((tmp_path / 'run' / 'record.json').read_text())
+    assert [(e['from_step'], e['config']['steps']) for e in entries] == [(0, 20), (20, 22)]
 
 
 def test_another_model_or_order_of_the_data_is_refused(whole, tokens, tmp_path):
@@ -168,7 +170,7 @@ def test_init_from_refuses_what_does_not_fit(whole, tokens, tmp_path):
     config = small_run(tokens, model__d_ff=96)
     shapes = steps.abstract_state(config, make_mesh({}))['params']
     with pytest.raises(
-        ValueError, match=r'the config cannot run: --init_from.*\n.*d_ff|\[2, 32, 48\]'
+        ValueError, match=r'the config cannot run: the parameters of .*\n.*d_ff|\[2, 32, 48\]'
     ):
         load_params(str(whole), shapes)
     with pytest.raises(ValueError, match='holds no checkpoint'):

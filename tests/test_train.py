@@ -104,7 +104,7 @@ def test_command_trains_alike_on_one_and_on_eight_devices(corpus, tmp_path):
     a, b = read_metrics(tmp_path / 'one'), read_metrics(tmp_path / 'eight')
     logged = [r for r in a if 'loss' in r]
     assert [r['step'] for r in logged] == [5, 10, 15, 20]
-    names = NUMBERS | {'step', 'tokens', 'tokens_per_second', 'mfu'}
+    names = NUMBERS | {'step', 'tokens', 'tokens_per_second', 'mfu', 'host_bytes'}
     router = {f'moe/{i}/{s}' for i in (0, 1) for s in ('load_max_over_mean', 'dropped', 'entropy')}
     assert set(logged[0]) == names | router
     assert set(logged[1]) == names | router | {'moe/0/load', 'moe/1/load'}

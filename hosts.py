@@ -1,0 +1,112 @@
+"""The processes of a run: how they find each other, and how one that fails leaves the others.
+
+    python train.py --config=... --coordinator=HOST:PORT --num_processes=2 --process_id=0  # or 1
+
+Each process runs the same command and holds its own devices. On SLURM and on GKE's TPU slices the
+environment says who they are; on Cloud TPU VMs `--coordinator=auto` asks the machine
+(docs/hosts.md). The batch, the seed and the numbers do not depend on how many processes there are.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Mapping
+from typing import NoReturn
+
+import jax
+from ml_collections import ConfigDict
+
+from checkpoint import all_processes, from_process_0
+
+AUTO = 'auto'
+SLURM = (
+    'SLURM_JOB_ID',
+    'SLURM_STEP_NODELIST',
+    'SLURM_NTASKS',
+    'SLURM_PROCID',
+    'SLURM_LOCALID',
+)  # what jax reads of it
+HEARTBEAT_SECONDS = 100  # where no config says otherwise
+SHUTDOWN_SECONDS = 60  # a process that ends waits so long for the others to end, too
+
+
+def several_offered(environment: Mapping[str, str]) -> bool:
+    """Whether the environment is that of one of several processes: of an `srun`, or on GKE."""
+    if all(name in environment for name in SLURM):
+        return int(environment['SLURM_NTASKS']) > 1
+    slices = int(environment.get('MEGASCALE_NUM_SLICES') or 1)
+    return slices > 1 or ',' in environment.get('TPU_WORKER_HOSTNAMES', '')
+
+
+def start(
+    coordinator: str | None, num_processes: int | None, process_id: int | None, heartbeat: int
+) -> None:
+    """Joins the other processes, if there are any; before anything else asks jax for devices.
+
+    `coordinator` is the address of process 0, the same for all; AUTO leaves all three to jax, as
+    does an environment that offers them. A process whose heartbeat is missed for `heartbeat`
+    seconds counts as dead, and the others end. Raises ValueError if only some of the three are
+    given.
+    """
+    given = (num_processes is not None) + (process_id is not None)
+    explicit = bool(coordinator) and coordinator != AUTO
+    if given != (2 if explicit else 0):
+        raise ValueError(
+            f'the config cannot run: --coordinator={coordinator}, --num_processes={num_processes} '
+            f'and --process_id={process_id} belong together; give all three, --coordinator={AUTO} '
+            f'alone, or none of them'
+        )
+    if not coordinator and not several_offered(os.environ):
+        return
+    where = (coordinator, num_processes, process_id) if explicit else ()
+    jax.config.update('jax_cpu_collectives_implementation', 'gloo')
+    jax.distributed.initialize(
+        *where, heartbeat_timeout_seconds=heartbeat, shutdown_timeout_seconds=SHUTDOWN_SECONDS
+    )
+
+
+def new_workdir() -> str:
+    """A folder named after the time, the same on all processes."""
+    return time.strftime('runs/%Y%m%d-%H%M%S', time.localtime(from_process_0(int(time.time()))))
+
+
+def check_shared(workdir: str) -> None:
+    """ValueError if the processes do not see the same folder; all have to call this.
+
+    A URL is the same everywhere.
+    """
+    if jax.process_count() == 1 or '://' in workdir:
+        return
+    probe = os.path.join(workdir, f'.seen-by-all-{from_process_0(time.monotonic_ns() % 2**31)}')
+    if jax.process_index() == 0:
+        os.makedirs(workdir, exist_ok=True)
+        with open(probe, 'w'):
+            pass
+    all_processes(True)  # it is written
+    seen = all_processes(os.path.exists(probe))
+    if jax.process_index() == 0:
+        os.remove(probe)
+    if not seen:
+        raise ValueError(
+            f'the config cannot run: --workdir={workdir} is not the same folder on all hosts; use '
+            f'a file system that they share, or a URL (gs://, s3://)'
+        )
+
+
+def use_cache(config: ConfigDict) -> None:
+    """Compiled programs are kept in config.compilation_cache, if it is set, for the next start."""
+    if config.compilation_cache:
+        jax.config.update('jax_compilation_cache_dir', config.compilation_cache)
+        jax.config.update('jax_persistent_cache_min_compile_time_secs', 1)
+
+
+def fail(message: str, code: int = 1) -> NoReturn:
+    """Ends this process, at once where there are several.
+
+    A regular end would wait for the others, who may wait in a collective for this one.
+    """
+    print(message, file=sys.stderr, flush=True)
+    if jax.process_count() > 1:
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# The job that scripts/slurm.sh submits: the command in all tasks. Five minutes before its time is
+# over the tasks are asked to save and end, and the job is put back into the queue.
+#SBATCH --job-name=jaxformer
+#SBATCH --output=slurm-%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:TERM@300
+set -u
+requeue=
+trap 'requeue=1; scancel --signal=TERM "$SLURM_JOB_ID"' TERM # to the tasks alone
+
+PATH="$PWD/${VENV:-.venv}/bin:$PATH" \
+  scripts/again.sh srun --kill-on-bad-exit=1 python train.py "$@" &
+wait $!
+code=$?
+while kill -0 $! 2>/dev/null; do # a trapped signal ends `wait`, not the command
+  wait $!
+  code=$?
+done
+[[ -z $requeue ]] || scontrol requeue "$SLURM_JOB_ID"
+exit "$code"

@@ -1,0 +1,239 @@
+"""The command in several processes: the numbers of one, and an end for all when one is lost."""
+
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+import types
+
+import pytest
+from test_resume import records
+from training_worker import small_run
+
+import guards
+import hosts
+import train
+from checkpoint import CheckpointError
+from configs import default
+from memory import OutOfMemoryError
+
+ROOT = pathlib.Path(train.__file__).parent
+TIMEOUT = 300  # seconds, for what would otherwise hang
+
+
+SRUN = dict.fromkeys(hosts.SLURM, '0')
+
+
+@pytest.mark.parametrize(
+    ('environment', 'several'),
+    [
+        ({}, False),
+        (SRUN | {'SLURM_NTASKS': '4'}, True),
+        (SRUN | {'SLURM_NTASKS': '1'}, False),
+        ({'SLURM_JOB_ID': '1', 'SLURM_NTASKS': '4'}, False),  # sbatch without srun
+        ({'TPU_WORKER_HOSTNAMES': 'a,b'}, True),
+        ({'TPU_WORKER_HOSTNAMES': 'a'}, False),
+        ({'TPU_WORKER_HOSTNAMES': 'a', 'MEGASCALE_NUM_SLICES': '2'}, True),
+    ],
+    ids=str,
+)
+def test_the_environment_says_whether_there_are_others(environment, several):
+    assert hosts.several_offered(environment) == several
+
+
+def test_what_the_environment_offers_is_left_to_jax(monkeypatch):
+    calls = []
+    monkeypatch.setattr(hosts.jax.distributed, 'initialize', lambda *a, **k: calls.append((a, k)))
+    monkeypatch.setattr(hosts.jax.config, 'update', lambda *_: None)
+    times = {'heartbeat_timeout_seconds': 9, 'shutdown_timeout_seconds': hosts.SHUTDOWN_SECONDS}
+    hosts.start(None, None, None, 9)
+    assert not calls
+    hosts.start('auto', None, None, 9)
+    hosts.start('a:1', 2, 0, 9)
+    monkeypatch.setattr(hosts.os, 'environ', SRUN | {'SLURM_NTASKS': '4'})
+    hosts.start(None, None, None, 9)
+    assert calls == [((), times), (('a:1', 2, 0), times), ((), times)]
+    for partial in [('a:1', 2, None), ('a:1', None, None), (None, 2, 1), ('auto', 2, 1)]:
+        with pytest.raises(ValueError, match=r'the config cannot run: .* belong together'):
+            hosts.start(*partial, 9)
+
+
+@pytest.fixture(scope='module')
+def cache(tmp_path_factory) -> pathlib.Path:
+    return tmp_path_factory.mktemp('compiled')
+
+
+class Command:
+    """train.py as process `i` of `n`, its output in a file beside the workdir."""
+
+    def __init__(self, tokens, cache, workdir: pathlib.Path, port: int, i: int, n: int, *more: str):
+        self.file = workdir.parent / f'{workdir.name}-{i}-{time.monotonic_ns()}.txt'
+        command = [
+            sys.executable, 'train.py', '--config=configs/tiny.py', f'--workdir={workdir}',
+            f'--config.data.path={tokens}', f'--config.compilation_cache={cache}',
+            f'--cpu_devices={8 // n}', '--config.steps=20', '--config.log.every=1',
+            '--config.eval.every=10', '--config.eval.batches=1', '--config.checkpoint.every=5',
+            '--config.log.sample_every=10', '--config.log.sample_tokens=4',
+            '--config.model.n_layers=2', '--config.model.d_model=64', '--config.seq_len=32',
+            '--config.model.vocab_size=264', '--config.model.attention_block=32',
+            '--config.optimizer.warmup_steps=2', '--config.batch_size=16',
+            '--config.mesh.dp=2', '--config.mesh.fsdp=2', '--config.mesh.ep=2',
+            '--config.peak_flops=1e12', '--config.guard.heartbeat_seconds=30', *more,
+        ]  # fmt: skip
+        if n > 1:
+            command += [f'--coordinator=localhost:{port}', f'--num_processes={n}']
+            command += [f'--process_id={i}']
+        with open(self.file, 'w') as f:
+            self.process = subprocess.Popen(command, cwd=ROOT, stdout=f, stderr=subprocess.STDOUT)
+
+    @property
+    def output(self) -> str:
+        return self.file.read_text()
+
+    def wait_for(self, text: str) -> None:
+        deadline = time.monotonic() + TIMEOUT
+        while text not in self.output:
+            assert self.process.poll() is None, self.output
+            assert time.monotonic() < deadline, self.output
+            time.sleep(0.01)
+
+    def end(self) -> int:
+        return self.process.wait(TIMEOUT)
+
+
+def start(n: int, tokens, cache, workdir: pathlib.Path, *more: str) -> list[Command]:
+    with socket.socket() as s:
+        s.bind(('localhost', 0))
+        port = s.getsockname()[1]
+    return [Command(tokens, cache, workdir, port, i, n, *more) for i in range(n)]
+
+
+@pytest.fixture(scope='module')
+def whole(tokens, cache, tmp_path_factory) -> pathlib.Path:
+    """The workdir of a run of one process with eight devices."""
+    workdir = tmp_path_factory.mktemp('whole') / 'run'
+    (command,) = start(1, tokens, cache, workdir)
+    assert command.end() == 0, command.output
+    return workdir
+
+
+def assert_alike(workdir: pathlib.Path, whole: pathlib.Path) -> None:
+    found, expected = records(workdir), records(whole)
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        assert set(a) == set(b)
+        assert a.pop('samples', None) == b.pop('samples', None)
+        numbers = [name for name in a if not name.startswith('moe/')]
+        assert {k: a[k] for k in numbers} == pytest.approx({k: b[k] for k in numbers}, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_are_stopped_by_a_signal_to_one_and_go_on_as_one(
+    tokens, cache, whole, tmp_path
+):
+    workdir = tmp_path / 'run'
+    commands = start(2, tokens, cache, workdir)
+    commands[0].wait_for('step 12/20')
+    commands[1].process.send_signal(signal.SIGTERM)  # after an evaluation, a sample and two saves
+    for command in commands:
+        assert command.end() == 0, command.output
+    assert 'stopped by a signal: step 1' in commands[0].output
+    assert commands[1].output.count('step ') == 0  # process 0 speaks
+    (rest,) = start(1, tokens, cache, workdir)
+    assert rest.end() == 0, rest.output
+    assert 'going on from step 1' in rest.output
+    assert_alike(workdir, whole)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tokens, cache, whole, tmp_path):
+    workdir = tmp_path / 'run'
+    for command in start(2, tokens, cache, workdir):
+        assert command.end() == 0, command.output
+    assert_alike(workdir, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('victim', [0, 1])
+def test_when_one_process_is_killed_the_other_ends_and_a_restart_goes_on(
+    victim, tokens, cache, whole, tmp_path
+):
+    workdir = tmp_path / 'run'
+    commands = start(2, tokens, cache, workdir)
+    commands[0].wait_for('step 7/20')
+    commands[victim].process.send_signal(signal.SIGKILL)
+    assert commands[victim].end() == -signal.SIGKILL
+    other = commands[1 - victim]
+    # Its collective fails, or the heartbeats do, whatever is first.
+    assert other.end() in (guards.AGAIN, -signal.SIGABRT), other.output
+    assert 'of 2 ends. If another one ended first' in other.output or (
+        'This most likely indicates that another task died' in other.output
+    )
+    commands = start(2, tokens, cache, workdir)
+    for command in commands:
+        assert command.end() == 0, command.output
+    assert 'going on from step 5 of 20' in commands[0].output
+    assert_alike(workdir, whole)
+
+
+@pytest.mark.slow
+def test_when_one_process_hangs_all_end(tokens, cache, tmp_path):
+    more = ('--config.guard.step_seconds=5', '--config.steps=2000', '--config.eval.every=0')
+    commands = start(2, tokens, cache, tmp_path / 'run', *more)
+    commands[0].wait_for('step 7/2000')
+    commands[1].process.send_signal(signal.SIGSTOP)
+    try:
+        assert commands[0].end() == guards.AGAIN, commands[0].output
+    finally:
+        commands[1].process.send_signal(signal.SIGKILL)
+        commands[1].end()
+    assert 'no progress for 5 s (guard.step_seconds), in step' in commands[0].output
+    assert ' in run\n' in commands[0].output  # the stack of the main thread
+
+
+@pytest.mark.parametrize(
+    ('error', 'alone', 'of_two'),
+    [
+        (guards.TrainingError('diverged'), 'diverged', 'diverged'),
+        (CheckpointError('no room'), 'no room', 'no room'),
+        (ValueError('the config cannot run: x'), 'the config cannot run: x', None),
+        (OutOfMemoryError('out of memory'), 1, 1),
+        (OSError('the network is gone'), OSError, guards.AGAIN),
+        (ValueError('another one'), ValueError, guards.AGAIN),
+    ],
+    ids=str,
+)
+def test_exit_codes(error, alone, of_two, monkeypatch):
+    """A text is an exit code of 1, with that message."""
+
+    def fail(*_):
+        raise error
+
+    def leave(code):
+        raise SystemExit(code)
+
+    given = {'coordinator': None, 'num_processes': None, 'process_id': None, 'init_from': None}
+    given |= {'plot': None, 'eval_only': None, 'profile': None}
+    given |= {'config': default.get_config(), 'workdir': 'nowhere', 'cpu_devices': 0}
+    monkeypatch.setattr(train, 'FLAGS', types.SimpleNamespace(**given))
+    monkeypatch.setattr(train, 'keep_freed_memory', lambda: None)
+    monkeypatch.setattr(train, 'train', fail)
+    monkeypatch.setattr(hosts.os, '_exit', leave)
+    for processes, code in ((1, alone), (2, of_two or alone)):
+        monkeypatch.setattr(train.jax, 'process_count', lambda n=processes: n)
+        with pytest.raises(code if isinstance(code, type) else SystemExit) as caught:
+            train.main(['train.py'])
+        if not isinstance(code, type):
+            assert caught.value.code == code
+
+
+@pytest.mark.slow
+def test_a_run_that_skips_too_many_steps_stops(tokens, tmp_path):
+    config = small_run(tokens, guard__history=1, guard__spike_factor=1.001, guard__max_skips=2)
+    with pytest.raises(guards.TrainingError, match='2 steps in a row were skipped'):
+        train.train(config, str(tmp_path / 'run'))
+    found = records(tmp_path / 'run')
+    assert found[-1]['skips_in_a_row'] == 2
+    assert all(r['skipped'] < 2 or r['grad_norm'] > r['grad_norm_mean'] for r in found)

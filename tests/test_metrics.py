@@ -1,0 +1,158 @@
+"""One run with everything that can be seen of it, and a second one, which is to be its equal."""
+
+import glob
+import json
+import os
+import pathlib
+import struct
+
+import jax
+import pytest
+from training_worker import small_run
+
+import train
+from evaluation import EVALUATIONS, checkpoint_config
+from record import add_entry, git_state
+from tracing import parse_steps
+
+TIMES = {'tokens_per_second', 'mfu', 'time'}
+RUN = {
+    'steps': 4, 'eval__every': 2, 'log__loads_every': 2, 'model__n_layers': 2, 'microbatches': 1,
+    'mesh__fsdp': 2, 'mesh__ep': 2, 'mesh__tp': 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope='module')
+def seen(tokens, tmp_path_factory) -> pathlib.Path:
+    workdir = tmp_path_factory.mktemp('seen') / 'run'
+    config = small_run(tokens, moe=True, log__writers=('tensorboard',), log__plot=True, **RUN)
+    train.train(config, str(workdir), traced_steps=(2, 3))
+    return workdir
+
+
+def read(path: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def without_times(record: dict) -> dict:
+    return {k: v for k, v in record.items() if k not in TIMES}
+
+
+def test_two_runs_of_one_record_give_the_same_numbers(seen, tokens, tmp_path):
+    train.train(small_run(tokens, moe=True, **RUN), str(tmp_path))
+    first, second = (read(folder / 'metrics.jsonl') for folder in (seen, tmp_path))
+    assert [without_times(r) for r in first] == [without_times(r) for r in second]
+    assert sum('loss' in r for r in first) == 4
+    (a,), (b,) = (json.loads((f / 'record.json').read_text()) for f in (seen, tmp_path))
+    logs = [entry['config'].pop('log') for entry in (a, b)]
+    assert without_times(a) == without_times(b)
+    assert logs[0] != logs[1]
+    assert a['mesh'] == {'pp': 1, 'dp': 1, 'fsdp': 2, 'ep': 2, 'tp': 2}
+    assert a['devices']['count'] == 8
+    assert a['devices']['platform'] == 'cpu'
+    assert a['versions']['jax'] == jax.__version__
+    assert a['config']['model']['block'] == ['moe']
+
+
+def test_each_start_adds_an_entry(tmp_path):
+    for step in (0, 10, 20):
+        add_entry(str(tmp_path), {'from_step': step})
+    entries = json.loads((tmp_path / 'record.json').read_text())
+    assert [entry['from_step'] for entry in entries] == [0, 10, 20]
+
+
+def test_revision_is_that_of_the_checkout_alone(tmp_path):
+    assert git_state(str(tmp_path)) == {}
+    git = f'git -C {tmp_path} -c user.name=a -c user.email=a'
+    (tmp_path / 'file').write_text('1')
+    os.system(f'git init -q {tmp_path} && {git} add file && {git} commit -qm 1')
+    state = git_state(str(tmp_path))
+    assert len(state['revision']) == 40
+    assert not state['dirty']
+    (tmp_path / 'untracked').write_text('1')
+    assert git_state(str(tmp_path)) == state
+    (tmp_path / 'file').write_text('2')
+    assert git_state(str(tmp_path)) == state | {'dirty': True}
+    (tmp_path / 'inside').mkdir()
+    assert git_state(str(tmp_path / 'inside')) == {}
+
+
+def test_trace_shows_layers_experts_and_collectives_by_name(seen):
+    (path,) = glob.glob(f'{seen}/profile/**/*.xplane.pb', recursive=True)
+    trace = jax.profiler.ProfileData.from_file(path)
+    events = [e for plane in trace.planes for line in plane.lines for e in line.events]
+    steps = [dict(e.stats)['step_num'] for e in events if e.name == 'train']
+    assert steps == [2, 3]
+    names = pathlib.Path(path).read_bytes()  # of the compiled program's operations
+    for scope in (
+        'layer_0_moe/attention/', 'moe/router/', 'moe/dispatch/', 'moe/experts/', 'moe/combine/',
+        'shared_experts/', 'embed/', 'head_and_loss/', 'optimizer/', 'all_gather_tp/all_gather',
+        'all_gather_fsdp/all_gather', 'reduce_scatter_tp/', 'all_to_all_ep/all_to_all',
+        'sum_gradients/psum',
+    ):  # fmt: skip
+        assert scope.encode() in names, scope
+
+
+@pytest.mark.parametrize('text', ['10', '0:3', '5:4', 'a:b', '10:13:16', ':'])
+def test_profile_takes_a_range_of_steps(text):
+    with pytest.raises(ValueError, match='use FIRST:LAST'):
+        parse_steps(text)
+    assert parse_steps('10:13') == (10, 13)
+    assert parse_steps('') is None
+
+
+def tensorboard_values(folder: pathlib.Path) -> list[tuple[int, object]]:
+    """(step, value) of all event files: TFRecord, a length, its checksum, the event, its own."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    values = []
+    for path in sorted(folder.iterdir()):
+        content = path.read_bytes()
+        while content:
+            (size,) = struct.unpack('<Q', content[:8])
+            event = Event.FromString(content[12 : 12 + size])
+            values += [(event.step, value) for value in event.summary.value]
+            content = content[16 + size :]
+    return values
+
+
+def test_tensorboard_holds_what_metrics_jsonl_does(seen):
+    values = tensorboard_values(seen / 'tensorboard')
+    scalars = {(step, v.tag): v.simple_value for step, v in values if not v.HasField('histo')}
+    loads = {(step, v.tag): list(v.histo.bucket) for step, v in values if v.HasField('histo')}
+    expected = {(r['step'], k): v for r in read(seen / 'metrics.jsonl') for k, v in r.items()}
+    expected = {key: v for key, v in expected.items() if key[1] != 'step'}
+    assert scalars.keys() | loads.keys() == expected.keys()
+    for key, value in expected.items():
+        found = loads[key] if key[1].endswith('/load') else scalars[key]
+        assert found == pytest.approx(value, rel=1e-6)
+    assert len(loads) == 4
+
+
+def test_plot_is_drawn_at_the_end(seen):
+    assert (seen / 'metrics.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_a_checkpoint_is_evaluated_as_in_its_run(seen, capsys):
+    before = {p: p.stat().st_mtime_ns for p in seen.rglob('*') if p.is_file()}
+    (expected,) = (r for r in read(seen / 'metrics.jsonl') if 'eval_loss' in r and r['step'] == 4)
+    step, config = checkpoint_config(str(seen), None, None)
+    config.mesh.update(fsdp=1, ep=1, tp=4)
+    result = train.evaluate_only(config, str(seen), step)
+    for name in ('eval_loss', 'eval_bits_per_byte'):
+        assert result[name] == pytest.approx(expected[name], rel=1e-5)
+    (line,) = read(seen / EVALUATIONS)
+    assert line['step'] == 4
+    assert line['eval_loss'] == result['eval_loss']
+    assert 'eval_bits_per_byte' in capsys.readouterr().out
+    after = {p: p.stat().st_mtime_ns for p in seen.rglob('*') if p.name != EVALUATIONS}
+    assert {p: t for p, t in after.items() if p.is_file()} == before
+
+
+def test_evaluation_refuses_what_is_not_there(seen, tokens, tmp_path):
+    with pytest.raises(ValueError, match='holds no checkpoint to evaluate'):
+        checkpoint_config(str(tmp_path), None, None)
+    with pytest.raises(ValueError, match='--eval_only=3'):
+        checkpoint_config(str(seen), 3, None)
+    with pytest.raises(ValueError, match=r'model\.d_ff: 48 there, 64 here'):
+        checkpoint_config(str(seen), 4, small_run(tokens, moe=True, model__d_ff=64))
