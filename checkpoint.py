@@ -17,17 +17,14 @@ checksum COMMIT holds; their own zarr.json is for other readers. While they writ
 in the store alone: a collective in the background would run into those of the training step.
 """
 
-import dataclasses
 import importlib.metadata
 import json
 import math
 import os
 import platform
-import re
 import secrets
 import shutil
 import threading
-import urllib.parse
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -35,151 +32,36 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
 from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
+from leaves import (
+    HostLeaf,
+    Tree,
+    box_of,
+    check_leaves,
+    copy_to_host,
+    leaf_names,
+    part,
+    zarr_metadata,
+)
+from stores import local_folder, open_store
+
 VERSION = 1  # of the layout
 COMMIT = 'COMMIT'
 METADATA = 'metadata.json'
 
-CHUNK_BYTES = 16 << 20  # about the most in one file: what is encoded, checked and sent at a time
-WINDOW_BYTES = 1 << 30  # being written, or being read, at a time, if no shard is larger
+WINDOW_BYTES = 1 << 30  # being written, or being read, at a time, if no leaf is larger
 IO_THREADS = 32
-COPY_THREADS = 8
 GRACE_SECONDS = 60  # for the other processes' chunks when this one ends by an exception
 
 T = TypeVar('T')
-Tree = Any
-Box = tuple[tuple[int, int], ...]  # start and stop in each dimension
 
 
 class CheckpointError(Exception):
     """A checkpoint could not be written or read; the message says which steps are safe."""
-
-
-def leaf_names(tree: Tree) -> dict[str, Any]:
-    """The leaves by name, the keys on their path joined by dots: 'params.blocks.0.norm'.
-
-    Raises ValueError if two leaves would have the same name, or a key is empty.
-    """
-    named: dict[str, Any] = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        keys = [jax.tree_util.keystr((key,), simple=True) for key in path]
-        name = '.'.join(urllib.parse.quote(key, safe='').replace('.', '%2E') for key in keys)
-        if name in named or not all(keys):
-            raise ValueError(
-                f'leaves of a checkpoint need distinct names without empty keys, but the path '
-                f'{keys} gives {name!r}: rename its keys'
-            )
-        named[name or 'tree'] = leaf
-    return named
-
-
-def chunk_shape(shape: tuple[int, ...], itemsize: int) -> list[int]:
-    """A shard's shape cut evenly, leading dimensions first, to about CHUNK_BYTES."""
-    chunk = [max(1, size) for size in shape]
-    for dim, size in enumerate(chunk):
-        parts = math.ceil(math.prod(chunk) * itemsize / CHUNK_BYTES)
-        if size <= parts:
-            chunk[dim] = 1
-        else:  # a size without a fitting divisor is left whole
-            chunk[dim] //= next((k for k in range(parts, 4 * parts) if size % k == 0), 1)
-    return chunk
-
-
-def zarr_metadata(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """zarr.json of a leaf, from its entry in metadata.json."""
-    fill = {'bool': False, 'complex64': [0.0, 0.0], 'complex128': [0.0, 0.0]}
-    little_endian = {'name': 'bytes', 'configuration': {'endian': 'little'}}
-    return {
-        'zarr_format': 3,
-        'node_type': 'array',
-        'shape': entry['shape'],
-        'data_type': entry['dtype'],
-        'chunk_grid': {'name': 'regular', 'configuration': {'chunk_shape': entry['chunk']}},
-        'chunk_key_encoding': {'name': 'default', 'configuration': {'separator': '/'}},
-        'fill_value': fill.get(entry['dtype'], 0),
-        'codecs': [little_endian, {'name': 'crc32c'}],
-    }
-
-
-def box_of(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
-    return tuple(s.indices(size)[:2] for s, size in zip(index, shape, strict=True))
-
-
-def part(array: ts.TensorStore, box: Box) -> ts.TensorStore:
-    return array[tuple(slice(*bounds) for bounds in box)]
-
-
-@dataclasses.dataclass
-class HostLeaf:
-    """A leaf, and copies of those of its shards that this process writes."""
-
-    name: str
-    entry: dict[str, Any]  # in metadata.json
-    shards: list[tuple[Box, np.ndarray]]
-
-
-def copy_to_host(tree: Tree) -> list[HostLeaf]:
-    """Copies this process's part of the tree; the transfers run side by side.
-
-    Of replicas only the first is taken, so that each element is copied once in all. Leaves that
-    are no jax arrays have to be alike on all processes; process 0 writes them.
-    """
-    leaves = []
-    for name, x in leaf_names(tree).items():
-        key = {}
-        if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            key, x = {'key': str(jax.random.key_impl(x))}, jax.random.key_data(x)
-        if isinstance(x, jax.Array):
-            shards = [(s.index, s.data) for s in x.addressable_shards if s.replica_id == 0]
-            chunk = chunk_shape(x.sharding.shard_shape(x.shape), x.dtype.itemsize)
-            for _, shard in shards:
-                shard.copy_to_host_async()
-        else:
-            x = np.asarray(x)
-            shards = [((slice(None),) * x.ndim, x)] if jax.process_index() == 0 else []
-            chunk = chunk_shape(x.shape, x.dtype.itemsize)
-        entry = {'shape': list(x.shape), 'dtype': x.dtype.name, 'chunk': chunk} | key
-        leaves.append(HostLeaf(name, entry, [(box_of(i, x.shape), data) for i, data in shards]))
-    # In threads, because fresh memory is faulted in at less than a core's copying speed.
-    with ThreadPoolExecutor(COPY_THREADS) as pool:
-        for leaf in leaves:
-            leaf.shards = [(box, pool.submit(host_copy, x)) for box, x in leaf.shards]
-        for leaf in leaves:
-            leaf.shards = [(box, copy.result()) for box, copy in leaf.shards]
-    return leaves
-
-
-def host_copy(x: jax.Array | np.ndarray) -> np.ndarray:
-    """The values in memory that no later step writes to."""
-    if isinstance(x, jax.Array) and next(iter(x.devices())).platform != 'cpu':
-        return np.asarray(x)  # a copy already
-    return np.array(x, order='C')
-
-
-def check_leaves(wanted: Mapping[str, Any], entries: Mapping[str, Any], where: str) -> None:
-    """ValueError that lists all wanted leaves that are missing or of another shape or type."""
-    errors = []
-    for name, want in wanted.items():
-        if name not in entries:
-            errors.append(f'{name} is not there')
-            continue
-        shape, dtype = entries[name]['shape'], entries[name]['dtype']
-        if 'key' in entries[name]:
-            key = jax.random.key(0, impl=entries[name]['key'])
-            shape, dtype = shape[: len(shape) - jax.random.key_data(key).ndim], key.dtype
-        if (list(want.shape), str(want.dtype)) != (shape, str(dtype)):
-            errors.append(f'{name} is {dtype} {shape}, asked for {want.dtype} {list(want.shape)}')
-    if errors:
-        raise ValueError(
-            f'{where} holds other leaves than are asked for:\n'
-            + '\n'.join(f'  - {e}' for e in errors)
-            + '\nUse the config that it was saved with, or ask only for leaves that are alike.'
-        )
 
 
 def all_processes(flag: bool) -> bool:
@@ -232,12 +114,10 @@ class Checkpointer:
                 f'keep and keep_every count steps, but are {keep} and {keep_every}: use 0 or more'
             )
         self.path, self.keep, self.keep_every = path.rstrip('/'), keep, keep_every
-        url = re.fullmatch(r'(\w+)://(.*)', self.path)
-        self._folder = os.path.abspath(path) if not url else url[2] if url[1] == 'file' else None
+        self._folder = local_folder(path)
         # Many at once, because a file that is synced waits for the disk, not for a core.
         self._context = ts.Context({'file_io_concurrency': {'limit': IO_THREADS}}, context)
-        where = {'driver': 'file', 'path': f'{self._folder}/'} if self._folder else f'{path}/'
-        self._store = ts.KvStore.open(where, context=self._context).result()
+        self._store = open_store(self.path, self._context)
         self._pool = ThreadPoolExecutor(1, 'checkpoint')
         self._saving: tuple[int, Future, Future] | None = None
         self._give_up = threading.Event()
@@ -410,7 +290,8 @@ class Checkpointer:
         while leaves:
             leaf = leaves.pop()  # so that its memory is free as soon as it is written
             array = self._open(step, leaf.name, leaf.entry)
-            for box, x in leaf.shards:
+            while leaf.chunks:
+                box, x = leaf.chunks.pop()
                 target = part(array, box)
                 yield target.write(x, can_reference_source_data_indefinitely=True), x.nbytes
 

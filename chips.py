@@ -20,6 +20,7 @@ class Chip:
     """
 
     name: str
+    platform: str  # of jax: 'tpu' | 'gpu' | 'cpu'
     kinds: tuple[str, ...]  # jax.Device.device_kind
     flops: float  # FLOP/s of dense matmuls in bfloat16, accumulated in float32
     memory: float  # bytes that a program may use
@@ -42,32 +43,32 @@ _TPU = 'https://cloud.google.com/tpu/docs/'
 # 50 GB/s). The clocks are those of the same paper and of the peaks over the FLOPs of a cycle.
 CHIPS = {
     'v4': Chip(
-        'TPU v4', ('TPU v4',), 275e12, 32 * GIB, 1200 * GB, 2 * 50 * GB, f'{_TPU}v4', 1.05e9
+        'TPU v4', 'tpu', ('TPU v4',), 275e12, 32 * GIB, 1200 * GB, 2 * 50 * GB, f'{_TPU}v4', 1.05e9
     ),
     'v5e': Chip(
-        'TPU v5e', ('TPU v5 lite', 'TPU v5e'), 197e12, 16 * GB, 819 * GB, 2 * 50 * GB,
+        'TPU v5e', 'tpu', ('TPU v5 lite', 'TPU v5e'), 197e12, 16 * GB, 819 * GB, 2 * 50 * GB,
         f'{_TPU}v5e', 1.5e9,
     ),
     'v5p': Chip(
-        'TPU v5p', ('TPU v5', 'TPU v5p'), 459e12, 95 * GIB, 2765 * GB, 2 * 100 * GB,
+        'TPU v5p', 'tpu', ('TPU v5', 'TPU v5p'), 459e12, 95 * GIB, 2765 * GB, 2 * 100 * GB,
         f'{_TPU}v5p', 1.75e9,
     ),
     'v6e': Chip(
-        'TPU v6e', ('TPU v6 lite', 'TPU v6e'), 918e12, 32 * GB, 1638 * GB, 2 * 100 * GB,
+        'TPU v6e', 'tpu', ('TPU v6 lite', 'TPU v6e'), 918e12, 32 * GB, 1638 * GB, 2 * 100 * GB,
         f'{_TPU}v6e',
     ),
     'a100': Chip(
-        'A100', ('NVIDIA A100-SXM4-80GB',), 312e12, 80 * GB, 2039 * GB, 300 * GB,
+        'A100', 'gpu', ('NVIDIA A100-SXM4-80GB',), 312e12, 80 * GB, 2039 * GB, 300 * GB,
         'NVIDIA A100 80GB SXM data sheet; 200 Gbit/s InfiniBand a GPU between nodes',
         node=8, outer=25 * GB,
     ),
     'h100': Chip(
-        'H100', ('NVIDIA H100 80GB HBM3',), 989e12, 80 * GB, 3350 * GB, 450 * GB,
+        'H100', 'gpu', ('NVIDIA H100 80GB HBM3',), 989e12, 80 * GB, 3350 * GB, 450 * GB,
         'NVIDIA H100 SXM data sheet; 400 Gbit/s InfiniBand a GPU between nodes',
         node=8, outer=50 * GB,
     ),
     'h200': Chip(
-        'H200', ('NVIDIA H200',), 989e12, 141 * GB, 4800 * GB, 450 * GB,
+        'H200', 'gpu', ('NVIDIA H200',), 989e12, 141 * GB, 4800 * GB, 450 * GB,
         'NVIDIA H200 SXM data sheet; 400 Gbit/s InfiniBand a GPU between nodes',
         node=8, outer=50 * GB,
     ),
@@ -100,11 +101,17 @@ def measured_cpu() -> Chip:
     """This machine as one device, float32: its matmul rate and what it reads and writes a second,
     measured here and now. Simulated devices share both; their network is its memory."""
     device = jax.devices('cpu')[0]
-    x = jax.device_put(np.ones(32 * 2**20, np.float32), device)
-    bandwidth = 2 * x.nbytes / fastest(jax.jit(lambda x: x + 1), x, 5)
+    add = jax.jit(lambda x: x + 1, donate_argnums=0)
+    x = add(jax.device_put(np.ones(32 * 2**20, np.float32), device))
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        x = add(x).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    bandwidth = 2 * x.nbytes / min(seconds)
     memory = device_memory()
     return Chip(
-        'this CPU', ('cpu',), cpu_flops(device), memory, bandwidth, bandwidth,
+        'this CPU', 'cpu', ('cpu',), cpu_flops(device), memory, bandwidth, bandwidth,
         'measured: float32 matmul of 2048 x 2048, addition to 128 MB',
     )  # fmt: skip
 

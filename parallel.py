@@ -207,6 +207,7 @@ def init_params(key: Array, tree: Tree, mesh: Mesh) -> Tree:
     return jax.jit(init, out_shardings=shardings(tree, mesh))(key)
 
 
+@functools.cache
 def spec_axes(spec: P) -> tuple[str, ...]:
     """The mesh axes that a spec names, in its order."""
     entries = [e if isinstance(e, tuple) else (e,) for e in spec if e is not None]

@@ -30,7 +30,8 @@ import tensorstore as ts
 import tiktoken
 
 from corpus import Bad, Document, File, Piece, cut_into_parts, documents, retry
-from shards import MANIFEST, SPLITS, VERSION, ArrayWriter, open_store, split_of
+from shards import MANIFEST, SPLITS, VERSION, ArrayWriter, split_of
+from stores import open_store
 from tokenizer import END_OF_TEXT, fingerprint, get_encoding
 
 PART_BYTES = 32 << 20  # of input in one part, unless a file that cannot be cut is larger
@@ -465,7 +466,7 @@ def _run_on_ray(
 
 def ship_code(cloudpickle: types.ModuleType) -> None:
     """Has functions pickled with their code, where elsewhere they are only named."""
-    for name in (__name__, 'corpus', 'shards', 'tokenizer'):
+    for name in (__name__, 'corpus', 'shards', 'stores', 'tokenizer'):
         cloudpickle.register_pickle_by_value(sys.modules[name])
 
 

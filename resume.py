@@ -21,7 +21,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from checkpoint import Checkpointer, leaf_names
+from checkpoint import Checkpointer
+from leaves import leaf_names
 from parallel import P, Tree
 
 # What the checkpoint, and the meaning of its step, depend on; of the model, all but how it runs.

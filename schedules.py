@@ -26,6 +26,7 @@ Sources: GPipe, Huang et al. 2019; 1F1B (PipeDream-Flush) and interleaved 1F1B, 
 """
 
 import dataclasses
+import functools
 import heapq
 import itertools
 from collections.abc import Iterable
@@ -331,6 +332,7 @@ def _zero_bubble(
     return np.stack(rows, axis=1)
 
 
+@functools.cache
 def make_schedule(
     name: str,
     stages: int,

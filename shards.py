@@ -8,7 +8,6 @@ a crc32c, and the manifest a digest of each shard.
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 import tensorstore as ts
 import tiktoken
 
+from stores import open_store
 from tokenizer import fingerprint, get_encoding
 
 VERSION = 1  # of the manifest and the arrays
@@ -26,13 +26,6 @@ CHUNK_TOKENS = 1 << 15  # what one small read fetches and checks
 OBJECT_TOKENS = 1 << 24  # tokens in one file or object of an array, a multiple of CHUNK_TOKENS
 CACHE_BYTES = 256 << 20  # of decoded chunks kept in memory by a split
 SAMPLE_TOKENS = 200  # of a document that is shown
-
-
-def open_store(path: str) -> ts.KvStore:
-    """The key-value store under a local folder or a URL such as gs://bucket/folder."""
-    if '://' in path:
-        return ts.KvStore.open(path.rstrip('/') + '/').result()
-    return ts.KvStore.open({'driver': 'file', 'path': os.path.abspath(path) + '/'}).result()
 
 
 def array_spec(store: ts.KvStore, path: str) -> dict[str, Any]:
@@ -72,7 +65,10 @@ class ArrayWriter:
         self._hash = hashlib.blake2b(digest_size=16)
 
     def append(self, ids: np.ndarray, n_bytes: int) -> None:
-        """Adds a document: the ids and the bytes of its text."""
+        """Adds a document: the ids and the bytes of its text.
+
+        Raises OSError if what was written reads back otherwise.
+        """
         self._put(ids)
         self._put(self._end)
         self.documents += 1
@@ -89,27 +85,19 @@ class ArrayWriter:
                 self._flush()
 
     def finish(self) -> dict[str, Any]:
-        """The record of the shard, once it has been read back as it was written.
-
-        Raises OSError if it reads otherwise.
-        """
+        """The record of the shard, all of it written. Raises OSError as `append` does."""
         if self._n_waiting:
             self._flush()
-        digest = self._hash.hexdigest()
-        if digest_of(read_blocks(self._store, self._path)) != digest:
-            raise OSError(
-                f'{self._store.url}{self._path} reads back otherwise than it was written: check '
-                'the storage and start again'
-            )
         return {
             'path': self._path,
             'tokens': self._n_written,
             'documents': self.documents,
             'bytes': self._bytes,
-            'digest': digest,
+            'digest': self._hash.hexdigest(),
         }
 
     def _flush(self) -> None:
+        """Writes what waits, and reads it back from where it now lies."""
         tokens = self._waiting[: self._n_waiting]
         start, stop = self._n_written, self._n_written + len(tokens)
         if self._array is None:
@@ -119,7 +107,13 @@ class ArrayWriter:
                 exclusive_max=[stop], resize_metadata_only=True
             ).result()
         self._array[start:stop].write(tokens).result()
-        self._hash.update(tokens.astype(tokens.dtype.newbyteorder('<')))
+        self._hash.update(tokens.astype(tokens.dtype.newbyteorder('<'), copy=False))
+        written = ts.open(array_spec(self._store, self._path), read=True).result()
+        if not np.array_equal(written[start:stop].read().result(), tokens):
+            raise OSError(
+                f'{self._store.url}{self._path} reads back otherwise than it was written: check '
+                'the storage and start again'
+            )
         self._n_written, self._n_waiting = stop, 0
 
     def _create(self, length: int) -> ts.TensorStore:
@@ -154,7 +148,7 @@ def digest_of(blocks: Iterable[np.ndarray]) -> str:
     """32 hex digits over token ids, however they are cut into blocks."""
     digest = hashlib.blake2b(digest_size=16)
     for tokens in blocks:
-        digest.update(tokens.astype(tokens.dtype.newbyteorder('<')))
+        digest.update(tokens.astype(tokens.dtype.newbyteorder('<'), copy=False))
     return digest.hexdigest()
 
 

@@ -51,11 +51,14 @@ PIPELINE_COSTS = (1.0, 2.0, 1.0)
 
 # Options of the compiler for the train step, by platform; config.compiler_options overrides each
 # by name, and the compiler refuses names that it does not know. They let weights be gathered while
-# matmuls run. (The collective fusions of v5e would do more, but v4 refuses them.)
+# matmuls run. (The collective fusions of v5e would do more, but v4 refuses them.) On TPU (libtpu
+# 0.0.52) the pass that moves all-reduces out of loops fails an assertion of its own where gradients
+# are accumulated; there is nothing for it to move.
 COMPILER_OPTIONS = {
     'tpu': {
         'xla_enable_async_all_gather': 'true',
         'xla_enable_async_collective_permute': 'true',
+        'xla_disable_hlo_passes': 'while-loop-all-reduce-code-motion',
     },
     'gpu': {'xla_gpu_enable_latency_hiding_scheduler': 'true'},
 }

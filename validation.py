@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from attention import ATTENTION
 from attention_kernels import KERNELS, SPLASH_LANES, choose_kernel
+from chips import CHIPS
 from layers import REMAT_NAMES, ModelConfig
 from model import FEED_FORWARD, REMAT, model_params
 from optimizer import OptimizerConfig
@@ -200,6 +201,7 @@ def value_errors(config: ConfigDict) -> Iterator[str]:
         'pipeline.schedule': NAMES,
         'model.rope_scaling': ('none', 'linear', 'yarn'),
         'optimizer.schedule': ('cosine', 'wsd'),
+        'chip': ('cpu', *CHIPS),
     }
     for name, allowed in choices.items():
         if flat[name] not in allowed:

@@ -3,24 +3,33 @@
     python benchmarks/checkpoint_speed.py --megabytes=1024
     python benchmarks/checkpoint_speed.py --noorbax --folder=/mnt/disk --cpu_devices=8 --json
 
-The tree is a train state's: parameters and two moments, float32, sharded over all devices. Each
+The tree is a train state's: parameters and two moments, float32, sharded over all devices.
+`blocked` is the time until `save` returns, `save` until the step is committed, with nothing else
+running. `loop_` says the same of a save within a loop of steps which go on meanwhile and update
+the tree in place, as training does; what is then restored has to be the tree before them. Each
 round does everything once, one after the other, since the speed of a disk drifts; the figures are
 medians over the rounds after the first, and ratios are medians of the ratios of a round. Before
 anything is read, its pages are dropped from the system's cache (but not from that of a virtual
 disk's host). Orbax is no dependency of the project: pip install orbax-checkpoint
 """
 
+import functools
+import itertools
 import json
 import os
 import pathlib
 import shutil
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from jax.sharding import NamedSharding
@@ -82,6 +91,40 @@ def same(a, b) -> bool:
     )
 
 
+@functools.partial(jax.jit, donate_argnums=0)
+def train_step(tree: dict, x: jax.Array) -> dict:
+    """A new tree in the place of the old one, after the FLOPs of about 128 tokens."""
+    x = jax.lax.fori_loop(0, FLAGS.megabytes // 4, lambda _, y: jnp.tanh(x @ y), x)
+    return jax.tree.map(lambda leaf: leaf + x[0, 0].astype(leaf.dtype), tree)
+
+
+def steps_until(done: Callable[[], bool], tree: dict) -> float:
+    """Seconds a step of a loop that makes one at least."""
+    x, n, start = jnp.eye(512), 0, time.perf_counter()
+    while not n or not done():
+        tree, n = jax.block_until_ready(train_step(tree, x)), n + 1
+    return (time.perf_counter() - start) / n
+
+
+def save_in_a_loop(tree: dict, shapes: dict, folder: pathlib.Path) -> dict:
+    """Seconds of a save during which steps go on, and of a step with it and without."""
+    copy = lambda: jax.block_until_ready(jax.tree.map(jnp.copy, tree))  # noqa: E731
+    times, count = {}, itertools.count()
+    times['loop_step_alone'] = steps_until(lambda: next(count) == 4, copy())
+    state, saved = copy(), threading.Event()
+    with Checkpointer(str(folder)) as checkpoints, ThreadPoolExecutor(1) as thread:
+        start = time.perf_counter()
+        checkpoints.save(2, state)
+        times['loop_blocked'] = time.perf_counter() - start
+        step = thread.submit(steps_until, saved.is_set, state)
+        checkpoints.wait()
+        times['loop_save'] = time.perf_counter() - start
+        saved.set()
+        times['loop_step_while_saving'] = step.result()
+        assert same(tree, checkpoints.restore(2, shapes))
+    return times
+
+
 def one_round(tree: dict, shapes: dict, folder: pathlib.Path, buffer: memoryview) -> dict:
     """Seconds of everything."""
     times = {}
@@ -99,6 +142,7 @@ def one_round(tree: dict, shapes: dict, folder: pathlib.Path, buffer: memoryview
         )
     assert same(tree, restored)
     del restored
+    times |= save_in_a_loop(tree, shapes, folder / 'ours')
 
     if FLAGS.orbax:
         with orbax().StandardCheckpointer() as checkpointer:
@@ -145,6 +189,8 @@ def main(_):
 
     ratios = {
         'blocked_share_of_save': ('blocked', 'save'),
+        'loop_blocked_share_of_save': ('loop_blocked', 'loop_save'),
+        'loop_step_slowed_by': ('loop_step_while_saving', 'loop_step_alone'),
         'save_rate_over_plain_write': ('plain_write', 'save'),
         'restore_rate_over_plain_read': ('plain_read', 'restore'),
     }
@@ -158,7 +204,7 @@ def main(_):
     result = {'bytes': n_bytes, 'devices': mesh.size, 'rounds': len(rounds)}
     for name in rounds[0]:
         result[f'{name}_seconds'] = median(r[name] for r in rounds)
-        if 'blocked' not in name:
+        if 'blocked' not in name and 'step' not in name:
             result[f'{name}_mb_per_s'] = n_bytes / 1e6 / result[f'{name}_seconds']
     for name, (a, b) in ratios.items():
         result[name] = median(r[a] / r[b] for r in rounds)

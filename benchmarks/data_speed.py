@@ -6,9 +6,11 @@
 The corpus is the source of Python's standard library, cut into documents of 3,000 characters and
 repeated in other orders, as Parquet where pyarrow is there and as .jsonl otherwise. `raw` is
 tiktoken alone in one process on texts that lie in memory, the faster of its two calls. A job's
-time holds all of it: start of the processes, reading, writing, reading back. The clock of a shared
-machine drifts, so all are measured in turn, several times, and the best of each counts. Figures by
-CPU time, of all processes together, depend less on what else the machine does.
+time holds all of it: start of the processes, reading, writing, reading back; `beyond_start` leaves
+out what a job over a few documents takes, which a corpus of some size does not notice. The clock of
+a shared machine drifts, so all are measured in turn, several times; the figures are medians, and
+ratios medians of the ratios of a round. Figures by CPU time, of all processes together, depend less
+on what else the machine does.
 """
 
 import importlib.util
@@ -23,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from typing import NamedTuple
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -53,8 +56,9 @@ def make_texts(megabytes: float) -> list[str]:
     return texts
 
 
-def write_corpus(folder: str, texts: list[str]) -> str:
-    """Writes the texts in 4 files; returns their glob."""
+def write_corpus(folder: str, texts: list[str]) -> None:
+    """Writes the texts in 4 files."""
+    os.mkdir(folder)
     parquet = importlib.util.find_spec('pyarrow')
     for i in range(4):
         mine = texts[i::4]
@@ -67,22 +71,33 @@ def write_corpus(folder: str, texts: list[str]) -> str:
         else:
             with open(f'{folder}/{i}.jsonl', 'w') as f:
                 f.writelines(json.dumps({'text': text}) + '\n' for text in mine)
-    return f'{folder}/*.{"parquet" if parquet else "jsonl"}'
 
 
-class Cost:
-    """The least seconds of wall clock and of CPU time, with child processes that have ended, that
-    something took; a unit of work is a token."""
+class Used(NamedTuple):
+    """What something took for its tokens: seconds of the clock, and of CPU time, in which child
+    processes count that have ended."""
 
-    def __init__(self):
-        self.wall = self.cpu = float('inf')
+    tokens: int
+    wall: float
+    cpu: float
 
-    def measure(self, fn: Callable[[], int]) -> None:
-        """Runs fn, which returns the number of tokens."""
-        used, started = cpu_seconds(), time.perf_counter()
-        tokens = fn()
-        self.wall = min(self.wall, (time.perf_counter() - started) / tokens)
-        self.cpu = min(self.cpu, (cpu_seconds() - used) / tokens)
+    def beyond(self, other: 'Used') -> 'Used':
+        return Used(*(mine - its for mine, its in zip(self, other, strict=True)))
+
+    @property
+    def rate(self) -> float:
+        return self.tokens / self.wall
+
+    @property
+    def cpu_rate(self) -> float:
+        return self.tokens / self.cpu
+
+
+def measured(fn: Callable[[], int]) -> Used:
+    """Of fn, which returns the number of tokens."""
+    used, started = cpu_seconds(), time.perf_counter()
+    tokens = fn()
+    return Used(tokens, time.perf_counter() - started, cpu_seconds() - used)
 
 
 def cpu_seconds() -> float:
@@ -103,11 +118,10 @@ def raw_seconds(tokenizer: str, texts: list[str]) -> tuple[float, int]:
     return time.perf_counter() - started, n
 
 
-def job(pattern: str, folder: str, workers: int) -> int:
-    output = f'{folder}/out-{workers}'
+def job(folder: str, output: str, workers: int, part_bytes: int = 8 << 20) -> int:
     shutil.rmtree(output, ignore_errors=True)
-    files = find_files([pattern])
-    manifest = prepare(files, Job(output, FLAGS.tokenizer), workers, part_bytes=4 << 20)
+    files = find_files([f'{folder}/*'])
+    manifest = prepare(files, Job(output, FLAGS.tokenizer), workers, part_bytes)
     return sum(split['tokens'] for split in manifest['splits'].values())
 
 
@@ -122,11 +136,11 @@ def naive_encode(text: str) -> list[int]:
     return [*_naive['encoding'].encode_ordinary(text), _naive['encoding'].eot_token]
 
 
-def naive(pattern: str, folder: str, workers: int) -> int:
+def naive(folder: str, output: str, workers: int) -> int:
     """A pool, a document at a time, a Python list that becomes an array."""
     from corpus import cut_into_parts, documents
 
-    parts = cut_into_parts(find_files([pattern]), 1 << 40)
+    parts = cut_into_parts(find_files([f'{folder}/*']), 1 << 40)
     texts = (d.text for part in parts for piece in part for d in documents(piece))
     ids: list[int] = []
     pool = multiprocessing.get_context('spawn').Pool(workers, naive_start, (FLAGS.tokenizer,))
@@ -134,7 +148,7 @@ def naive(pattern: str, folder: str, workers: int) -> int:
         ids.extend(found)
     pool.close()
     pool.join()
-    np.save(f'{folder}/naive.npy', np.array(ids, np.uint32))
+    np.save(f'{output}/naive.npy', np.array(ids, np.uint32))
     return len(ids)
 
 
@@ -174,53 +188,81 @@ def tiny_step() -> tuple[float, int, int]:
     return min(seconds), config.batch_size, config.seq_len
 
 
-def preparation(folder: str) -> dict[str, float]:
-    texts = make_texts(FLAGS.megabytes)
-    pattern = write_corpus(folder, texts)
-    # Copies, since the same few strings over and over would lie in the processor's caches.
-    sample = [text.encode().decode() for text in texts[: len(texts) // 2]]
+def tokenizing_seconds(fn: Callable[[], int]) -> tuple[Used, float]:
+    """What fn takes, and how much of it tiktoken takes, which no drift of the clock touches."""
+    original, seconds = tiktoken.Encoding.encode_to_numpy, 0.0
+
+    def timed(*args, **kwargs) -> np.ndarray:
+        nonlocal seconds
+        started = time.perf_counter()
+        try:
+            return original(*args, **kwargs)
+        finally:
+            seconds += time.perf_counter() - started
+
+    tiktoken.Encoding.encode_to_numpy = timed
+    try:
+        return measured(fn), seconds
+    finally:
+        tiktoken.Encoding.encode_to_numpy = original
+
+
+def one_round(folder: str, sample: list[str], pool: ProcessPoolExecutor) -> dict[str, float]:
+    """Every figure of the preparation once; the faster of tiktoken's calls on both sides."""
     enc = get_encoding(FLAGS.tokenizer)
-    tasks = {
-        'list': lambda: raw(enc, sample, to_numpy=False),
-        'numpy': lambda: raw(enc, sample, to_numpy=True),
-        'one': lambda: job(pattern, folder, 1),
-        'two': lambda: job(pattern, folder, 2),
-        'naive': lambda: naive(pattern, folder, 2),
-    }
-    costs = {name: Cost() for name in tasks}
-    pair = 0.0  # tokens a second of two processes that do nothing but tokenize
-    with ProcessPoolExecutor(2, multiprocessing.get_context('spawn')) as pool:
-        for _ in range(FLAGS.repeats):
-            for name, task in tasks.items():
-                costs[name].measure(task)
-            runs = [pool.submit(raw_seconds, FLAGS.tokenizer, sample) for _ in range(2)]
-            pair = max(pair, sum(n / seconds for seconds, n in (run.result() for run in runs)))
-    wall = {name: cost.wall for name, cost in costs.items()}
-    cpu = {name: cost.cpu for name, cost in costs.items()}
-    raw_wall, raw_cpu = min(wall['list'], wall['numpy']), min(cpu['list'], cpu['numpy'])
+    faster = lambda: max(  # noqa: E731
+        (measured(lambda n=n: raw(enc, sample, n)) for n in (True, False)), key=lambda u: u.rate
+    )
+    raws = [faster()]
+    one, tokenizing = tokenizing_seconds(lambda: job(f'{folder}/text', f'{folder}/1', 1))
+    raws.append(faster())
+    two = measured(lambda: job(f'{folder}/text', f'{folder}/2', 2))
+    start = measured(lambda: job(f'{folder}/crumbs', f'{folder}/0', 2, part_bytes=1))
+    raws.append(faster())
+    pool_of_two = measured(lambda: naive(f'{folder}/text', folder, 2))
+    runs = [pool.submit(raw_seconds, FLAGS.tokenizer, sample) for _ in range(2)]
+    pair = sum(n / seconds for seconds, n in (run.result() for run in runs))
+    raw_rate = float(np.mean([used.rate for used in raws]))
+    raw_cpu_rate = float(np.mean([used.cpu_rate for used in raws]))
+    running = two.beyond(start)
     return {
-        'megabytes': FLAGS.megabytes,
-        'raw_tokens_per_second': 1 / raw_wall,
+        'raw_tokens_per_second': raw_rate,
         'raw_tokens_per_second_2_processes': pair,
-        'job_tokens_per_second_1_worker': 1 / wall['one'],
-        'job_tokens_per_second_2_workers': 1 / wall['two'],
-        'naive_tokens_per_second_2_workers': 1 / wall['naive'],
-        'job_share_of_raw_1_worker': raw_wall / wall['one'],
-        'job_share_of_raw_per_worker_2_workers': raw_wall / wall['two'] / 2,
-        'job_share_of_raw_2_processes': 1 / wall['two'] / pair,
-        'job_2_workers_over_1': wall['one'] / wall['two'],
-        'job_over_naive_2_workers': wall['naive'] / wall['two'],
-        'cpu_time_job_share_of_raw_1_worker': raw_cpu / cpu['one'],
-        'cpu_time_job_share_of_raw_2_workers': raw_cpu / cpu['two'],
-        'cpu_time_job_over_naive_2_workers': cpu['naive'] / cpu['two'],
+        'job_tokens_per_second_1_worker': one.rate,
+        'job_tokens_per_second_2_workers': two.rate,
+        'naive_tokens_per_second_2_workers': pool_of_two.rate,
+        'start_seconds_2_workers': start.wall,
+        'job_share_of_raw_1_worker': one.rate / raw_rate,
+        'tokenizing_share_of_job_1_worker': tokenizing / one.wall,
+        'job_share_of_raw_per_worker_2_workers': two.rate / raw_rate / 2,
+        'beyond_start_share_of_raw_per_worker_2_workers': running.rate / raw_rate / 2,
+        'beyond_start_share_of_raw_2_processes': running.rate / pair,
+        'job_2_workers_over_1': two.rate / one.rate,
+        'beyond_start_2_workers_over_1': running.rate / one.rate,
+        'job_over_naive_2_workers': two.rate / pool_of_two.rate,
+        'cpu_time_job_share_of_raw_1_worker': one.cpu_rate / raw_cpu_rate,
+        'cpu_time_job_share_of_raw_2_workers': two.cpu_rate / raw_cpu_rate,
+        'cpu_time_job_over_naive_2_workers': two.cpu_rate / pool_of_two.cpu_rate,
     }
+
+
+def preparation(folder: str) -> dict[str, float]:
+    """The medians over the rounds, of ratios too."""
+    texts = make_texts(FLAGS.megabytes)
+    write_corpus(f'{folder}/text', texts)
+    write_corpus(f'{folder}/crumbs', texts[:8])
+    # Copies, since the same few strings over and over would lie in the processor's caches.
+    sample = [text.encode().decode() for text in texts[: len(texts) // 4]]
+    with ProcessPoolExecutor(2, multiprocessing.get_context('spawn')) as pool:
+        rounds = [one_round(folder, sample, pool) for _ in range(FLAGS.repeats)]
+    return {name: float(np.median([r[name] for r in rounds])) for name in rounds[0]}
 
 
 def main(_: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         result = preparation(folder)
         step, batch_size, seq_len = tiny_step()
-        batch = loader_seconds(f'{folder}/out-1', batch_size, seq_len)
+        batch = loader_seconds(f'{folder}/1', batch_size, seq_len)
     result |= {
         'loader_tokens_per_second': batch_size * seq_len / batch,
         'tiny_step_seconds': step,
@@ -228,7 +270,7 @@ def main(_: list[str]) -> None:
     }
     for name, value in result.items():
         shown = f'{value:,.0f}' if value > 1000 else f'{value:.4g}'
-        print(f'{name:>40}  {shown}')
+        print(f'{name:>46}  {shown}')
     if FLAGS.json:
         print(json.dumps(result))
 
@@ -236,6 +278,6 @@ def main(_: list[str]) -> None:
 if __name__ == '__main__':
     flags.DEFINE_string('tokenizer', 'vocab/stdlib-4096.tiktoken', 'As for data.py.')
     flags.DEFINE_float('megabytes', 100.0, 'Text of the corpus.')
-    flags.DEFINE_integer('repeats', 2, 'Rounds of all measurements; the best of each counts.')
+    flags.DEFINE_integer('repeats', 3, 'Rounds of all measurements.')
     flags.DEFINE_boolean('json', False, 'The figures as one JSON object on the last line.')
     app.run(main)

@@ -118,6 +118,7 @@ def get_config() -> ConfigDict:
     u.pause_seconds = 7200.0  # so for a start, compilation, evaluation, samples or a save
     u.heartbeat_seconds = 100  # missed by one of several processes, after which the others end
 
+    c.chip = 'cpu'  # that plan.py plans for: 'cpu' | 'v4' | 'v5e' | 'v5p' | 'v6e' | 'h100' | ...
     c.compilation_cache = ''  # a folder or URL that keeps compiled programs for the next start
     c.peak_flops = 0.0  # of one device, for MFU; 0 looks the device up, or measures a CPU
     return c.lock()

@@ -15,6 +15,13 @@ and named with --config.data.path=gs://BUCKET/fineweb-edu-10BT.
 The batch: 256 sequences x 1,024 tokens = 262,144 tokens a step. fsdp 8 takes 32 sequences a shard,
 in 8 microbatches of 4, which pass 2 stages of 4 blocks; tp 2 halves heads, feed-forward and
 vocabulary. 38,000 steps are 9.96 billion tokens.
+
+By the TPU compiler's estimate the model is so small that 32 shards of FSDP alone serve it better:
+
+    --config.mesh.fsdp=32 --config.mesh.pp=1 --config.mesh.tp=1 --config.microbatches=1
+
+takes 0.30 s of compute and 0.08 s of communication a step, half of the latter beside matmuls, and
+2.8 GB of a chip's memory. The estimate leaves out the experts' grouped matmuls.
 """
 
 from ml_collections import ConfigDict
@@ -47,7 +54,7 @@ def get_config() -> ConfigDict:
     m.kv_rank = 128
     m.nope_dim = 64
     m.rope_dim = 64
-    m.attention_block = 512  # splash; check_vma off chooses it
+    m.attention_block = 512  # of the splash kernel, which check_vma=False lets in
     m.remat = 'full'
     m.loss_chunk = 2048
 
@@ -57,4 +64,5 @@ def get_config() -> ConfigDict:
     c.eval.every = 1000
     c.eval.batches = 20
     c.checkpoint.every = 1000
+    c.chip = 'v4'
     return c

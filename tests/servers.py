@@ -2,10 +2,14 @@
 
 import contextlib
 import json
+import logging
 import threading
 import urllib.parse
+import urllib.request
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
 
 
 class Store:
@@ -145,6 +149,28 @@ def serve_folder() -> contextlib.AbstractContextManager[Store]:
 def serve_bucket() -> contextlib.AbstractContextManager[Store]:
     """What TENSORSTORE_GCS_HTTP_URL=http://127.0.0.1:{port} makes of gs://bucket/{name}."""
     return serve(_BucketHandler)
+
+
+@contextlib.contextmanager
+def serve_s3() -> Iterator[dict[str, str]]:
+    """An empty s3://bucket, and the environment that leads to it. Needs moto[server]."""
+    logging.getLogger('werkzeug').setLevel(logging.ERROR)  # which prints each request
+    server = pytest.importorskip('moto.server', reason="pip install 'moto[server]'")
+    server = server.ThreadedMotoServer('127.0.0.1', 0, verbose=False)
+    server.start()
+    try:
+        endpoint = 'http://{}:{}'.format(*server.get_host_and_port())
+        urllib.request.urlopen(
+            urllib.request.Request(f'{endpoint}/bucket', method='PUT'), timeout=60
+        ).close()
+        yield {
+            'AWS_ENDPOINT_URL': endpoint,
+            'AWS_REGION': 'us-east-1',
+            'AWS_ACCESS_KEY_ID': 'any',
+            'AWS_SECRET_ACCESS_KEY': 'any',
+        }
+    finally:
+        server.stop()
 
 
 def serve_hub() -> contextlib.AbstractContextManager[Store]:

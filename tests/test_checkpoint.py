@@ -13,10 +13,13 @@ import tensorstore as ts
 from common import small_config
 from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
+from servers import serve_s3
 
 import checkpoint
+import leaves
 import steps
-from checkpoint import Checkpointer, CheckpointError, chunk_shape, leaf_names
+from checkpoint import Checkpointer, CheckpointError
+from leaves import chunk_shape, leaf_names
 from parallel import P, Tree, make_mesh
 from validation import validate
 
@@ -118,6 +121,22 @@ def test_any_tree_comes_back(kind, tmp_path):
     assert metadata['versions']['jax'] == jax.__version__
 
 
+def test_checkpoints_in_a_bucket(monkeypatch):
+    tree = odd_tree()
+    with serve_s3() as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        with Checkpointer('s3://bucket/run/checkpoints', keep=2) as checkpoints:
+            for step in (1, 10, 3):
+                checkpoints.save(step, tree)
+            checkpoints.wait()
+            assert checkpoints.steps() == [3, 10]
+            assert_same(checkpoints.restore(10, wanted(tree)), tree)
+            checkpoints.verify(3)
+            with pytest.raises(ValueError, match='use one of: 3, 10'):
+                checkpoints.restore(1, tree)
+
+
 def config_on(mesh: dict[str, int], chunks: int = 1) -> ConfigDict:
     """Four blocks of a dense and an MoE layer, after a dense one."""
     config = small_config(moe=True)
@@ -149,7 +168,7 @@ def assert_placed(tree: Tree, target: Tree) -> None:
 @pytest.mark.parametrize('source', [MESHES[0], MESHES[-1]], ids=str)
 def test_a_state_moves_between_meshes(source, to, tmp_path, monkeypatch):
     # Chunks of a few rows, and a window of a few leaves, as with a large model.
-    monkeypatch.setattr(checkpoint, 'CHUNK_BYTES', 2000)
+    monkeypatch.setattr(leaves, 'CHUNK_BYTES', 2000)
     monkeypatch.setattr(checkpoint, 'WINDOW_BYTES', 10_000)
     state = state_on(config_on(source))
     config = config_on(to)
@@ -289,13 +308,13 @@ def test_host_copies_are_freed_as_they_are_written(tmp_path, monkeypatch):
     original = Checkpointer._open
 
     def counting(self, step, name, entry):
-        left.append(len(leaves))
+        left.append(len(copies))
         return original(self, step, name, entry)
 
     monkeypatch.setattr(Checkpointer, '_open', counting)
     with Checkpointer(str(tmp_path)) as checkpoints:
-        leaves = checkpoint.copy_to_host(small_tree())
-        checkpoints._write(1, leaves, b'{}', b'')
+        copies = checkpoint.copy_to_host(small_tree())
+        checkpoints._write(1, copies, b'{}', b'')
     assert left == [2, 1, 0]
 
 

@@ -186,7 +186,9 @@ def flags_of(script: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for node in ast.walk(ast.parse((ROOT / script).read_text())):
         kind = getattr(node.func, 'attr', '') if isinstance(node, ast.Call) else ''
-        if kind.startswith('DEFINE_'):
+        if kind == 'DEFINE_flag':  # (parser, serializer, name, ...) of a flag of its own type
+            found[ast.literal_eval(node.args[0].args[2])] = 'flag'
+        elif kind.startswith('DEFINE_'):
             found[ast.literal_eval(node.args[0])] = kind.removeprefix('DEFINE_')
     return found
 

@@ -9,6 +9,7 @@ import threading
 
 import numpy as np
 import pytest
+from servers import serve_s3
 from test_shards import contents, prepared
 
 from corpus import File, find_files
@@ -368,3 +369,15 @@ def test_reading_ahead_keeps_the_order_and_raises():
     with pytest.raises(OSError, match='gone'):
         next(stream)
     assert not [t for t in threading.enumerate() if t.name.startswith('ahead')]
+
+
+def test_output_in_an_s3_bucket_is_read_as_from_a_folder(corpus, monkeypatch):
+    _, output, files = corpus
+    with serve_s3() as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        prepare(files, Job('s3://bucket/tokens', SHIPPED, 0.25), part_bytes=8000)
+        remote, local = Split('s3://bucket/tokens', 'train'), Split(str(output), 'train')
+        np.testing.assert_array_equal(
+            remote.read(0, remote.n_tokens), local.read(0, local.n_tokens)
+        )

@@ -46,7 +46,7 @@ def killer(fn, nth):
 
 if __name__ == '__main__':
     pattern, output, workers, where, nth = sys.argv[1:]
-    owner = {{'finish': shards.ArrayWriter, 'digest_of': shards}}.get(where, module)
+    owner = {{'finish': shards.ArrayWriter, 'array_spec': shards}}.get(where, module)
     if where:
         setattr(owner, where, killer(getattr(owner, where), int(nth)))
     prepare(find_files([pattern]), Job(output, {shipped!r}, 0.25), int(workers), part_bytes=8000)
@@ -69,7 +69,7 @@ def start(tmp_path, files, workers: int = 1, where: str = '', nth: int = 0) -> s
     ('where', 'nth'),
     [
         ('finish', 7),  # nothing of the array is there
-        ('digest_of', 9),  # the array is there, unchecked
+        ('array_spec', 10),  # the array is there, unchecked
         ('_total', 1),  # all parts, no manifest
         ('_remove_leftovers', 1),  # the manifest, and the parts' records
     ],

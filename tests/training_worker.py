@@ -25,8 +25,9 @@ from ml_collections import ConfigDict
 
 import checkpoint
 import train
-from checkpoint import Checkpointer, leaf_names
+from checkpoint import Checkpointer
 from configs import default
+from leaves import leaf_names
 
 PAUSE = 0.05  # seconds, while which a kill may arrive
 

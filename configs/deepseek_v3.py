@@ -1,0 +1,65 @@
+"""Pre-training of DeepSeek-V3 (DeepSeek-AI 2024, section 4.2), 671 B parameters and 37 B active,
+without its multi-token prediction, on 1,024 chips of a TPU v5p pod, 8 x 8 x 16.
+
+On each host of the slice:
+
+    python train.py --config=configs/deepseek_v3.py --workdir=gs://BUCKET/runs/deepseek_v3 \
+        --config.data.path=gs://BUCKET/tokens
+
+The batch: 15,360 sequences x 4,096 tokens = 62,914,560 tokens a step. fsdp 32 x ep 32 take 15
+sequences a chip, in 15 microbatches of 1. 235,000 steps are 14.8 trillion tokens.
+
+ep 32 gives a chip 8 of each layer's 256 experts; a peer is sent at most twice the rows of an even
+spread, where the paper drops none: without a bound, one chip may receive all rows of 32.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default
+
+
+def get_config() -> ConfigDict:
+    c = default.get_config()
+    c.data.path = 'tokens'
+    c.chip = 'v5p'
+    c.steps = 235_000
+    c.batch_size = 15_360
+    c.seq_len = 4096
+    c.microbatches = 15
+    c.compute_dtype = 'bfloat16'
+    c.check_vma = False  # for the attention kernel
+    c.mesh.update(fsdp=32, ep=32)
+
+    m = c.model
+    m.vocab_size = 129_280
+    m.d_model = 7168
+    m.n_layers = 61
+    m.first_dense = 3
+    m.block = ('moe',)
+    m.d_ff = 18_432
+    m.n_experts = 256
+    m.experts_per_token = 8
+    m.d_expert = 2048
+    m.n_expert_groups = 8
+    m.n_top_groups = 4
+    m.routed_scale = 2.5
+    m.balance_loss = 1e-4
+    m.buffer_factor = 2.0
+    m.n_heads = 128
+    m.q_rank = 1536
+    m.kv_rank = 512
+    m.nope_dim = 128
+    m.rope_dim = 64
+    m.v_dim = 128
+    m.attention_block = 512
+    m.tie_embeddings = False
+    m.remat = 'full'
+
+    o = c.optimizer
+    o.peak_lr = 2.2e-4
+    o.final_lr = 7.3e-6
+    o.warmup_steps = 2000
+    c.eval.every = 2000
+    c.eval.batches = 1
+    c.checkpoint.every = 500
+    return c
