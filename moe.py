@@ -35,7 +35,7 @@ from parallel import (
     zeros,
 )
 
-BLOCK = 288  # the most rows of one matmul of the CPU's grouped one; the padding of grouped rows
+BLOCK = 288  # the most rows that the CPU's grouped SwiGLU takes at once; the padding of its rows
 
 
 def moe_params(cfg: ModelConfig) -> Tree:
@@ -75,10 +75,7 @@ def moe(params: Tree, x_BTD: Array, cfg: ModelConfig) -> tuple[Array, dict[str, 
     with jax.named_scope('dispatch'):
         x_GD, sizes_E, return_rows = dispatch(x_TD, expert_BTC.reshape(-1), slots, cfg)
     with jax.named_scope('experts'):
-        h_GF = gated(
-            grouped_matmul(x_GD, w['w_gate'], sizes_E), grouped_matmul(x_GD, w['w_up'], sizes_E)
-        )
-        y_GD = grouped_matmul(h_GF, w['w_down'], sizes_E)
+        y_GD = grouped_swiglu(x_GD, w, sizes_E)
     with jax.named_scope('combine'):
         y_AD = return_rows(y_GD)
     y_TCD = y_AD.reshape(x_TD.shape[0], -1, cfg.d_model).astype(jnp.float32)
@@ -338,19 +335,65 @@ def regroup(received_PE: Array, slots: int) -> tuple[Array, Array]:
 
 
 # ---------------------------------------------------------------------------------------------
-# Grouped matmul
+# Experts: rows grouped by expert, each group through the SwiGLU of its own
 # ---------------------------------------------------------------------------------------------
 
 
 @jax.custom_vjp
-def grouped_matmul(x_GI: Array, w_EIO: Array, sizes_E: Array) -> Array:
-    """Row g times the matrix of its group: the first sizes[0] rows times w[0], and so on.
+def grouped_swiglu(x_GD: Array, w: Tree, sizes_E: Array) -> Array:
+    """Each row through the SwiGLU of its group: the first sizes[0] rows through that of
+    w_gate[0], w_up[0], w_down[0], and so on. [G, D] -> the same.
 
-    x_GI ends with at least BLOCK rows of no group; results there are undefined. On TPU and GPU
-    this is `lax.ragged_dot`; on CPU, where that is 14 times slower, a loop over each expert's
-    blocks of rows, as many as it has.
+    x_GD ends with at least BLOCK rows of no group; results there are undefined. On TPU and GPU
+    each matmul is a `lax.ragged_dot`; on CPU, where that is 14 times slower, one loop goes over
+    each expert's blocks of rows, as many as it has, so that what lies between the matmuls stays in
+    the cache and each expert's matrices are fetched once.
     """
-    return lax.platform_dependent(x_GI, w_EIO, sizes_E, cpu=_blocked_matmul, default=lax.ragged_dot)
+    return _grouped_forward(x_GD, w, sizes_E)[0]
+
+
+def _grouped_forward(x_GD: Array, w: Tree, sizes_E: Array):
+    y_GD, gate_GF, up_GF = lax.platform_dependent(
+        x_GD, w, sizes_E, cpu=_blocked_forward, default=_ragged_forward
+    )
+    return y_GD, (x_GD, w, sizes_E, gate_GF, up_GF)
+
+
+def _grouped_backward(saved: tuple, dy_GD: Array):
+    dx_GD, dw = lax.platform_dependent(
+        *saved, dy_GD, cpu=_blocked_backward, default=_ragged_backward
+    )
+    return dx_GD, dw, None
+
+
+grouped_swiglu.defvjp(_grouped_forward, _grouped_backward)
+
+
+def _ragged_forward(x_GD: Array, w: Tree, sizes_E: Array) -> tuple[Array, Array, Array]:
+    gate_GF = lax.ragged_dot(x_GD, w['w_gate'], sizes_E)
+    up_GF = lax.ragged_dot(x_GD, w['w_up'], sizes_E)
+    return lax.ragged_dot(gated(gate_GF, up_GF), w['w_down'], sizes_E), gate_GF, up_GF
+
+
+def _ragged_backward(
+    x_GD: Array, w: Tree, sizes_E: Array, gate_GF: Array, up_GF: Array, dy_GD: Array
+) -> tuple[Array, Tree]:
+    groups = lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(((0,), (0,)), ((), ())),
+        lhs_ragged_dimensions=[0],
+        rhs_group_dimensions=[],
+    )
+    gradient = lambda x, d: lax.ragged_dot_general(x, d, sizes_E, groups)  # noqa: E731
+    back = lambda d, w: lax.ragged_dot(d, w.swapaxes(1, 2), sizes_E)  # noqa: E731
+    h_GF, pull = jax.vjp(gated, gate_GF, up_GF)
+    dgate_GF, dup_GF = pull(back(dy_GD, w['w_down']))
+    dx_GD = back(dgate_GF, w['w_gate']) + back(dup_GF, w['w_up'])
+    dw = {
+        'w_gate': gradient(x_GD, dgate_GF),
+        'w_up': gradient(x_GD, dup_GF),
+        'w_down': gradient(h_GF, dy_GD),
+    }
+    return dx_GD, dw
 
 
 def _block_rows(rows: int, groups: int) -> int:
@@ -368,80 +411,70 @@ def _few(rows: int, groups: int) -> bool:
     return rows <= 4 * groups
 
 
-def _blocked_matmul(x_GI: Array, w_EIO: Array, sizes_E: Array, transposed: bool = False) -> Array:
-    n_rows, n_groups = x_GI.shape[0] - BLOCK, w_EIO.shape[0]
+def _blocks_of(size: Array, rows: int) -> Array:
+    return -(-size // rows)
+
+
+def _rows_at(arrays: Tree, start: Array, rows: int) -> Tree:
+    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, rows), arrays)
+
+
+def _put_rows(arrays: Tree, start: Array, values: Tree) -> Tree:
+    """A last block that is not full spills into the next group's rows, which are written later."""
+    put = lambda x, v: lax.dynamic_update_slice_in_dim(x, v, start, 0)  # noqa: E731
+    return jax.tree.map(put, arrays, values)
+
+
+def _blocked_forward(x_GD: Array, w: Tree, sizes_E: Array) -> tuple[Array, Array, Array]:
+    n_rows, n_groups = x_GD.shape[0] - BLOCK, len(sizes_E)
     rows, few = _block_rows(n_rows, n_groups), _few(n_rows, n_groups)
 
-    def expert(y_GO: Array, scanned: tuple[Array, Array, Array]):
-        w, start, size = scanned
+    def expert(out: Tree, scanned: tuple):
+        w_e, start, size = scanned
 
-        def block(i: Array, y_GO: Array) -> Array:
-            w_IO = w_EIO[w] if few else w  # a copy either way: of what is used, or once a group
-            # A last block that is not full spills into the next expert's rows, which are
-            # written after it.
+        def block(i: Array, out: Tree) -> Tree:
+            # a copy either way: of what is used, or once a group
+            m = jax.tree.map(lambda x: x[w_e], w) if few else w_e
+            x = _rows_at(x_GD, start + i * rows, rows)
+            gate, up = x @ m['w_gate'], x @ m['w_up']
+            y = gated(gate, up) @ m['w_down']
+            return _put_rows(out, start + i * rows, (y, gate, up))
+
+        return lax.fori_loop(0, _blocks_of(size, rows), block, out), None
+
+    empty = [jnp.zeros_like(x_GD, shape=(x_GD.shape[0], w['w_gate'].shape[2])) for _ in range(2)]
+    scanned = (jnp.arange(n_groups) if few else w, jnp.cumsum(sizes_E) - sizes_E, sizes_E)
+    return lax.scan(expert, (jnp.zeros_like(x_GD), *empty), scanned)[0]
+
+
+def _blocked_backward(
+    x_GD: Array, w: Tree, sizes_E: Array, gate_GF: Array, up_GF: Array, dy_GD: Array
+) -> tuple[Array, Tree]:
+    rows = _block_rows(x_GD.shape[0] - BLOCK, len(sizes_E))
+    gradient = functools.partial(
+        jnp.einsum, 'gi,go->io', preferred_element_type=jnp.float32
+    )  # added up over blocks in float32
+
+    def expert(dx_GD: Array, scanned: tuple):
+        m, start, size = scanned
+
+        def block(i: Array | int, dx_GD: Array) -> tuple[Array, Tree]:
             row = start + i * rows
-            x = lax.dynamic_slice_in_dim(x_GI, row, rows)
-            y = jnp.einsum('go,io->gi' if transposed else 'gi,io->go', x, w_IO)
-            return lax.dynamic_update_slice_in_dim(y_GO, y, row, axis=0)
+            x, gate, up, dy = _rows_at((x_GD, gate_GF, up_GF, dy_GD), row, rows)
+            dy = jnp.where(i * rows + jnp.arange(rows)[:, None] < size, dy, 0)
+            h, pull = jax.vjp(gated, gate, up)
+            dgate, dup = pull(dy @ m['w_down'].T)
+            dx = dgate @ m['w_gate'].T + dup @ m['w_up'].T
+            dw = {'w_gate': gradient(x, dgate), 'w_up': gradient(x, dup)}
+            return _put_rows(dx_GD, row, dx), dw | {'w_down': gradient(h, dy)}
 
-        return lax.fori_loop(0, -(-size // rows), block, y_GO), None
+        def add_block(i: Array, carry: tuple[Array, Tree]) -> tuple[Array, Tree]:
+            dx_GD, dw = block(i, carry[0])
+            return dx_GD, jax.tree.map(jnp.add, carry[1], dw)
 
-    starts_E = jnp.cumsum(sizes_E) - sizes_E
-    y_GO = jnp.zeros_like(x_GI, shape=(x_GI.shape[0], w_EIO.shape[1 if transposed else 2]))
-    w = jnp.arange(n_groups) if few else w_EIO
-    return lax.scan(expert, y_GO, (w, starts_E, sizes_E))[0]
+        # The first block, of a group without rows too, spares zeros to add to.
+        carry = lax.fori_loop(1, _blocks_of(size, rows), add_block, block(0, dx_GD))
+        return carry[0], jax.tree.map(lambda g, x: g.astype(x.dtype), carry[1], m)
 
-
-def _blocked_weight_gradient(x_GI: Array, d_GO: Array, sizes_E: Array) -> Array:
-    rows = _block_rows(x_GI.shape[0] - BLOCK, sizes_E.shape[0])
-
-    def expert(_: None, scanned: tuple[Array, Array]):
-        start, size = scanned
-
-        def block(i: Array, dw_IO: Array) -> Array:
-            row = start + i * rows
-            x, d = (lax.dynamic_slice_in_dim(a, row, rows) for a in (x_GI, d_GO))
-            x = jnp.where(i * rows + jnp.arange(rows)[:, None] < size, x, 0)
-            return dw_IO + jnp.einsum('gi,go->io', x, d, preferred_element_type=jnp.float32)
-
-        shape = (x_GI.shape[-1], d_GO.shape[-1])
-        dw_IO = jnp.zeros_like(x_GI, dtype=jnp.float32, shape=shape)
-        return None, lax.fori_loop(0, -(-size // rows), block, dw_IO)
-
-    starts_E = jnp.cumsum(sizes_E) - sizes_E
-    return lax.scan(expert, None, (starts_E, sizes_E))[1].astype(x_GI.dtype)
-
-
-def _ragged_weight_gradient(x_GI: Array, d_GO: Array, sizes_E: Array) -> Array:
-    groups = lax.RaggedDotDimensionNumbers(
-        dot_dimension_numbers=(((0,), (0,)), ((), ())),
-        lhs_ragged_dimensions=[0],
-        rhs_group_dimensions=[],
-    )
-    return lax.ragged_dot_general(x_GI, d_GO, sizes_E, groups)
-
-
-def grouped_weight_gradient(x_GI: Array, d_GO: Array, sizes_E: Array) -> Array:
-    """xᵀ d over the rows of each group: [E, I, O]."""
-    return lax.platform_dependent(
-        x_GI, d_GO, sizes_E, cpu=_blocked_weight_gradient, default=_ragged_weight_gradient
-    )
-
-
-def _grouped_forward(x_GI: Array, w_EIO: Array, sizes_E: Array):
-    return grouped_matmul(x_GI, w_EIO, sizes_E), (x_GI, w_EIO, sizes_E)
-
-
-def _grouped_backward(saved: tuple[Array, Array, Array], d_GO: Array):
-    x_GI, w_EIO, sizes_E = saved
-    dx_GI = lax.platform_dependent(
-        d_GO,
-        w_EIO,
-        sizes_E,
-        cpu=functools.partial(_blocked_matmul, transposed=True),
-        default=lambda d, w, sizes: lax.ragged_dot(d, w.swapaxes(1, 2), sizes),
-    )
-    return dx_GI, grouped_weight_gradient(x_GI, d_GO, sizes_E), None
-
-
-grouped_matmul.defvjp(_grouped_forward, _grouped_backward)
+    scanned = (w, jnp.cumsum(sizes_E) - sizes_E, sizes_E)
+    return lax.scan(expert, jnp.zeros_like(x_GD), scanned)

@@ -271,12 +271,6 @@ class StepParser(flags.ArgumentParser):
         return int(argument)
 
 
-class OptionalStepFlag(flags.Flag):
-    """A flag that may stand without a value, which else only those of a boolean may."""
-
-    boolean = True
-
-
 def say_next(workdir: str) -> None:
     """Where to go from here, in commands to copy."""
     named = [] if FLAGS.workdir else [f'--workdir={workdir}']
@@ -349,9 +343,10 @@ def define_flags() -> None:
     flags.DEFINE_integer('process_id', None, 'With --coordinator: which one this is, from 0.')
     flags.DEFINE_string('profile', None, 'FIRST:LAST, steps to trace into WORKDIR/profile.')
     flags.DEFINE_flag(
-        OptionalStepFlag(
+        flags.Flag(
             StepParser(), None, 'eval_only', None,
             'Evaluate this checkpoint of --workdir, or the newest, and do nothing else.',
+            boolean=True,  # only such flags may stand without a value
         )
     )  # fmt: skip
     flags.DEFINE_list('plot', None, 'Draw the runs of these workdirs, and do nothing else.')

@@ -55,7 +55,7 @@ def get_config() -> ConfigDict:
     m.rope_original_len = 256  # yarn: the context length that was trained first
     m.attention_kernel = 'auto'  # 'blockwise' | 'splash' (TPU) | 'cudnn' (GPU) | 'auto': the
     # platform's with check_vma off and the compute type right, else blockwise
-    m.attention_block = 128  # scores exist for a block of queries x keys at a time
+    m.attention_block = 256  # scores exist for a block of queries x keys at a time
     m.document_end = -1  # token that ends a document, for data.isolate_documents; -1: none
     m.tie_embeddings = True  # head and embedding share one matrix
     m.norm_eps = 1e-6

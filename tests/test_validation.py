@@ -39,7 +39,7 @@ def test_tiny_divides_on_every_mesh(name, sizes):
             'model.n_heads=12 is not divisible by mesh.tp=8; use a tp of 1, 2, 3, 4, 6 or 12',
         ),
         ({'batch_size': 30, 'mesh__dp': 4}, 'batch_size=30'),
-        ({'seq_len': 200}, 'seq_len=200 is not a multiple of model.attention_block=128'),
+        ({'seq_len': 384}, 'seq_len=384 is not a multiple of model.attention_block=256'),
         ({'model__attention': 'mha'}, "model.attention='mha' is unknown; use one of mla, gqa"),
         ({'model__block': ('sparse',)}, "unknown kind 'sparse'"),
         ({'model__block': ('dense',) * 3}, 'use a multiple of 3'),
