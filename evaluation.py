@@ -19,6 +19,7 @@ from generate import saved_config
 from parallel import P, Tree
 from resume import check_alike
 from steps import make_eval_step, put_batch
+from stores import Lines
 from tokenizer import token_bytes
 
 EVALUATIONS = 'eval.jsonl'  # of checkpoints, in the workdir
@@ -107,6 +108,7 @@ def append_evaluation(workdir: str, step: int, result: dict[str, float], mesh: M
         'mesh': dict(mesh.shape),
     }
     if jax.process_index() == 0:
-        with open(path, 'a') as f:
-            f.write(json.dumps(record) + '\n')
+        lines = Lines(path)
+        lines.add(json.dumps(record))
+        lines.flush()
     return path

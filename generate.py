@@ -32,6 +32,7 @@ from configs import default
 from decoding import Sampling, check_prompts, generate, stream, weight_types
 from layers import ModelConfig
 from parallel import FSDP, TP, Tree, is_param, make_mesh, spec_axes
+from stores import read_text
 from tokenizer import END_OF_TEXT, fingerprint, get_encoding, token_bytes
 from validation import declared_params, divisors, model_config
 
@@ -54,10 +55,7 @@ def run_encoding(workdir: str, name: str = '') -> tiktoken.Encoding:
 
     Raises ValueError if it is unknown or another one than the run's.
     """
-    path, record = os.path.join(workdir, TOKENIZER), {}
-    if os.path.exists(path):
-        with open(path, encoding='utf-8') as f:
-            record = json.load(f)
+    record = json.loads(read_text(os.path.join(workdir, TOKENIZER)) or '{}')
     if not name and not record:
         raise ValueError(
             f'{workdir} does not say which tokenizer its run has: there is no {TOKENIZER}; name '

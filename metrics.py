@@ -15,7 +15,8 @@ from memory import memory_use
 from model import flops_per_token
 from parallel import Array, Tree
 from record import add_entry
-from resume import keep_records, write_file
+from resume import keep_records
+from stores import Lines, write_text
 from terminal import Terminal
 from validation import model_config
 from writers import WRITERS
@@ -50,22 +51,23 @@ class Writer:
         self._others: list[Any] = []
         if not self.active:
             return
-        os.makedirs(workdir, exist_ok=True)
         self._others = [WRITERS[name](workdir, config, start) for name in config.log.writers]
         keep_records(self.path, start)
-        write_file(os.path.join(workdir, 'config.json'), config.to_json(indent=2) + '\n')
+        self._lines = Lines(self.path)
+        write_text(os.path.join(workdir, 'config.json'), config.to_json(indent=2) + '\n')
 
     def __enter__(self) -> 'Writer':
         return self
 
     def __exit__(self, *_: Any) -> None:
         self.terminal.close()
+        self.flush()
         for writer in self._others:
             writer.close()
 
     def keep(self, name: str, content: str) -> None:
         if self.active:
-            write_file(os.path.join(self.workdir, name), content)
+            write_text(os.path.join(self.workdir, name), content)
 
     def record_start(self, entry: dict[str, Any]) -> None:
         if self.active:
@@ -74,10 +76,14 @@ class Writer:
     def write(self, **record: Any) -> None:
         if not self.active:
             return
-        with open(self.path, 'a') as f:
-            f.write(json.dumps(record) + '\n')
+        self._lines.add(json.dumps(record))
         for writer in self._others:
             writer.write(record)
+
+    def flush(self) -> None:
+        """What was written is there from now on, also in a bucket."""
+        if self.active:
+            self._lines.flush()
 
     def say(self, text: str) -> None:
         self.terminal.say(text)

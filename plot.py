@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from stores import local_folder, read_text
+
 COLUMNS = 3
 SMOOTHING = 0.02  # of the logged range: the width over which noisy curves are averaged
 GREY = '#666666'
@@ -20,16 +22,16 @@ class Run:
     def __init__(self, workdir: str):
         """Raises ValueError if there are none."""
         path = os.path.join(workdir, 'metrics.jsonl')
-        if not os.path.exists(path):
+        text = read_text(path)
+        if text is None:
             raise ValueError(f'{path} does not exist: --plot takes the workdirs of runs')
-        with open(path) as f:
-            lines = [line for line in f if line.endswith('}\n')]  # a run may be writing the last
+        # a run may be writing the last line
+        lines = [line for line in text.splitlines(keepends=True) if line.endswith('}\n')]
         self.records: list[dict[str, Any]] = [json.loads(line) for line in lines]
         if not any('loss' in record for record in self.records):
             raise ValueError(f'{path} holds no logged step yet: wait for one, or lower log.every')
         self.name = os.path.basename(os.path.abspath(workdir))
-        with open(os.path.join(workdir, 'config.json')) as f:
-            config = json.load(f)
+        config = json.loads(read_text(os.path.join(workdir, 'config.json')))
         self.step_tokens: int = config['batch_size'] * config['seq_len']
 
     def curve(self, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -264,7 +266,8 @@ def plot(workdirs: Sequence[str], output: str = '') -> str:
         figure.name_runs()
     else:
         figure.figure.suptitle(runs[0].name, fontsize=13, x=0.01, ha='left')
-    folder = workdirs[0] if len(runs) == 1 else os.path.dirname(os.path.abspath(workdirs[0]))
+    folder = local_folder(workdirs[0]) or '.'
+    folder = folder if len(runs) == 1 else os.path.dirname(folder)
     output = output or os.path.join(folder, 'metrics.png')
     figure.figure.savefig(output, dpi=110)
     return output

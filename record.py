@@ -16,7 +16,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from resume import write_file
+from stores import read_text, write_text
 
 RECORD = 'record.json'
 PACKAGES = ('jax', 'jaxlib', 'libtpu', 'numpy', 'tensorstore', 'tiktoken', 'ml_collections')
@@ -78,8 +78,6 @@ def start_entry(config: ConfigDict, mesh: Mesh, start: int) -> dict[str, Any]:
 
 def add_entry(workdir: str, entry: dict[str, Any]) -> None:
     """Appends to record.json, which is always whole."""
-    path, entries = os.path.join(workdir, RECORD), []
-    if os.path.exists(path):
-        with open(path) as f:
-            entries = json.load(f)
-    write_file(path, json.dumps([*entries, entry], indent=1) + '\n')
+    path = os.path.join(workdir, RECORD)
+    entries = json.loads(read_text(path) or '[]')
+    write_text(path, json.dumps([*entries, entry], indent=1) + '\n')

@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 from checkpoint import Checkpointer
 from leaves import leaf_names
 from parallel import P, Tree
+from stores import read_text, write_text
 
 # What the checkpoint, and the meaning of its step, depend on; of the model, all but how it runs.
 FIXED = ('seed', 'batch_size', 'seq_len', 'model.')
@@ -72,9 +73,8 @@ def first_step(config: ConfigDict, workdir: str, checkpoints: Checkpointer) -> t
     file = os.path.join(workdir, 'config.json')
     if step:
         old = checkpoints.metadata(step)['config']
-    elif os.path.exists(file):
-        with open(file) as f:
-            old = json.load(f)
+    elif text := read_text(file):
+        old = json.loads(text)
     check_alike(old, config, FIXED, f'{workdir} holds a run')
     changed = differences(old, config.to_dict())
     if not step:
@@ -90,19 +90,11 @@ def first_step(config: ConfigDict, workdir: str, checkpoints: Checkpointer) -> t
 
 def keep_records(path: str, step: int) -> None:
     """Drops from metrics.jsonl what was logged beyond the step, and a line cut short by a kill."""
-    if not os.path.exists(path):
+    text = read_text(path)
+    if text is None:
         return
-    with open(path) as f:
-        lines = f.readlines()
-    whole = [line for line in lines if line.endswith('}\n')]
-    write_file(path, ''.join(line for line in whole if json.loads(line)['step'] <= step))
-
-
-def write_file(path: str, text: str) -> None:
-    """Replaces the file as a whole: after a kill it is the old one or the new one."""
-    with open(f'{path}.new', 'w') as f:
-        f.write(text)
-    os.replace(f'{path}.new', path)
+    whole = [line for line in text.splitlines(keepends=True) if line.endswith('}\n')]
+    write_text(path, ''.join(line for line in whole if json.loads(line)['step'] <= step))
 
 
 def restore_state(checkpoints: Checkpointer, step: int, target: Tree) -> Tree:

@@ -193,6 +193,7 @@ def run(
             progress.log_samples(step, samples, time.perf_counter() - paused)
         if progress.saves(step) or stopping:
             watchdog.during(f'saving step {step}')
+            writer.flush()
             checkpoints.save(step, state, config.to_dict())
         if stopping:
             break

@@ -13,7 +13,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from resume import write_file
+from stores import local_folder, read_text, write_text
 
 
 def missing(package: str, what: str) -> ValueError:
@@ -87,7 +87,7 @@ class WeightsAndBiases:
         self._run = wandb.init(
             project=config.log.wandb_project,
             name=os.path.basename(os.path.abspath(workdir)),
-            dir=workdir,
+            dir=local_folder(workdir),
             id=self._id(os.path.join(workdir, 'wandb.json'), start),
             resume='allow',
             config=config.to_dict(),
@@ -96,11 +96,10 @@ class WeightsAndBiases:
     @staticmethod
     def _id(path: str, start: int) -> str:
         """The workdir's run; one that starts anew is another run."""
-        if start and os.path.exists(path):
-            with open(path) as f:
-                return json.load(f)['id']
+        if start and (text := read_text(path)):
+            return json.loads(text)['id']
         name = secrets.token_hex(4)
-        write_file(path, json.dumps({'id': name}) + '\n')
+        write_text(path, json.dumps({'id': name}) + '\n')
         return name
 
     def write(self, record: dict[str, Any]) -> None:

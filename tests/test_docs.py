@@ -212,7 +212,9 @@ def wrong_flags(words: list[str], script: str | None) -> Iterator[str]:
 
 def wrong_config(words: list[str]) -> Iterator[str]:
     """Whether the config that a command names, with its overrides, exists and can run."""
-    settings = [w for w in words if re.match(r'--config[.=]', w) and not re.search(r'[$…]', w)]
+    settings = [
+        w for w in words if re.match(r'--config[.=]', w) and not re.search(r'[$…]|\.\.\.', w)
+    ]
     if not any(w.startswith('--config=') for w in settings):
         return
     settings = [w.replace('--config=', f'--config={ROOT}/') for w in settings]
@@ -241,6 +243,10 @@ def wrong_commands(page: str) -> Iterator[str]:
                 if before == '-r' and not (ROOT / word).exists():
                     yield f'{word} is no file'
             words = words[next((i for i, w in enumerate(words) if '=' not in w), 0) :]
+            if words[0].endswith('.sh'):
+                if not (ROOT / words[0]).exists():
+                    yield f'{words[0]} is no file'
+                yield from wrong_config(words)
             if words[0].startswith('python') and len(words) > 1 and words[1].endswith('.py'):
                 if not (ROOT / words[1]).exists():
                     yield f'python {words[1]} is no file'
@@ -364,6 +370,7 @@ GOOD = """# A title, with words
 XLA_FLAGS= python train.py --config=configs/tiny.py --cpu_devices=4 \\
     --config.mesh.fsdp=4 && pip install -r requirements.txt  # comment --none
 python benchmarks/train_step.py --nokeep_freed_memory | head
+scripts/tpu.sh start --config=configs/tiny.py --config.steps=9
 ```
 """
 
@@ -391,6 +398,8 @@ def test_a_right_page_is_right():
         ('--config.mesh.fsdp=4', '--config.mesh.fsdp=3'),
         ('--nokeep', '--nkeep'),
         ('requirements.txt', 'requirement.txt'),
+        ('scripts/tpu.sh', 'scripts/tpus.sh'),
+        ('--config.steps=9', '--config.step=9'),
         ('```bash', '```sh'),
         ('```bash\n', '\n    python train.py\n\n```bash\n'),
     ],

@@ -1,0 +1,66 @@
+"""Small files in folders and buckets, and a run that lives in a bucket."""
+
+import json
+
+import pytest
+from servers import serve_s3
+from training_worker import small_run
+
+import train
+from stores import Lines, read_text, write_text
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    with serve_s3() as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        yield 's3://bucket'
+
+
+@pytest.fixture(params=['folder', 'bucket'])
+def place(request, tmp_path):
+    return request.getfixturevalue('bucket') if request.param == 'bucket' else str(tmp_path)
+
+
+def test_small_files(place):
+    path = f'{place}/run/notes.txt'
+    assert read_text(path) is None
+    for text in ('first\n', 'second, é\n'):
+        write_text(path, text)
+        assert read_text(path) == text
+
+
+def test_lines_go_on_where_a_file_ends(place):
+    path = f'{place}/lines.txt'
+    write_text(path, 'a\n')
+    lines = Lines(path, seconds=0)
+    for line in 'bcd':
+        lines.add(line)
+    lines.flush()
+    lines.flush()
+    assert read_text(path) == 'a\nb\nc\nd\n'
+
+
+def test_a_bucket_receives_lines_that_are_young_only_when_asked(bucket):
+    lines = Lines(f'{bucket}/young.txt', seconds=3600)
+    lines.add('a')
+    assert read_text(f'{bucket}/young.txt') is None
+    lines.flush()
+    assert read_text(f'{bucket}/young.txt') == 'a\n'
+
+
+def test_a_run_lives_in_a_bucket(bucket, tokens, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    workdir = f'{bucket}/runs/a'
+    config = small_run(tokens, steps=2, eval__every=0, log__every=1)
+    train.train(config, workdir)
+    config = small_run(tokens, steps=4, eval__every=0, log__every=1)
+    train.train(config, workdir)
+    steps = [
+        json.loads(line)['step'] for line in read_text(f'{workdir}/metrics.jsonl').splitlines()
+    ]
+    assert steps == [1, 2, 3, 4]
+    assert len(json.loads(read_text(f'{workdir}/record.json'))) == 2
+    assert json.loads(read_text(f'{workdir}/config.json'))['steps'] == 4
+    assert not list(tmp_path.iterdir())  # and nowhere else
