@@ -280,6 +280,7 @@ def _byte_of_character() -> dict[str, int]:
 
 
 def _write_vocabulary(path: str, ranks: dict[bytes, int], special_tokens: dict[str, int]) -> None:
+    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
     with open(path.removesuffix('.tiktoken') + '.json', 'w', encoding='utf-8') as f:
         sidecar = {
             'pattern': PATTERN,

@@ -137,9 +137,8 @@ def test_stages_match():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('check_vma', [True, False], ids=['vma', 'no_vma'])
 @pytest.mark.parametrize('router', ['sigmoid', 'softmax'])
-@pytest.mark.parametrize('capacity', [0.0, 0.8], ids=['dropless', 'capacity'])
+@pytest.mark.parametrize(('capacity', 'check_vma'), [(0.0, True), (0.8, True), (0.8, False)])
 @pytest.mark.parametrize('sizes', EXPERT_MESHES, ids=str)
 def test_complete_grid_of_experts(sizes, capacity, router, check_vma):
     config = small_config(moe=True, microbatches=2)
@@ -150,20 +149,23 @@ def test_complete_grid_of_experts(sizes, capacity, router, check_vma):
     check(config, sizes)
 
 
+# Every mesh sees tied and untied heads and both numbers of microbatches, if not each with each;
+# without the check, two meshes with all three collectives suffice.
+WITH_CHECK = [(*m, *c, True) for m in MESHES for c in ((True, 1), (False, 2))]
+WITHOUT_CHECK = [(*m, *c, False) for m in ((2, 2, 2), (1, 4, 2)) for c in ((True, 2), (False, 1))]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize('check_vma', [True, False], ids=['vma', 'no_vma'])
-@pytest.mark.parametrize('microbatches', [1, 2])
-@pytest.mark.parametrize('tied', [True, False], ids=['tied', 'untied'])
+@pytest.mark.parametrize(
+    ('dp', 'fsdp', 'tp', 'tied', 'microbatches', 'check_vma'), WITH_CHECK + WITHOUT_CHECK
+)
 @pytest.mark.parametrize('attention', ['mla', 'gqa'])
-@pytest.mark.parametrize('sizes', MESHES, ids=str)
-def test_complete_grid(sizes, attention, tied, microbatches, check_vma):
-    if not check_vma and sizes not in ((2, 2, 2), (1, 4, 2)):
-        pytest.skip('without the check, two meshes with all three collectives suffice')
+def test_complete_grid(attention, dp, fsdp, tp, tied, microbatches, check_vma):
     config = small_config(attention, tied, microbatches)
     want = reference(config)  # the check changes no number: one reference serves both
     config.check_vma = check_vma
     _reference[config.to_json()] = want
-    check(config, sizes)
+    check(config, (dp, fsdp, tp))
 
 
 def test_accumulation_matches_one_large_batch():
