@@ -50,7 +50,7 @@ def test_a_program_that_does_not_fit_brings_remedies(tpu_devices):
     config.model.update(d_model=1024, d_ff=4096, n_layers=16)
     mesh = make_mesh({}, tpu_devices('v5e:2x2')[:1])
     with (
-        pytest.raises(OutOfMemoryError, match=r'hbm(.|\n)*microbatches=1: with more'),
+        pytest.raises(OutOfMemoryError, match=r'HBM(.|\n)*microbatches=1: with more'),
         out_of_memory_explained(config),
     ):
         steps.lower_train_step(config, mesh).compile()
