@@ -97,7 +97,7 @@ def test_mesh_matches_with_accumulation(attention):
     check(small_config(attention, tied=attention == 'gqa', microbatches=2), (2, 2, 2))
 
 
-@pytest.mark.parametrize('attention', ['mla', 'gqa'])
+@pytest.mark.parametrize('attention', ['mla', pytest.param('gqa', marks=pytest.mark.slow)])
 def test_mesh_matches_without_check_vma(attention):
     config = small_config(attention)
     config.check_vma = False
@@ -180,6 +180,7 @@ def test_multi_query_matches():
     check(config, (1, 2, 4))
 
 
+@pytest.mark.slow
 def test_whole_query_matches():
     config = small_config('mla')
     config.model.q_rank = 0
@@ -197,7 +198,7 @@ def test_splash_matches():
     check(config, (2, 2, 2))
 
 
-@pytest.mark.parametrize('attention', ['mla', 'gqa'])
+@pytest.mark.parametrize('attention', ['mla', pytest.param('gqa', marks=pytest.mark.slow)])
 def test_packed_documents_match(attention):
     config = small_config(attention)
     config.model.document_end = 3
@@ -212,7 +213,9 @@ def test_dropout_matches():
     check(config, (2, 2, 2))
 
 
-@pytest.mark.parametrize('keep', [None, (), ('attention', 'hidden')], ids=str)
+@pytest.mark.parametrize(
+    'keep', [None, pytest.param((), marks=pytest.mark.slow), ('attention', 'hidden')], ids=str
+)
 def test_remat_matches(keep):
     config = small_config()
     plain = reference(config)
@@ -222,7 +225,9 @@ def test_remat_matches(keep):
     assert_trees_close(reference(config)['grads'], plain['grads'], TOLERANCE)
 
 
-@pytest.mark.parametrize('sizes', [(2, 2, 2), (1, 1, 8)], ids=str)
+@pytest.mark.parametrize(
+    'sizes', [(2, 2, 2), pytest.param((1, 1, 8), marks=pytest.mark.slow)], ids=str
+)
 def test_bfloat16_matches(sizes):
     config = small_config()
     config.compute_dtype = 'bfloat16'

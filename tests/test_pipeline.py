@@ -237,6 +237,7 @@ def test_all_axes(name, chunks, check_vma):
     check(config(4), 'pp2-fsdp2-tp2', name, chunks=chunks, check_vma=check_vma)
 
 
+@pytest.mark.slow
 def test_dropout_and_remat():
     """Dropout keys know the microbatch and the layer, whatever stage it is on."""
     c = config(4, dropout=0.3)

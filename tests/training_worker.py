@@ -23,9 +23,9 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-import checkpoint
+import leaves
 import train
-from checkpoint import Checkpointer
+from checkpoint import Checkpointer, CheckpointError
 from configs import default
 from leaves import leaf_names
 
@@ -68,7 +68,7 @@ def slow_down(phase: str, active) -> None:
         return wrapped
 
     if phase == 'copying':
-        checkpoint.host_copy = before(checkpoint.host_copy)
+        leaves.host_copies = before(leaves.host_copies)
     elif phase == 'writing':
         Checkpointer._open = before(Checkpointer._open)
     elif phase == 'before the marker':
@@ -158,7 +158,7 @@ def main(options: dict) -> None:
     try:
         config = small_run(options['tokens'], **options['config'])
         train.train(config, options['workdir'])
-    except checkpoint.CheckpointError as error:
+    except CheckpointError as error:
         sys.exit(str(error))
 
 
