@@ -17,10 +17,10 @@ def get_config() -> ConfigDict:
     c = default.get_config()
     c.data.path = 'stdlib'
     c.model.block = ('moe',)
-    c.steps = 300
+    c.steps = 200
     c.batch_size = 16
     c.optimizer.peak_lr = 3e-3
     c.optimizer.final_lr = 1e-4
-    c.optimizer.warmup_steps = 30
-    c.eval.every = 150
+    c.optimizer.warmup_steps = 50
+    c.eval.every = 100
     return c
