@@ -137,8 +137,10 @@ def test_stages_match():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('router', ['sigmoid', 'softmax'])
-@pytest.mark.parametrize(('capacity', 'check_vma'), [(0.0, True), (0.8, True), (0.8, False)])
+@pytest.mark.parametrize(
+    ('router', 'capacity', 'check_vma'),
+    [('sigmoid', 0.0, True), ('softmax', 0.8, True), ('sigmoid', 0.8, False)],
+)
 @pytest.mark.parametrize('sizes', EXPERT_MESHES, ids=str)
 def test_complete_grid_of_experts(sizes, capacity, router, check_vma):
     config = small_config(moe=True, microbatches=2)

@@ -183,7 +183,6 @@ def test_auxiliary_loss_and_statistics(name, stages, microbatches, chunks, check
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('check_vma', [True, False], ids=['vma', 'no_vma'])
 @pytest.mark.parametrize(
     ('name', 'stages', 'microbatches', 'chunks'),
     [
@@ -193,8 +192,8 @@ def test_auxiliary_loss_and_statistics(name, stages, microbatches, chunks, check
         ('interleaved', 2, 2, 4),
     ],
 )  # fmt: skip
-def test_auxiliary_loss_on_the_grid(name, stages, microbatches, chunks, check_vma):
-    check_toy(name, stages, microbatches, chunks, check_vma)
+def test_auxiliary_loss_on_the_grid(name, stages, microbatches, chunks):
+    check_toy(name, stages, microbatches, chunks, check_vma=True)
 
 
 @pytest.mark.slow
