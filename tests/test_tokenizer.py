@@ -10,6 +10,8 @@ import sys
 import numpy as np
 import pytest
 import tiktoken
+import tiktoken.load
+import tiktoken.registry
 
 import tokenizer
 from tokenizer import END_OF_TEXT, fingerprint, get_encoding, learn_merges, token_bytes, train
