@@ -1,6 +1,7 @@
 """What a run says of itself: metrics.jsonl, the terminal, and the speed that both report."""
 
 import json
+import math
 import os
 import time
 from typing import Any
@@ -76,7 +77,10 @@ class Writer:
     def write(self, **record: Any) -> None:
         if not self.active:
             return
-        self._lines.add(json.dumps(record))
+        # NaN and infinity, which JSON has no numbers for, as null.
+        finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None
+                  for k, v in record.items()}  # fmt: skip
+        self._lines.add(json.dumps(finite, allow_nan=False))
         for writer in self._others:
             writer.write(record)
 

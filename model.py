@@ -10,7 +10,6 @@ from jax.ad_checkpoint import checkpoint_name
 
 from attention import ATTENTION, Positions, positions
 from layers import (
-    REMAT_NAMES,
     RESIDUAL,
     ModelConfig,
     dropout,
@@ -88,23 +87,18 @@ def _all_but_gathered_weights(prim, *_, **params) -> bool:
     return not (prim.name == 'all_gather' and FSDP in params['axis_name'])
 
 
-# What the backward pass finds saved. No policy saves a gathered weight: with FSDP all of them
-# together are the whole model, so each is gathered again instead.
-REMAT = {
-    'none': _all_but_gathered_weights,
-    # Linear layers differentiate themselves, so their matmuls are hidden from a policy, not their
-    # names.
-    'dots': jax.checkpoint_policies.save_only_these_names(*REMAT_NAMES),
-    'full': jax.checkpoint_policies.nothing_saveable,
-}
+REMAT = ('none', 'dots', 'full')
 
 
 def remat_policy(cfg: ModelConfig) -> Callable:
-    """REMAT's, with exceptions by name from what 'full' recomputes (layers.REMAT_NAMES)."""
-    if not cfg.remat_keep and not cfg.remat_offload:
-        return REMAT[cfg.remat]
+    """What the backward pass finds saved. Of REMAT, 'dots' and 'full' go by names
+    (layers.REMAT_NAMES), since linear layers differentiate themselves, which hides their matmuls
+    from a policy. None saves a gathered weight: with FSDP all of them together are the whole model,
+    so each is gathered again instead."""
+    if cfg.remat == 'none':
+        return _all_but_gathered_weights
     return jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=list(cfg.remat_keep),
+        names_which_can_be_saved=list(cfg.kept_names),
         names_which_can_be_offloaded=list(cfg.remat_offload),
         offload_src='device',
         offload_dst='pinned_host',

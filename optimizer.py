@@ -50,7 +50,8 @@ def learning_rate(step: Array, cfg: OptimizerConfig) -> Array:
 
 def adamw_init(params: Tree) -> Tree:
     """Zero moments: {'m': tree, 'v': tree}, float32, sharded like the parameters."""
-    zeros = lambda: jax.tree.map(jnp.zeros_like, params)  # noqa: E731
+    shardings = jax.tree.map(lambda x: x.sharding, params)
+    zeros = jax.jit(lambda: jax.tree.map(jnp.zeros_like, params), out_shardings=shardings)
     return {'m': zeros(), 'v': zeros()}
 
 

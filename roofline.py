@@ -34,6 +34,7 @@ from layers import ModelConfig
 from model import flops_per_token
 from parallel import AXES, EP, FSDP, PP, TP, Param, Tree, count, free_axes
 from schedules import ideal, lock_step
+from steps import pipeline_costs
 
 useful_flops = functools.cache(flops_per_token)
 
@@ -277,7 +278,7 @@ def bubble(s: Share) -> float:
     """The part of the blocks' time that a stage idles, the ticks being in lock step."""
     if s.schedule is None:
         return 0.0
-    costs = (1.0, 2.0 + (s.cfg.remat != 'none'), 1.0)  # F; B with its forward; W
+    costs = pipeline_costs(s.cfg.remat)
     return 1 - ideal(s.schedule, costs) / lock_step(s.schedule, costs)
 
 

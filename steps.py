@@ -46,9 +46,6 @@ from pipeline import Functions, Sums, run_pipeline
 from schedules import Schedule, make_schedule
 from validation import declared_params, model_config, optimizer_config
 
-# Relative costs of F, B and W, which zero_bubble is laid out for: B runs the forward again.
-PIPELINE_COSTS = (1.0, 2.0, 1.0)
-
 # Options of the compiler for the train step, by platform; config.compiler_options overrides each
 # by name, and the compiler refuses names that it does not know. They let weights be gathered while
 # matmuls run. (The collective fusions of v5e would do more, but v4 refuses them.) On TPU (libtpu
@@ -210,9 +207,14 @@ def make_gradients(
     return gradients
 
 
+def pipeline_costs(remat: str) -> tuple[float, float, float]:
+    """Relative times of F, B and W, for which zero_bubble is laid out. B runs the stage's forward
+    again, from its stashed input; with remat='full' it then runs that of each layer once more."""
+    return 1.0, 2.0 + (remat == 'full'), 1.0
+
+
 def train_schedule(config: ConfigDict) -> Schedule:
-    p = config.pipeline
-    costs = PIPELINE_COSTS
+    p, costs = config.pipeline, pipeline_costs(config.model.remat)
     return make_schedule(p.schedule, config.mesh.pp, config.microbatches, p.chunks, costs)
 
 

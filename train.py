@@ -24,7 +24,8 @@ import shlex
 import sys
 import time
 import traceback
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import tiktoken
@@ -55,6 +56,8 @@ from terminal import Terminal
 from tracing import Tracer, parse_steps
 from validation import declared_params, validate
 
+T = TypeVar('T')
+
 # ---------------------------------------------------------------------------------------------
 # The run
 # ---------------------------------------------------------------------------------------------
@@ -63,7 +66,8 @@ from validation import declared_params, validate
 def open_data(
     config: ConfigDict,
 ) -> tuple[data.Loader | data.Mixture, list[data.Source], tiktoken.Encoding]:
-    """The training stream, its sources with their evaluation sets, and their tokenizer.
+    """The training stream, its sources with their evaluation sets, and their tokenizer, which tells
+    the config what ends a document.
 
     Raises ValueError if the vocabulary does not fit.
     """
@@ -82,6 +86,8 @@ def open_data(
             f'model.vocab_size={config.model.vocab_size} is below the {encoding.n_vocab} tokens of '
             f'{encoding.name}; use {-(-encoding.n_vocab // 128) * 128}'
         )
+    if config.data.isolate_documents:
+        config.model.document_end = encoding.eot_token
     return loader, sources, encoding
 
 
@@ -123,8 +129,14 @@ def train(
         with Writer(workdir, config, start) as writer:
             if where:
                 writer.say(where)
+            if config.log.plot:
+                need_matplotlib()
             tracer = Tracer(traced_steps, workdir)
-            return run(config, start, writer, checkpoints, stop, watchdog, tracer, init_from)
+            summary = run(config, start, writer, checkpoints, stop, watchdog, tracer, init_from)
+            writer.say('\n'.join(f'{name:>22}  {value:,.4g}' for name, value in summary.items()))
+            if config.log.plot and writer.active:
+                writer.say(f'{"plot":>22}  {plot([workdir])}')
+            return summary
 
 
 def run(
@@ -137,13 +149,10 @@ def run(
     tracer: Tracer,
     init_from: str,
 ) -> dict[str, Any]:
+    """The steps after `start`; returns the summary."""
     started = time.perf_counter()
-    if config.log.plot:
-        need_matplotlib()
     checkpoints.clean()
     loader, sources, encoding = open_data(config)
-    if config.data.isolate_documents:
-        config.model.document_end = encoding.eot_token
     writer.keep(TOKENIZER, tokenizer_record(encoding))
     sample = make_sampler(config, encoding) if config.log.sample_every else None
     mesh = make_mesh(config.mesh)
@@ -155,9 +164,8 @@ def run(
     put = functools.partial(put_batch, config=config, mesh=mesh)
     state = start_state(config, mesh, checkpoints, start, init_from)
     watchdog.during('compiling')
-    compile_start = time.perf_counter()
-    train_step = lower_train_step(config, mesh).compile()
-    writer.say(f'compiled in {time.perf_counter() - compile_start:.1f} s')
+    train_step, seconds = timed(lambda: lower_train_step(config, mesh).compile())
+    writer.say(f'compiled in {seconds:.1f} s')
     evaluate = make_evaluation(config, mesh, encoding)
 
     evaluation: dict[str, float] = {}
@@ -181,16 +189,14 @@ def run(
             pending = None
         if progress.evaluates(step) and not stopping:
             jax.block_until_ready(state)
-            paused = time.perf_counter()
             watchdog.during(f'evaluating after step {step}')
-            evaluation = over_sources(sources, functools.partial(evaluate, state['params']))
-            progress.log_evaluation(step, evaluation, time.perf_counter() - paused)
+            measure = functools.partial(evaluate, state['params'])
+            evaluation, seconds = timed(over_sources, sources, measure)
+            progress.log_evaluation(step, evaluation, seconds)
         if sample and progress.samples(step) and not stopping:
             jax.block_until_ready(state)
-            paused = time.perf_counter()
             watchdog.during(f'sampling after step {step}')
-            samples = sample(state['params'], step)
-            progress.log_samples(step, samples, time.perf_counter() - paused)
+            progress.log_samples(step, *timed(sample, state['params'], step))
         if progress.saves(step) or stopping:
             watchdog.during(f'saving step {step}')
             writer.flush()
@@ -216,10 +222,13 @@ def run(
         summary |= over_sources(
             sources, lambda batches: {'zlib_bits_per_byte': zlib_bits_per_byte(batches, encoding)}
         )
-    writer.say('\n'.join(f'{name:>22}  {value:,.4g}' for name, value in summary.items()))
-    if config.log.plot and writer.active:
-        writer.say(f'{"plot":>22}  {plot([writer.workdir])}')
     return summary
+
+
+def timed(f: Callable[..., T], *args: Any) -> tuple[T, float]:
+    """What f returns, and the seconds that it took."""
+    start = time.perf_counter()
+    return f(*args), time.perf_counter() - start
 
 
 def evaluate_only(config: ConfigDict, workdir: str, step: int) -> dict[str, float]:
@@ -227,8 +236,6 @@ def evaluate_only(config: ConfigDict, workdir: str, step: int) -> dict[str, floa
     eval.jsonl, too. The run itself, which may be going on, is left alone."""
     validate(config, jax.device_count())
     _, sources, encoding = open_data(config)
-    if config.data.isolate_documents:
-        config.model.document_end = encoding.eot_token
     mesh = make_mesh(config.mesh)
     path = os.path.join(workdir, 'checkpoints', str(step))
     params = load_params(path, abstract_state(config, mesh)['params'])

@@ -24,7 +24,7 @@ from configs import default
 from model import flops_per_token
 from parallel import make_mesh
 from schedules import ideal, lock_step
-from steps import PIPELINE_COSTS, lower_train_step, train_schedule
+from steps import lower_train_step, pipeline_costs, train_schedule
 from validation import model_config, validate
 
 FLAGS = flags.FLAGS
@@ -59,9 +59,9 @@ def measure(schedule: str, pp: int, microbatches: int, n_layers: int) -> dict:
     config = configure(schedule, pp, microbatches, n_layers)
     lowered = lower_train_step(config, make_mesh(config.mesh))
     compiled = lowered.compile()
-    table = train_schedule(config)
+    table, costs = train_schedule(config), pipeline_costs(config.model.remat)
     batch_bytes = 4 * ROWS * microbatches * 257
-    ideal_time, time = ideal(table, PIPELINE_COSTS), lock_step(table, PIPELINE_COSTS)
+    ideal_time, time = ideal(table, costs), lock_step(table, costs)
     return {
         'schedule': schedule,
         'microbatches': microbatches,

@@ -1,11 +1,20 @@
 """A small model, and ways to run it, that several test files share."""
 
+import dataclasses
+import functools
+
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
+import steps
 from configs import default
-from parallel import AXES, P, global_sum, make_mesh, varying
+from layers import ModelConfig
+from model import model_params
+from optimizer import adamw_init
+from parallel import AXES, P, Tree, global_sum, init_params, make_mesh, shardings, varying
+from validation import model_config
 
 
 def small_config(
@@ -28,6 +37,34 @@ def small_config(
         )  # fmt: skip
     c.optimizer.update(warmup_steps=2, clip_norm=0.1, peak_lr=1e-3)
     return c
+
+
+# What initial values do not depend on.
+ANY = {
+    'remat': 'none', 'remat_keep': (), 'compute_dtype': 'float32', 'dropout': 0.0,
+    'capacity_factor': 0.0, 'attention_kernel': 'blockwise', 'document_end': -1,
+}  # fmt: skip
+
+
+@functools.cache
+def _initial_values(cfg: ModelConfig, seed: int, chunks: int) -> Tree:
+    declared = model_params(cfg, chunks)
+    return jax.device_get(init_params(jax.random.key(seed), declared, make_mesh({})))
+
+
+def initial_params(cfg: ModelConfig, mesh: Mesh, seed: int = 0, chunks: int = 1) -> Tree:
+    """`init_params` of the model, whose program takes seconds to compile, once for all meshes: the
+    values are the same on each, as tests/test_model.py shows."""
+    values = _initial_values(dataclasses.replace(cfg, **ANY), seed, chunks)
+    return jax.tree.map(jax.device_put, values, shardings(model_params(cfg, chunks), mesh))
+
+
+def initial_state(config: ConfigDict, mesh: Mesh) -> Tree:
+    """`steps.init_state`, with `initial_params`."""
+    chunks = config.pipeline.chunks
+    params = initial_params(model_config(config), mesh, config.seed, chunks)
+    numbers = jax.device_put(steps.init_numbers(), NamedSharding(mesh, P()))
+    return {'params': params, 'moments': adamw_init(params), **numbers}
 
 
 def on_mesh(config: ConfigDict, sizes: tuple[int, ...]) -> ConfigDict:

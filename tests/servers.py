@@ -147,8 +147,23 @@ def serve_folder() -> contextlib.AbstractContextManager[Store]:
 
 
 def serve_bucket() -> contextlib.AbstractContextManager[Store]:
-    """What TENSORSTORE_GCS_HTTP_URL=http://127.0.0.1:{port} makes of gs://bucket/{name}."""
+    """The objects of gs://bucket, for processes with the environment `leads_to` it."""
     return serve(_BucketHandler)
+
+
+def leads_to(store: Store) -> dict[str, str]:
+    """The environment in which gs:// is this server, and nobody asks who one is."""
+    return {
+        'TENSORSTORE_GCS_HTTP_URL': f'http://127.0.0.1:{store.port}',
+        'GCE_METADATA_ROOT': '127.0.0.1:1',
+    }
+
+
+@contextlib.contextmanager
+def serve_gs() -> Iterator[dict[str, str]]:
+    """An empty gs://bucket, and the environment that leads to it."""
+    with serve_bucket() as store:
+        yield leads_to(store)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import tensorstore as ts
 from common import small_config
 from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
-from servers import serve_s3
+from servers import serve_gs, serve_s3
 
 import checkpoint
 import leaves
@@ -121,12 +121,13 @@ def test_any_tree_comes_back(kind, tmp_path):
     assert metadata['versions']['jax'] == jax.__version__
 
 
-def test_checkpoints_in_a_bucket(monkeypatch):
+@pytest.mark.parametrize('scheme', ['gs', 's3'])
+def test_checkpoints_in_a_bucket(scheme, monkeypatch):
     tree = odd_tree()
-    with serve_s3() as environment:
+    with serve_gs() if scheme == 'gs' else serve_s3() as environment:
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        with Checkpointer('s3://bucket/run/checkpoints', keep=2) as checkpoints:
+        with Checkpointer(f'{scheme}://bucket/run/checkpoints', keep=2) as checkpoints:
             for step in (1, 10, 3):
                 checkpoints.save(step, tree)
             checkpoints.wait()

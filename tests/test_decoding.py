@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import small_config
+from common import initial_params, small_config
 from jax import lax
 
 import decoding
@@ -26,7 +26,6 @@ from parallel import (
     TP,
     P,
     free_axes,
-    init_params,
     make_mesh,
     map_params,
     specs,
@@ -49,14 +48,12 @@ def config_of(name: str) -> ModelConfig:
         config.model.update(capacity_factor=0.5, dropout=0.5)
     if 'documents' in name:
         config.model.document_end = 7  # occurs in the prompts
-    if 'documents' in name:
-        config.model.document_end = 7
     return model_config(config)
 
 
 @functools.cache
 def params_of(cfg: ModelConfig, sizes: tuple = (), chunks: int = 1):
-    return init_params(jax.random.key(0), model_params(cfg, chunks), make_mesh(dict(sizes)))
+    return initial_params(cfg, make_mesh(dict(sizes)), chunks=chunks)
 
 
 @functools.cache
@@ -98,7 +95,7 @@ def cached_logits(params, ids_BT, lengths_B, *, cfg, n):
         ('mla moe tied', {'fsdp': 2, 'tp': 2, 'ep': 2}),
         pytest.param('mla whole query', {'dp': 2, 'tp': 4}, marks=pytest.mark.slow),
         pytest.param('mla moe capacity', {'tp': 2, 'pp': 2}, marks=pytest.mark.slow),
-        ('gqa moe', {'fsdp': 2, 'ep': 2}),
+        pytest.param('gqa moe', {'fsdp': 2, 'ep': 2}, marks=pytest.mark.slow),
         pytest.param('gqa documents tied', {'fsdp': 2, 'tp': 4}, marks=pytest.mark.slow),
         ('mla documents', {}),
         ('gqa multi-query', {'fsdp': 2, 'tp': 2}),
@@ -145,7 +142,7 @@ def without_cache(cfg: ModelConfig, prompts: list[list[int]], n: int) -> list[li
     ('name', 'meshes'),
     [
         ('mla moe tied', MESHES[:2]),
-        ('gqa documents', [{}, {'dp': 2, 'pp': 2, 'tp': 2}]),
+        pytest.param('gqa documents', [{}, {'dp': 2, 'pp': 2, 'tp': 2}], marks=pytest.mark.slow),
         pytest.param('mla moe', MESHES, marks=pytest.mark.slow),
         pytest.param('gqa moe', MESHES, marks=pytest.mark.slow),
     ],

@@ -8,14 +8,14 @@ import sys
 import jax
 import numpy as np
 import pytest
-from common import small_config
+from common import initial_params, small_config
 
 import generate
 from checkpoint import Checkpointer
 from generate import Completion, allowed_tokens, load, make_sampler, run_encoding, tokenizer_record
-from parallel import init_params, make_mesh
+from parallel import make_mesh
 from tokenizer import get_encoding
-from validation import declared_params
+from validation import model_config
 
 ROOT = pathlib.Path(generate.__file__).parent
 BYTES = get_encoding('bytes')
@@ -32,7 +32,7 @@ def write_run(workdir: pathlib.Path, mesh: dict[str, int], c, steps: tuple[int, 
     """What generation needs of what train.py leaves."""
     with Checkpointer(str(workdir / 'checkpoints')) as checkpoints:
         for step in steps:
-            params = init_params(jax.random.key(step), declared_params(c), make_mesh(mesh))
+            params = initial_params(model_config(c), make_mesh(mesh), step, c.pipeline.chunks)
             state = {'params': params, 'step': np.int32(step)}
             checkpoints.save(step, state, json.loads(c.to_json()))
     (workdir / 'tokenizer.json').write_text(tokenizer_record(BYTES))
@@ -95,7 +95,7 @@ def test_what_cannot_be_loaded(workdir, options, message):
         load(str(workdir), **options)
 
 
-@pytest.mark.parametrize('chunks', [1, 2])
+@pytest.mark.parametrize('chunks', [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_checkpoints_of_any_mesh_are_loaded_in_the_type_of_use(tmp_path, chunks):
     c = config()
     c.pipeline.chunks = chunks
@@ -104,7 +104,7 @@ def test_checkpoints_of_any_mesh_are_loaded_in_the_type_of_use(tmp_path, chunks)
     params, cfg, loaded = load(str(tmp_path), tp=2, fsdp=2, dtype='bfloat16')
     assert loaded.seq_len == 48
     assert cfg.compute_dtype == 'bfloat16'
-    want = init_params(jax.random.key(2), declared_params(c), make_mesh({}))
+    want = initial_params(model_config(c), make_mesh({}), 2, chunks)
     for (path, x), y in zip(
         jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(want), strict=True
     ):
@@ -184,7 +184,7 @@ def test_samples_of_a_run_do_not_depend_on_its_mesh():
     c.model.vocab_size, c.log.prompts, c.log.sample_tokens = 264, ('a', 'bcd'), 6
 
     def samples(**mesh: int):
-        params = init_params(jax.random.key(0), declared_params(c), make_mesh(mesh))
+        params = initial_params(model_config(c), make_mesh(mesh))
         return make_sampler(c, BYTES)(params, 10)
 
     want = samples()

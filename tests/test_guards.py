@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import batch_at, on_mesh, small_config
+from common import batch_at, initial_state, on_mesh, small_config
 from jax import lax
 from ml_collections import ConfigDict
 from test_parity import assert_replicas_identical
@@ -46,7 +46,7 @@ def poisoned_batch_at(step: int, rows: slice) -> np.ndarray:
 def run(config: ConfigDict, step: Callable, leave_out: bool) -> tuple[Tree, list[Tree]]:
     """State and metrics after four steps, the update of one of them left out or poisoned."""
     mesh = make_mesh(config.mesh)
-    state, metrics = steps.init_state(config, mesh), []
+    state, metrics = initial_state(config, mesh), []
     for i in range(4):
         if leave_out and i == SKIPPED:
             state['step'] = jax.device_put(np.int32(i + 1), state['step'].sharding)

@@ -7,11 +7,15 @@ import pathlib
 import struct
 
 import jax
+import numpy as np
 import pytest
+from common import small_config
 from training_worker import small_run
 
 import train
 from evaluation import EVALUATIONS, checkpoint_config
+from metrics import Writer
+from plot import Run
 from record import add_entry, git_state
 from tracing import parse_steps
 
@@ -52,6 +56,16 @@ def test_two_runs_of_one_record_give_the_same_numbers(seen, tokens, tmp_path):
     assert a['devices']['platform'] == 'cpu'
     assert a['versions']['jax'] == jax.__version__
     assert a['config']['model']['block'] == ['moe']
+
+
+def test_what_is_no_number_is_null(tmp_path):
+    with Writer(str(tmp_path), small_config(), 0) as writer:
+        writer.write(step=1, loss=1.5, grad_norm=float('nan'))
+        writer.write(step=2, loss=float('inf'), grad_norm=2.0)
+    first, second = read(tmp_path / 'metrics.jsonl')
+    assert first == {'step': 1, 'loss': 1.5, 'grad_norm': None}
+    assert second == {'step': 2, 'loss': None, 'grad_norm': 2.0}
+    np.testing.assert_array_equal(Run(str(tmp_path)).curve('grad_norm'), [[1, 2], [np.nan, 2]])
 
 
 def test_each_start_adds_an_entry(tmp_path):

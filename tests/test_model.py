@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import on_one_device, small_config
+from common import initial_params, on_one_device, small_config
 
 import model
 import steps
@@ -43,7 +43,7 @@ def test_logits_never_exist_at_once():
     config.seq_len = 128
     config.model.update(vocab_size=4096, n_layers=1, block=('dense',))
     cfg = model_config(config)
-    params = init_params(jax.random.key(0), model_params(cfg), make_mesh({}))
+    params = initial_params(cfg, make_mesh({}))
     tokens = jnp.zeros((8, 129), jnp.int32)
 
     def temp_bytes(chunk):
@@ -61,7 +61,7 @@ def test_logits_never_exist_at_once():
 def test_causality_by_gradient(attention):
     """The gradient of position t's logits reaches the embeddings of 0..t, all and only those."""
     cfg = model_config(small_config(attention))
-    params = init_params(jax.random.key(0), model_params(cfg), make_mesh({}))
+    params = initial_params(cfg, make_mesh({}))
     ids = jnp.arange(16)[None]  # each token once: its embedding row stands for its position
 
     def row_gradients(w, t):
@@ -86,7 +86,7 @@ def test_a_document_does_not_feel_what_it_is_packed_with(attention):
     config = small_config(attention)
     config.model.document_end = 0
     cfg = model_config(config)
-    params = init_params(jax.random.key(0), model_params(cfg), make_mesh({}))
+    params = initial_params(cfg, make_mesh({}))
     documents = np.random.default_rng(0).integers(1, 64, (2, 8)).astype(np.int32)
     documents[:, -1] = 0
     packed = documents.reshape(1, 16)
@@ -120,7 +120,7 @@ def test_flops_count_the_compilers():
         loss_chunk=4096, attention_block=64,
     )  # fmt: skip
     cfg = model_config(config)
-    params = init_params(jax.random.key(0), model_params(cfg), make_mesh({}))
+    params = initial_params(cfg, make_mesh({}))
     tokens = jnp.zeros((4, 65), jnp.int32)
     grad = jax.grad(lambda p, t: model.loss(p, t, cfg, jax.random.key(0))[0])
     flops = on_one_device(grad).lower(params, tokens).compile().cost_analysis()['flops']

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import batch_at, on_mesh, on_one_device, small_config
+from common import batch_at, initial_state, on_mesh, on_one_device, small_config
 
 import steps
 from moe import (
@@ -232,7 +232,7 @@ def test_biases_balance_a_skewed_router(bias_rate):
     )  # fmt: skip
     config.optimizer.update(peak_lr=1e-6, final_lr=1e-6)
     mesh = make_mesh({})
-    state, step = steps.init_state(config, mesh), steps.make_train_step(config, mesh)
+    state, step = initial_state(config, mesh), steps.make_train_step(config, mesh)
     ffn = state['params']['blocks']['0_moe']['ffn']
     ffn['router'] = ffn['router'] + jnp.linspace(0, 0.3, 8)  # acts with the tokens' mean
     for i in range(60):

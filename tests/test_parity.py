@@ -8,16 +8,15 @@ import functools
 import jax
 import numpy as np
 import pytest
-from common import batch_at, on_mesh, small_config
+from common import batch_at, initial_state, on_mesh, small_config
 from ml_collections import ConfigDict
 
 from parallel import Tree, make_mesh
-from steps import init_state, make_train_step, put_batch
+from steps import make_train_step, put_batch
 from validation import validate
 
 TOLERANCE = 2e-5
 MESHES = [(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 2), (1, 4, 2), (1, 1, 8), (2, 1, 4), (8, 1, 1)]
-FAST_MESHES = [(2, 2, 2), (1, 1, 8)]
 
 
 def run(config: ConfigDict) -> dict[str, Tree]:
@@ -27,7 +26,7 @@ def run(config: ConfigDict) -> dict[str, Tree]:
     mesh = make_mesh(config.mesh)
     batches = functools.partial(batch_at, seq_len=config.seq_len)
     put = lambda i: put_batch(batches, i, config, mesh)  # noqa: E731
-    state, step = init_state(config, mesh), make_train_step(config, mesh)
+    state, step = initial_state(config, mesh), make_train_step(config, mesh)
     history, grads = [], None
     for i in range(3):
         state, metrics = step(state, put(i))
@@ -86,13 +85,14 @@ def check(config: ConfigDict, sizes: tuple[int, ...], tolerance: float = TOLERAN
         assert np.abs(np.asarray(g)).max() > 0, f'{jax.tree_util.keystr(path)} has no gradient'
 
 
-@pytest.mark.parametrize('sizes', FAST_MESHES, ids=str)
-@pytest.mark.parametrize('attention', ['mla', 'gqa'])
-def test_mesh_matches_one_device(sizes, attention):
+@pytest.mark.parametrize(
+    ('attention', 'sizes'), [('mla', (2, 2, 2)), ('mla', (1, 1, 8)), ('gqa', (2, 2, 2))], ids=str
+)
+def test_mesh_matches_one_device(attention, sizes):
     check(small_config(attention, tied=attention == 'mla'), sizes)
 
 
-@pytest.mark.parametrize('attention', ['mla', 'gqa'])
+@pytest.mark.parametrize('attention', ['mla', pytest.param('gqa', marks=pytest.mark.slow)])
 def test_mesh_matches_with_accumulation(attention):
     check(small_config(attention, tied=attention == 'gqa', microbatches=2), (2, 2, 2))
 
@@ -115,7 +115,9 @@ EXPERT_MESHES = [
 ]
 
 
-@pytest.mark.parametrize('sizes', [(1, 2, 2, 2), (2, 1, 4, 1)], ids=str)
+@pytest.mark.parametrize(
+    'sizes', [(1, 2, 2, 2), pytest.param((2, 1, 4, 1), marks=pytest.mark.slow)], ids=str
+)
 def test_experts_match(sizes):
     check(small_config(moe=True), sizes)
 
@@ -216,7 +218,7 @@ def test_dropout_matches():
 
 
 @pytest.mark.parametrize(
-    'keep', [None, pytest.param((), marks=pytest.mark.slow), ('attention', 'hidden')], ids=str
+    'keep', [None, *(pytest.param(k, marks=pytest.mark.slow) for k in ((), ('hidden',)))], ids=str
 )
 def test_remat_matches(keep):
     config = small_config()

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import batch_at, small_config
+from common import batch_at, initial_params, small_config
 from test_parity import TOLERANCE, assert_trees_close
 
 from layers import gain, linear, linear_weight_gradient, weight
@@ -69,7 +69,7 @@ def run(c, mesh, name: str = '', chunks: int = 1, check_vma: bool = True):
         out_specs=(specs(declared), {'loss': P(), 'router': stages}),
         check_vma=check_vma,
     )
-    params = init_params(jax.random.key(0), declared, mesh)
+    params = initial_params(cfg, mesh, chunks=chunks)
     grads, metrics = jax.jit(sharded)(params, put_batch(batch_at, 0, c, mesh))
     grads['blocks'], router = jax.tree.map(
         lambda x: np.asarray(x).reshape(cfg.n_blocks, *x.shape[1 + (chunks > 1) :]),
@@ -303,7 +303,7 @@ def test_evaluation(chunks):
         d.mesh.update(mesh)
         d.pipeline.update(schedule='1f1b' if n == 1 else 'interleaved', chunks=n)
         mesh = make_mesh(d.mesh)
-        params = init_params(jax.random.key(0), declared_params(d), mesh)
+        params = initial_params(model_config(d), mesh, chunks=n)
         sums = make_eval_step(d, mesh)(params, put_batch(batch_at, 0, d, mesh), np.ones(64, int))
         nats.append(float(sums['nats']))
         assert sums['targets'] == sums['bytes'] > 0

@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from servers import serve_bucket
+from servers import leads_to, serve_bucket
 from test_prepare import ROOT, SHIPPED, prepared_corpus
 from test_shards import contents
 
@@ -204,10 +204,9 @@ def test_upload_that_arrives_damaged_is_an_error(corpus, tmp_path):
 
 
 def run_with_bucket(store, tmp_path, files, workers: int) -> None:
-    server = {'TENSORSTORE_GCS_HTTP_URL': f'http://127.0.0.1:{store.port}'}
     subprocess.run(
         command(tmp_path, files, 'gs://bucket/tokens', workers, '', 0),
-        env={**os.environ, **server, 'GCE_METADATA_ROOT': '127.0.0.1:1'},
+        env=os.environ | leads_to(store),
         check=True,
         capture_output=True,
         text=True,

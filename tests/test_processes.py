@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from servers import serve_bucket
+from servers import leads_to, serve_bucket
 from test_shards import contents, prepared
 
 from data import Mixture
@@ -98,11 +98,7 @@ def bucket(paths):
     with serve_bucket() as store:
         for k, path in enumerate(paths):
             store.objects |= {f'{k}/{name}': content for name, content in contents(path).items()}
-        server = {
-            'TENSORSTORE_GCS_HTTP_URL': f'http://127.0.0.1:{store.port}',
-            'GCE_METADATA_ROOT': '127.0.0.1:1',
-        }
-        yield store, ['gs://bucket/0', 'gs://bucket/1'], server
+        yield store, ['gs://bucket/0', 'gs://bucket/1'], leads_to(store)
 
 
 def test_batches_from_a_bucket(paths, bucket):

@@ -9,7 +9,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from common import batch_at, small_config
+from common import batch_at, initial_state, small_config
 
 import steps
 import train
@@ -30,7 +30,7 @@ def test_every_config_loads_and_evaluates_its_shapes(name):
     validate(config, 4096)
     config.mesh.update(dict.fromkeys(config.mesh, 1))  # its shapes do not depend on it
     mesh = make_mesh(config.mesh)
-    state = jax.eval_shape(lambda: steps.init_state(config, mesh))
+    state = steps.abstract_state(config, mesh)
     step = steps.make_train_step(config, mesh)
     tokens = jax.ShapeDtypeStruct((1, config.batch_size, config.seq_len + 1), np.int32)
     new_state, metrics = jax.eval_shape(step, state, tokens)
@@ -47,7 +47,7 @@ def test_masked_rows_change_nothing():
     step = steps.make_train_step(config, mesh)
 
     def norm_and_loss(read):
-        state = steps.init_state(config, mesh)
+        state = initial_state(config, mesh)
         _, metrics = step(state, steps.put_batch(read, 0, config, mesh))
         return float(metrics['loss']), float(metrics['grad_norm'])
 
@@ -80,12 +80,11 @@ def corpus(tmp_path_factory) -> pathlib.Path:
 def run_command(corpus: pathlib.Path, workdir: pathlib.Path, *more: str):
     command = [
         sys.executable, 'train.py', '--config=configs/tiny.py', f'--workdir={workdir}',
-        f'--config.data.path={corpus}', '--config.steps=20', '--config.log.every=5',
-        '--config.eval.every=10', '--config.model.n_layers=2', '--config.model.d_model=64',
-        '--config.seq_len=64', '--config.model.vocab_size=264', '--config.model.attention_block=64',
-        '--config.optimizer.warmup_steps=2', '--config.batch_size=32',
-        '--config.log.loads_every=10', '--config.log.sample_every=10',
-        '--config.log.sample_tokens=8', *more,
+        f'--config.data.path={corpus}', '--config.steps=12', '--config.log.every=3',
+        '--config.eval.every=6', '--config.model.n_layers=2', '--config.model.d_model=64',
+        '--config.seq_len=32', '--config.model.vocab_size=264', '--config.model.attention_block=16',
+        '--config.optimizer.warmup_steps=2', '--config.batch_size=32', '--config.eval.batches=1',
+        '--config.log.loads_every=6', '--config.log.sample_tokens=8', *more,
     ]  # fmt: skip
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
@@ -95,26 +94,27 @@ def read_metrics(workdir: pathlib.Path) -> list[dict]:
 
 
 def test_command_trains_alike_on_one_and_on_eight_devices(corpus, tmp_path):
-    one = run_command(corpus, tmp_path / 'one')
+    samples = '--config.log.sample_every=6'
+    one = run_command(corpus, tmp_path / 'one', samples)
     assert one.returncode == 0, one.stderr
     eight = run_command(
-        corpus, tmp_path / 'eight', '--cpu_devices=8', '--config.mesh.ep=2',
+        corpus, tmp_path / 'eight', samples, '--cpu_devices=8', '--config.mesh.ep=2',
         '--config.mesh.fsdp=2', '--config.mesh.tp=2', '--config.microbatches=2',
     )  # fmt: skip
     assert eight.returncode == 0, eight.stderr
     a, b = read_metrics(tmp_path / 'one'), read_metrics(tmp_path / 'eight')
     logged = [r for r in a if 'loss' in r]
-    assert [r['step'] for r in logged] == [5, 10, 15, 20]
+    assert [r['step'] for r in logged] == [3, 6, 9, 12]
     names = NUMBERS | {'step', 'tokens', 'tokens_per_second', 'mfu', 'host_bytes'}
     router = {f'moe/{i}/{s}' for i in (0, 1) for s in ('load_max_over_mean', 'dropped', 'entropy')}
     assert set(logged[0]) == names | router
     assert set(logged[1]) == names | router | {'moe/0/load', 'moe/1/load'}
     assert logged[1]['moe/0/load_max_over_mean'] == pytest.approx(8 * max(logged[1]['moe/0/load']))
     assert sum(logged[1]['moe/0/load']) == pytest.approx(1)
-    assert logged[-1]['tokens'] == 20 * 32 * 64
+    assert logged[-1]['tokens'] == 12 * 32 * 32
     assert logged[-1]['loss'] < logged[0]['loss'] - 0.5
     evals = [r for r in a if 'eval_loss' in r]
-    assert [r['step'] for r in evals] == [10, 20]
+    assert [r['step'] for r in evals] == [6, 12]
     assert evals[-1]['eval_bits_per_byte'] == pytest.approx(
         evals[-1]['eval_loss'] / np.log(2), rel=0.01
     )  # a byte is a token; only end-of-text is none
@@ -122,18 +122,18 @@ def test_command_trains_alike_on_one_and_on_eight_devices(corpus, tmp_path):
         for name in {'loss', 'grad_norm', 'eval_loss'} & set(x):
             assert x[name] == pytest.approx(y[name], rel=1e-3)
     for records in (a, b):
-        samples = {r['step']: r['samples'] for r in records if 'samples' in r}
-        assert list(samples) == [10, 20]
-        assert [s['prompt'] for s in samples[20]] == ['def ']
-        assert 1 <= len(samples[20][0]['text']) <= 8
+        found = {r['step']: r['samples'] for r in records if 'samples' in r}
+        assert list(found) == [6, 12]
+        assert [s['prompt'] for s in found[12]] == ['def ']
+        assert 1 <= len(found[12][0]['text']) <= 8
     assert run_encoding(str(tmp_path / 'one')).name == 'bytes'
     saved = json.loads((tmp_path / 'one' / 'config.json').read_text())
     assert saved['model']['d_model'] == 64
     assert 'zlib_bits_per_byte' in one.stdout
 
-    again = run_command(corpus, tmp_path / 'one')
+    again = run_command(corpus, tmp_path / 'one', samples)
     assert again.returncode == 0
-    assert 'is complete: step 20 of 20 is saved' in again.stdout
+    assert 'is complete: step 12 of 12 is saved' in again.stdout
     assert read_metrics(tmp_path / 'one') == a
 
 
@@ -143,7 +143,6 @@ def test_command_trains_on_a_mixture(corpus, tmp_path):
         corpus, tmp_path / 'two', '--config.data.path=', given, '--config.data.isolate_documents'
     )
     assert two.returncode == 0, two.stderr
-    one = run_command(corpus, tmp_path / 'one')
     evals = [r for r in read_metrics(tmp_path / 'two') if 'eval_loss' in r]
     names = {'eval_loss', 'eval_bits_per_byte'}
     assert set(evals[0]) == {'step', 'tokens'} | {n + s for n in names for s in ('', '/a', '/b')}
@@ -151,10 +150,8 @@ def test_command_trains_on_a_mixture(corpus, tmp_path):
         for name in names:  # twice the same source
             assert record[f'{name}/a'] == record[f'{name}/b'] == pytest.approx(record[name])
     assert 'zlib_bits_per_byte/b' in two.stdout
-    single = [r for r in read_metrics(tmp_path / 'one') if 'eval_loss' in r]
-    assert single[-1]['eval_loss'] != evals[-1]['eval_loss']
-    assert single[-1]['eval_loss'] == pytest.approx(evals[-1]['eval_loss'], rel=0.2)
-    assert one.returncode == 0
+    logged = [r['loss'] for r in read_metrics(tmp_path / 'two') if 'loss' in r]
+    assert logged[-1] < logged[0] - 0.5
 
 
 def test_command_refuses_unknown_flags_and_bad_values(corpus, tmp_path):
