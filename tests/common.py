@@ -12,7 +12,6 @@ import steps
 from configs import default
 from layers import ModelConfig
 from model import model_params
-from optimizer import adamw_init
 from parallel import AXES, P, Tree, global_sum, init_params, make_mesh, shardings, varying
 from validation import model_config
 
@@ -63,8 +62,10 @@ def initial_state(config: ConfigDict, mesh: Mesh) -> Tree:
     """`steps.init_state`, with `initial_params`."""
     chunks = config.pipeline.chunks
     params = initial_params(model_config(config), mesh, config.seed, chunks)
+    zeros = lambda x: jax.device_put(np.zeros(x.shape, np.float32), x.sharding)  # noqa: E731
+    moments = {name: jax.tree.map(zeros, params) for name in 'mv'}
     numbers = jax.device_put(steps.init_numbers(), NamedSharding(mesh, P()))
-    return {'params': params, 'moments': adamw_init(params), **numbers}
+    return {'params': params, 'moments': moments, **numbers}
 
 
 def on_mesh(config: ConfigDict, sizes: tuple[int, ...]) -> ConfigDict:

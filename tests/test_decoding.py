@@ -98,7 +98,7 @@ def cached_logits(params, ids_BT, lengths_B, *, cfg, n):
         pytest.param('gqa moe', {'fsdp': 2, 'ep': 2}, marks=pytest.mark.slow),
         pytest.param('gqa documents tied', {'fsdp': 2, 'tp': 4}, marks=pytest.mark.slow),
         ('mla documents', {}),
-        ('gqa multi-query', {'fsdp': 2, 'tp': 2}),
+        pytest.param('gqa multi-query', {'fsdp': 2, 'tp': 2}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -159,6 +159,7 @@ def test_greedy_continuations_are_the_same_however_they_are_made(name, meshes):
     assert alone == want
 
 
+@pytest.mark.slow
 def test_stages_of_several_chunks_decode_alike():
     config = small_config('gqa')
     config.model.update(block=('dense',), n_layers=8)

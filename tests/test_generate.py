@@ -179,6 +179,7 @@ def test_end_of_text_ends_a_completion():
     }
 
 
+@pytest.mark.slow
 def test_samples_of_a_run_do_not_depend_on_its_mesh():
     c = small_config('gqa')
     c.model.vocab_size, c.log.prompts, c.log.sample_tokens = 264, ('a', 'bcd'), 6

@@ -122,15 +122,15 @@ def test_experts_match(sizes):
     check(small_config(moe=True), sizes)
 
 
-@pytest.mark.parametrize('sizes', [(1, 2, 2, 2)], ids=str)
-def test_experts_match_with_accumulation_and_remat(sizes):
+@pytest.mark.slow
+def test_experts_match_with_accumulation_and_remat():
     config = small_config('gqa', moe=True, microbatches=2)
     config.model.remat, config.model.router, config.model.normalize_weights = (
         'full',
         'softmax',
         False,
     )
-    check(config, sizes)
+    check(config, (1, 2, 2, 2))
 
 
 def test_stages_match():

@@ -213,6 +213,7 @@ def run_with_bucket(store, tmp_path, files, workers: int) -> None:
     )
 
 
+@pytest.mark.slow
 def test_ray_gives_the_same_bytes(corpus, tmp_path, monkeypatch):
     pytest.importorskip('ray', reason='Ray is not installed (requirements-data.txt)')
     _, output, files = corpus
