@@ -13,6 +13,7 @@ decoding.py.
 
 import codecs
 import json
+import logging
 import math
 import os
 import sys
@@ -308,7 +309,7 @@ def report(completions: list[Completion], seconds: float, first: float) -> None:
     n_tokens = sum(len(c.tokens) for c in completions)
     rest = max(n_tokens - len(completions), 0)
     print(
-        f'{n_tokens} tokens for {len(completions)} prompts: the first after {first:.2f} s, then '
+        f'{n_tokens} tokens for {len(completions)} prompt(s): the first after {first:.2f} s, then '
         f'{rest / max(seconds - first, 1e-9):.1f} tokens/s',
         file=sys.stderr,
     )
@@ -351,6 +352,7 @@ def run() -> None:
 
 
 def main(_: list[str]) -> None:
+    logging.getLogger('jax').setLevel(logging.WARNING)  # it reports on platforms that are not there
     if FLAGS.cpu_devices:
         jax.config.update('jax_platforms', 'cpu')
         jax.config.update('jax_num_cpu_devices', FLAGS.cpu_devices)

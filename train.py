@@ -18,6 +18,7 @@ is to be given again, because the watchdog ended the process or another one was 
 
 import ctypes
 import functools
+import logging
 import os
 import platform
 import shlex
@@ -133,7 +134,7 @@ def train(
                 need_matplotlib()
             tracer = Tracer(traced_steps, workdir)
             summary = run(config, start, writer, checkpoints, stop, watchdog, tracer, init_from)
-            writer.say('\n'.join(f'{name:>22}  {value:,.4g}' for name, value in summary.items()))
+            writer.say('\n'.join(f'{name:>22}  {number(x)}' for name, x in summary.items()))
             if config.log.plot and writer.active:
                 writer.say(f'{"plot":>22}  {plot([workdir])}')
             return summary
@@ -225,6 +226,10 @@ def run(
     return summary
 
 
+def number(x: float) -> str:
+    return f'{x:,}' if isinstance(x, int) else f'{x:,.4g}'
+
+
 def timed(f: Callable[..., T], *args: Any) -> tuple[T, float]:
     """What f returns, and the seconds that it took."""
     start = time.perf_counter()
@@ -292,6 +297,7 @@ def say_next(workdir: str) -> None:
 
 
 def main(arguments: list[str]) -> None:
+    logging.getLogger('jax').setLevel(logging.WARNING)  # it reports on platforms that are not there
     keep_freed_memory()
     if FLAGS.cpu_devices:
         jax.config.update('jax_platforms', 'cpu')
