@@ -26,6 +26,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from chips import Chip
+from memory import out_of_memory_explained
 from parallel import AXES, make_mesh
 from steps import lower_train_step
 
@@ -317,10 +318,6 @@ def attention_flops(i: Instruction) -> float:
 # ---------------------------------------------------------------------------------------------
 
 
-class OutOfMemoryError(Exception):
-    """The compiler's answer that a program does not fit, in its words."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Compiled:
     """What the compiler says of a training step. Bytes and cycles of one device."""
@@ -372,12 +369,8 @@ def compile_step(config: ConfigDict, topology: str, chip: Chip) -> Compiled:
     mesh = make_mesh(config.mesh, devices[:needed])
     start = time.perf_counter()
     lowered = lower_train_step(config, mesh)
-    try:
+    with out_of_memory_explained(config):
         step = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        if 'RESOURCE_EXHAUSTED' not in str(error):
-            raise
-        raise OutOfMemoryError(str(error)) from error
     seconds = time.perf_counter() - start
     memory = step.memory_analysis()
     arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes

@@ -24,8 +24,9 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from chips import CHIPS, Chip, measured_cpu
-from compiled import Compiled, OutOfMemoryError, compile_step
+from compiled import Compiled, compile_step
 from footprint import share
+from memory import OutOfMemoryError
 from parallel import AXES
 from roofline import Estimate, estimate
 from search import search
@@ -364,7 +365,7 @@ def plan(config: ConfigDict, name: str) -> dict[str, Any]:
         try:
             answer = compile_step(config, FLAGS.compile, chip)
         except OutOfMemoryError as error:
-            print(f'compiled for {FLAGS.compile}: OUT OF MEMORY\n{error}')
+            print(f'compiled for {FLAGS.compile}: {error}')
             return result | {'compiled': {'topology': FLAGS.compile, 'out_of_memory': str(error)}}
         print(compiled_text(e, answer))
         result['compiled'] = compiled_record(answer)

@@ -13,7 +13,7 @@ from common import small_config
 
 import plan
 from chips import CHIPS, Chip, chip_of
-from compiled import Reader
+from compiled import Reader, compile_step
 from footprint import memory, share
 from parallel import make_mesh
 from roofline import estimate
@@ -70,6 +70,51 @@ def test_state_and_network_are_those_of_the_compiled_step():
             sent[axes] += t.bytes
     for axis, n in sent.items():
         assert e.axis_bytes[axis] == pytest.approx(n, rel=0.03), axis
+
+
+# Some with fewer kinds of layers than their config, so that they compile in a minute: one
+# microbatch and several, stages, experts, both attentions, all kinds of rematerialization.
+ONE_AXIS = {'pp': 1, 'fsdp': 32, 'tp': 1}
+SPREAD = {
+    'llama3_8b': ('llama3_8b', 'v5p:4x4x4', {}, {}, {}),
+    'fsdp': ('tpu_v4', 'v4:2x4x4', {'microbatches': 1}, ONE_AXIS, {'block': ('dense',)}),
+    'stages': ('tpu_v4', 'v4:2x4x4', {}, {}, {'block': ('dense',)}),
+    'experts': (
+        'tpu_v4', 'v4:2x4x4', {'microbatches': 1}, ONE_AXIS | {'fsdp': 16, 'ep': 2},
+        {'block': ('moe',), 'n_layers': 8, 'remat': 'none'},
+    ),
+    'kept by name': ('gpu_h100', 'v5p:2x2x2', {'chip': 'v5p'}, {}, {}),
+}  # fmt: skip
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize('case', SPREAD)
+def test_memory_is_what_the_tpu_compiler_says(case, tpu_devices):
+    """The peak within 15 %; both say that it fits."""
+    name, topology, fields, mesh, model = SPREAD[case]
+    config = load(name)
+    config.update(fields)
+    config.mesh.update(mesh)
+    config.model.update(model)
+    validate(config, 64)
+    e = estimate(config, CHIPS[config.chip])
+    peak = compile_step(config, topology, e.chip).peak
+    assert e.memory.peak == pytest.approx(peak, rel=0.15)
+    assert e.fits
+    assert peak < e.chip.memory
+
+
+@pytest.mark.tpu
+def test_out_of_memory_is_an_answer(tpu_devices):
+    done = run_command(
+        '--config=configs/tiny_dense.py', '--compile=v5e:2x2', '--config.batch_size=8192',
+        '--config.seq_len=2048', '--config.model.d_model=1024', '--config.model.n_layers=16',
+        '--json',
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert 'compiled for v5e:2x2: out of memory' in done.stdout
+    assert "model.remat='none': 'full' keeps only the input" in done.stdout
+    assert 'out_of_memory' in json.loads(done.stdout.splitlines()[-1])['compiled']
 
 
 def test_search_finds_what_fits_and_is_fastest():

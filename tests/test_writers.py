@@ -54,12 +54,13 @@ def test_wandb_receives_each_record_and_goes_on_under_its_id(monkeypatch, tmp_pa
 
 @pytest.mark.slow
 def test_wandb_itself_writes_offline(monkeypatch, tmp_path):
-    pytest.importorskip('wandb', reason='pip install -r requirements-log.txt')
+    wandb = pytest.importorskip('wandb', reason='pip install -r requirements-log.txt')
     monkeypatch.setenv('WANDB_MODE', 'offline')
     writer = writers.WeightsAndBiases(str(tmp_path), small_run('none'), start=0)
     for record in RECORDS:
         writer.write(record)
     writer.close()
+    wandb.teardown()  # ends its service, which may still be writing
     (path,) = tmp_path.glob('wandb/offline-run-*/run-*.wandb')
     content = path.read_bytes()
     for text in (b'eval_loss', b'moe/0/load', b'ab\\n\\ncd'):
