@@ -68,7 +68,9 @@ def get_config() -> ConfigDict:
 
     c.mesh = ConfigDict({'pp': 1, 'dp': 1, 'fsdp': 1, 'ep': 1, 'tp': 1})
 
-    c.fsdp_gather = 'layer'  # weights whole for one 'layer' at a time (twice a microbatch) | 'step'
+    # weights whole for one 'layer' at a time, gathered for each pass of a microbatch (forward,
+    # backward, and with stages the forward again) | for the whole 'step'
+    c.fsdp_gather = 'layer'
     c.pipeline = ConfigDict()
     c.pipeline.schedule = '1f1b'  # 'gpipe' | '1f1b' | 'interleaved' | 'zero_bubble'; for pp > 1
     c.pipeline.chunks = 1  # interleaved: parts of a stage, each a stage of its own on the ring
