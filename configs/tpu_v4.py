@@ -1,4 +1,4 @@
-"""Pre-training of 0.95 B parameters, 0.35 B of them active (without the embedding), on the 32
+"""Pre-training of 957 M parameters, 352 M of them active (without the embedding), on the 32
 chips of a TPU v4-64: MLA, and every sixth layer a mixture of 16 experts.
 
 On each host of the slice:

@@ -2,7 +2,7 @@
 
     python train.py --config=configs/tpu_v4_best.py --workdir=gs://BUCKET/runs/tpu_v4
 
-A model of 0.95 B fits a v4 chip many times over, so neither stages nor slices of the layers are
+A model of 0.96 B fits a v4 chip many times over, so neither stages nor slices of the layers are
 needed: the 256 sequences are one microbatch of 8 for each of fsdp 16 x ep 2 shards, each weight is
 gathered twice a step instead of 24 times, and nothing is computed again.
 """
