@@ -13,7 +13,6 @@ decoding.py.
 
 import codecs
 import json
-import logging
 import math
 import os
 import sys
@@ -28,6 +27,7 @@ from absl import app, flags
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
+import hosts
 from checkpoint import Checkpointer, CheckpointError
 from configs import default
 from decoding import Sampling, check_prompts, generate, stream, weight_types
@@ -352,10 +352,7 @@ def run() -> None:
 
 
 def main(_: list[str]) -> None:
-    logging.getLogger('jax').setLevel(logging.WARNING)  # it reports on platforms that are not there
-    if FLAGS.cpu_devices:
-        jax.config.update('jax_platforms', 'cpu')
-        jax.config.update('jax_num_cpu_devices', FLAGS.cpu_devices)
+    hosts.choose_platform(FLAGS.cpu_devices)
     try:
         run()
     except (ValueError, CheckpointError) as error:

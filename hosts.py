@@ -7,6 +7,7 @@ environment says who they are; on Cloud TPU VMs `--coordinator=auto` asks the ma
 (docs/hosts.md). The batch, the seed and the numbers do not depend on how many processes there are.
 """
 
+import logging
 import os
 import sys
 import time
@@ -28,6 +29,15 @@ SLURM = (
 )  # what jax reads of it
 HEARTBEAT_SECONDS = 100  # where no config says otherwise
 SHUTDOWN_SECONDS = 60  # a process that ends waits so long for the others to end, too
+
+
+def choose_platform(cpu_devices: int) -> None:
+    """Before anything asks jax for devices: so many simulated ones on the CPU, or 0 for those that
+    are there, without a word of platforms that are not."""
+    logging.getLogger('jax').setLevel(logging.WARNING)
+    if cpu_devices:
+        jax.config.update('jax_platforms', 'cpu')
+        jax.config.update('jax_num_cpu_devices', cpu_devices)
 
 
 def several_offered(environment: Mapping[str, str]) -> bool:

@@ -9,15 +9,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from attention import ATTENTION, Positions, positions
-from layers import (
-    RESIDUAL,
-    ModelConfig,
-    dropout,
-    gain,
-    rms_norm,
-    swiglu,
-    swiglu_params,
-)
+from layers import RESIDUAL, ModelConfig, dropout, gain, rms_norm, swiglu, swiglu_params
 from moe import moe, moe_params
 from parallel import (
     FSDP,

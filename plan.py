@@ -13,7 +13,6 @@ train.py. The last line is one JSON object with --json.
 
 import dataclasses
 import json
-import logging
 import math
 import sys
 from collections.abc import Sequence
@@ -373,7 +372,6 @@ def plan(config: ConfigDict, name: str) -> dict[str, Any]:
 
 
 def main(_: Sequence[str]) -> None:
-    logging.getLogger('jax').setLevel(logging.WARNING)  # it reports on platforms that are not there
     jax.config.update('jax_platforms', 'cpu')  # no accelerator is taken from a run
     try:
         result = plan(FLAGS.config, config_flags.get_config_filename(FLAGS['config']))

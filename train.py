@@ -18,7 +18,6 @@ is to be given again, because the watchdog ended the process or another one was 
 
 import ctypes
 import functools
-import logging
 import os
 import platform
 import shlex
@@ -297,11 +296,8 @@ def say_next(workdir: str) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    logging.getLogger('jax').setLevel(logging.WARNING)  # it reports on platforms that are not there
     keep_freed_memory()
-    if FLAGS.cpu_devices:
-        jax.config.update('jax_platforms', 'cpu')
-        jax.config.update('jax_num_cpu_devices', FLAGS.cpu_devices)
+    hosts.choose_platform(FLAGS.cpu_devices)
     try:
         command(arguments[1:])
     except (CheckpointError, TrainingError) as error:

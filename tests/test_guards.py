@@ -114,8 +114,10 @@ def test_without_the_guard_the_poison_spreads(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('sizes', [(1, 1, 1), (1, 2, 1, 2, 2)], ids=str)
-def test_skipping_keeps_no_second_state(sizes):
+@pytest.mark.parametrize(
+    ('sizes', 'share'), [((1, 1, 1), 0.05), ((1, 2, 2, 2), 0.05), ((1, 2, 1, 2, 2), 0.15)], ids=str
+)
+def test_skipping_keeps_no_second_state(sizes, share):
     config = on_mesh(small_config(moe=True, microbatches=2), sizes)
     config.model.update(d_model=128, d_ff=256, d_expert=128)
 
@@ -128,7 +130,7 @@ def test_skipping_keeps_no_second_state(sizes):
     assert state > 0.99 * guarded.argument_size_in_bytes
     # 11 % of the state more have been seen with stages, for a reason that is not known; a copy of
     # the state would be all of it.
-    assert guarded.temp_size_in_bytes < free.temp_size_in_bytes + 0.25 * state
+    assert guarded.temp_size_in_bytes < free.temp_size_in_bytes + share * state
 
 
 def judged(norms: list[float], **changes) -> tuple[list[bool], dict]:

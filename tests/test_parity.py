@@ -218,7 +218,9 @@ def test_dropout_matches():
 
 
 @pytest.mark.parametrize(
-    'keep', [None, *(pytest.param(k, marks=pytest.mark.slow) for k in ((), ('hidden',)))], ids=str
+    'keep',
+    [None, *(pytest.param(k, marks=pytest.mark.slow) for k in ((), ('attention', 'hidden')))],
+    ids=str,
 )
 def test_remat_matches(keep):
     config = small_config()
