@@ -34,7 +34,7 @@ from parallel import (
 # What model.remat_keep and model.remat_offload may name. Bytes a token and layer, in bfloat16 on
 # one device of tp: of attention the output and log-sum-exp, N·(2·H_v + 4); its inputs,
 # N·(4·H_qk + 2·H_v); the residual stream after both parts of a layer, 4·D/tp; both factors of a
-# SwiGLU's product, 4·F.
+# SwiGLU's product, 4·F, and of experts, where that is for each choice, their output too, 2·D.
 REMAT_NAMES = ('attention', 'qkv', 'residual', 'hidden')
 ATTENTION_OUTPUT, QKV, RESIDUAL, HIDDEN = REMAT_NAMES
 

@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
-from layers import ModelConfig, gated, swiglu_params, swiglu_shards
+from layers import HIDDEN, ModelConfig, gated, swiglu_params, swiglu_shards
 from parallel import (
     BATCH,
     EP,
@@ -77,10 +78,11 @@ def moe(params: Tree, x_BTD: Array, cfg: ModelConfig) -> tuple[Array, dict[str, 
     with jax.named_scope('experts'):
         y_GD = grouped_swiglu(x_GD, w, sizes_E)
     with jax.named_scope('combine'):
-        y_AD = return_rows(y_GD)
-    y_TCD = y_AD.reshape(x_TD.shape[0], -1, cfg.d_model).astype(jnp.float32)
-    out_TD = jnp.sum(y_TCD * weight_BTC.reshape(x_TD.shape[0], -1, 1), axis=1)
-    out_BTD = out_TD.astype(x_BTD.dtype).reshape(x_BTD.shape)
+        # Without its name, what a policy keeps would not hold for results of a loop or a branch.
+        y_AD = checkpoint_name(return_rows(y_GD), HIDDEN)
+        choices = (x_TD.shape[0], cfg.experts_per_token)
+        out_TD = combine(y_AD.reshape(*choices, -1), weight_BTC.reshape(choices))
+    out_BTD = out_TD.reshape(x_BTD.shape)
     if cfg.n_shared_experts:
         shared = unshard(params['shared'], declared['shared'], x_BTD.dtype)
         with jax.named_scope('shared_experts'):
@@ -238,11 +240,32 @@ def _permute_forward(x_RD: Array, index_S: Array, inverse_A: Array, copies: int)
 def _permute_backward(copies: int, inverse_A: Array, d_SD: Array):
     d_AD = d_SD.at[inverse_A].get(mode='fill', fill_value=0)
     d_RCD = d_AD.reshape(-1, copies, d_SD.shape[-1])
-    d_RD = jnp.sum(d_RCD, axis=1, dtype=jnp.float32) if copies > 1 else d_RCD[:, 0]
+    d_RD = d_RCD[:, 0] if copies == 1 else sum_choices(d_RCD)
     return d_RD.astype(d_SD.dtype), None, None
 
 
 permute.defvjp(_permute_forward, _permute_backward)
+
+
+def sum_choices(x_TCD: Array) -> Array:
+    """Σ over C in float32, written out: XLA:CPU takes ten times as long for such a reduction."""
+    return sum(x_TCD[:, c].astype(jnp.float32) for c in range(x_TCD.shape[1]))
+
+
+@jax.custom_vjp
+def combine(y_TCD: Array, weight_TC: Array) -> Array:
+    """Σ_C weight · y, added up in float32: [T, D] in the type of y, which is saved as it comes."""
+    return sum_choices(y_TCD * weight_TC[..., None]).astype(y_TCD.dtype)
+
+
+def _combine_backward(saved: tuple[Array, Array], d_TD: Array):
+    y_TCD, weight_TC = saved
+    d_TD = d_TD.astype(jnp.float32)
+    d_weight_TC = jnp.einsum('tcd,td->tc', y_TCD.astype(jnp.float32), d_TD)
+    return (d_TD[:, None] * weight_TC[..., None]).astype(y_TCD.dtype), d_weight_TC
+
+
+combine.defvjp(lambda y, weight: (combine(y, weight), (y, weight)), _combine_backward)
 
 
 def inverted(index: Array, size: int) -> Array:
@@ -356,6 +379,7 @@ def _grouped_forward(x_GD: Array, w: Tree, sizes_E: Array):
     y_GD, gate_GF, up_GF = lax.platform_dependent(
         x_GD, w, sizes_E, cpu=_blocked_forward, default=_ragged_forward
     )
+    gate_GF, up_GF = checkpoint_name((gate_GF, up_GF), HIDDEN)
     return y_GD, (x_GD, w, sizes_E, gate_GF, up_GF)
 
 

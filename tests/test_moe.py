@@ -1,5 +1,7 @@
 """The MoE layer against a plain loop over tokens and experts; routing, capacity, dispatch."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -253,6 +255,22 @@ def test_sequence_balance_loss_is_lowest_when_even():
     skewed['router'] = 10 * skewed['router']
     skewed['bias'] = jnp.zeros(8)
     assert float(loss(skewed, x)) > 0.5
+
+
+@pytest.mark.parametrize(
+    'remat, keep, again',
+    [('none', (), False), ('full', ('hidden',), False), ('full', (), True)],
+)
+@pytest.mark.parametrize('ep', [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_experts_are_computed_again_only_where_asked(remat, keep, again, ep):
+    """Loops and branches hide results from a policy of rematerialization: names show them."""
+    config = small_config(moe=True)
+    config.model.update(remat=remat, remat_keep=keep)
+    config.mesh.update(ep=ep)
+    text = steps.lower_train_step(config, make_mesh(config.mesh)).compile().as_text()
+    matmuls = re.findall(r'op_name="[^"]*/experts/[^"]*dot_general"', text)
+    assert len(matmuls) >= 3 + 6
+    assert any('rematted_computation' in name for name in matmuls) == again
 
 
 @pytest.mark.tpu
