@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from layers import ModelConfig
 from model import layer_params, model_params
-from parallel import BATCH, FSDP, PP, TP, Param, Tree, is_param, spec_axes
+from parallel import BATCH, EP, FSDP, PP, TP, Param, Tree, is_param, spec_axes
 from schedules import Schedule
 from steps import train_schedule
 from validation import model_config
@@ -179,9 +179,11 @@ def feed_forward_values(s: Share, kind: str) -> list[Value]:
     values += [
         Value(s.assignments * D * c),  # rows by expert
         *swiglu_values(s.assignments, cfg.d_expert // tp, c),
-        Value(t * cfg.experts_per_token * D * FLOAT32),  # the output of each choice
+        Value(t * cfg.experts_per_token * D * c, 'hidden'),  # the output of each choice
         Value(s.local * (D + 2 * cfg.n_experts) * FLOAT32),  # the router's
     ]
+    if s.mesh[EP] > 1:
+        values += 2 * [Value(s.assignments * D * c)]  # as they come, and go back
     return values + swiglu_values(t, cfg.n_shared_experts * cfg.d_expert // tp, c)
 
 
@@ -218,7 +220,8 @@ def gradients_of_layer(s: Share, kind: str) -> float:
         feed_forward = t * (2 * cfg.d_ff // tp + 2 * cfg.d_model) * c
     else:
         rows, width = s.assignments, cfg.d_expert // tp
-        feed_forward = rows * (2 * width * FLOAT32 + cfg.d_model * (FLOAT32 + c))
+        # The kernels leave both factors of a SwiGLU's product, and its gradient, in float32.
+        feed_forward = rows * (3 * width * FLOAT32 + cfg.d_model * (FLOAT32 + c))
     qkv = next(v.bytes for v in attention_values(s) if v.group == 'qkv')
     attention = qkv  # their gradients
     if cfg.attention_kernel == 'blockwise':

@@ -177,7 +177,7 @@ def reason(e: Estimate) -> str:
     advice = {
         'matmuls': f'{1 - e.useful / e.computed:.0%} of the FLOPs are computed again: less remat',
         'memory': f'{intensity:.0f} FLOPs a byte, where the chip has '
-        f'{e.chip.flops / e.chip.bandwidth:.0f}: less remat, a smaller tp, a wider model',
+        f'{e.chip.flops / e.chip.bandwidth:.0f}: keep less, a smaller tp, a wider model',
         'bubble': 'more microbatches, zero_bubble or fewer stages',
         'fsdp': 'weights cross once a microbatch and pass: fewer microbatches, or '
         "fsdp_gather='step'",

@@ -23,6 +23,7 @@ from footprint import (
     Share,
     declarations,
     gathered,
+    kept_of_layer,
     layer_declaration,
     layer_values,
     leaves,
@@ -47,8 +48,14 @@ def counted(cfg: ModelConfig, chunks: int, active: bool) -> int:
 # Which name in model.remat_keep spares computing a weight's matmul again.
 KEPT_BY = {
     'w_q': 'qkv', 'w_k': 'qkv', 'w_v': 'qkv', 'w_q_up': 'qkv', 'w_k_up': 'qkv', 'w_v_up': 'qkv',
-    'w_o': 'residual', 'w_gate': 'hidden', 'w_up': 'hidden',
+    'w_o': 'residual', 'w_gate': 'hidden', 'w_up': 'hidden', 'w_down': 'hidden',
 }  # fmt: skip
+
+
+# What a scan over layers keeps for its backward pass moves so many times more: the stack is filled
+# with zeros, a layer's part copied into it, and out of it again. This is why computing again is
+# often faster on a chip with much compute beside its memory.
+STACKING = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +133,7 @@ def layers_work(s: Share, part: str, kinds: tuple[str, ...], n: int) -> Work:
         weights = gathered(layer_declaration(s.cfg, kind), s)
         # Forward writes and reads each array once, backward twice that.
         moved += (passes + remat + 2) * 2 * (values + weights)
+        moved += STACKING * kept_of_layer(s, kind)
         if s.cfg.attention_kernel == 'blockwise':
             moved += (passes + remat + 2) * score_bytes(s)
         # Each gradient is written, and added to a sum that is read and written.
@@ -226,11 +234,13 @@ def activation_transfers(s: Share) -> list[Transfer]:
 
 
 def expert_transfers(s: Share) -> list[Transfer]:
-    """Rows to their experts and back, and their gradients; computed again by remat."""
+    """Rows to their experts and back, and their gradients; again, by remat, what is not kept."""
     cfg = s.cfg
     layers = s.blocks * cfg.block.count('moe')
     rows = s.tokens * cfg.experts_per_token * cfg.d_model * s.width
-    times = 2 * (forward_passes(s) + 1 + (cfg.remat != 'none'))
+    times = 2 * (forward_passes(s) + 1)
+    if cfg.remat != 'none':
+        times += 1 + ('hidden' not in cfg.kept_names)
     sent = part_sent(s.mesh[EP]) * s.microbatches * layers * rows * times
     return [Transfer(EP, 'rows to their experts and back', sent)] if layers else []
 

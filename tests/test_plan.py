@@ -117,6 +117,15 @@ def test_out_of_memory_is_an_answer(tpu_devices):
     assert 'out_of_memory' in json.loads(done.stdout.splitlines()[-1])['compiled']
 
 
+@pytest.mark.slow
+def test_best_config_is_the_first_that_the_search_finds():
+    """The TPU compiler has it so, too (docs/7_final_run.md)."""
+    best, found = load('tpu_v4_best'), search(load('tpu_v4'), 32, CHIPS['v4'])[0][0][0]
+    assert found.mesh == best.mesh
+    assert found.microbatches == best.microbatches
+    assert (found.model.remat, found.model.remat_keep) == (best.model.remat, best.model.remat_keep)
+
+
 def test_search_finds_what_fits_and_is_fastest():
     config = small_config('gqa', microbatches=2)
     config.mesh.update(fsdp=2, tp=2)
