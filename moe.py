@@ -78,7 +78,7 @@ def moe(params: Tree, x_BTD: Array, cfg: ModelConfig) -> tuple[Array, dict[str, 
     with jax.named_scope('experts'):
         y_GD = grouped_swiglu(x_GD, w, sizes_E)
     with jax.named_scope('combine'):
-        # Without its name, what a policy keeps would not hold for results of a loop or a branch.
+        # By its name: no policy saves what comes out of a loop or a branch, as all of this does.
         y_AD = checkpoint_name(return_rows(y_GD), HIDDEN)
         choices = (x_TD.shape[0], cfg.experts_per_token)
         out_TD = combine(y_AD.reshape(*choices, -1), weight_BTC.reshape(choices))
@@ -261,7 +261,7 @@ def combine(y_TCD: Array, weight_TC: Array) -> Array:
 def _combine_backward(saved: tuple[Array, Array], d_TD: Array):
     y_TCD, weight_TC = saved
     d_TD = d_TD.astype(jnp.float32)
-    d_weight_TC = jnp.einsum('tcd,td->tc', y_TCD.astype(jnp.float32), d_TD)
+    d_weight_TC = jnp.sum(y_TCD.astype(jnp.float32) * d_TD[:, None], axis=-1)
     return (d_TD[:, None] * weight_TC[..., None]).astype(y_TCD.dtype), d_weight_TC
 
 

@@ -258,7 +258,7 @@ def test_sequence_balance_loss_is_lowest_when_even():
 
 
 @pytest.mark.parametrize(
-    'remat, keep, again',
+    ('remat', 'keep', 'again'),
     [('none', (), False), ('full', ('hidden',), False), ('full', (), True)],
 )
 @pytest.mark.parametrize('ep', [1, pytest.param(2, marks=pytest.mark.slow)])
