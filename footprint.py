@@ -182,8 +182,6 @@ def feed_forward_values(s: Share, kind: str) -> list[Value]:
         Value(t * cfg.experts_per_token * D * c, 'hidden'),  # the output of each choice
         Value(s.local * (D + 2 * cfg.n_experts) * FLOAT32),  # the router's
     ]
-    if s.mesh[EP] > 1:
-        values += 2 * [Value(s.assignments * D * c)]  # as they come, and go back
     return values + swiglu_values(t, cfg.n_shared_experts * cfg.d_expert // tp, c)
 
 
@@ -222,6 +220,8 @@ def gradients_of_layer(s: Share, kind: str) -> float:
         rows, width = s.assignments, cfg.d_expert // tp
         # The kernels leave both factors of a SwiGLU's product, and its gradient, in float32.
         feed_forward = rows * (3 * width * FLOAT32 + cfg.d_model * (FLOAT32 + c))
+        if s.mesh[EP] > 1:
+            feed_forward += 2 * rows * cfg.d_model * c  # as they come, and go back
     qkv = next(v.bytes for v in attention_values(s) if v.group == 'qkv')
     attention = qkv  # their gradients
     if cfg.attention_kernel == 'blockwise':
