@@ -240,8 +240,7 @@ def _permute_forward(x_RD: Array, index_S: Array, inverse_A: Array, copies: int)
 def _permute_backward(copies: int, inverse_A: Array, d_SD: Array):
     d_AD = d_SD.at[inverse_A].get(mode='fill', fill_value=0)
     d_RCD = d_AD.reshape(-1, copies, d_SD.shape[-1])
-    d_RD = d_RCD[:, 0] if copies == 1 else sum_choices(d_RCD)
-    return d_RD.astype(d_SD.dtype), None, None
+    return sum_choices(d_RCD).astype(d_SD.dtype), None, None
 
 
 permute.defvjp(_permute_forward, _permute_backward)

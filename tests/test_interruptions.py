@@ -159,6 +159,7 @@ def test_killed_before_the_first_save(setup, whole, tmp_path):
     worker.wait_for('step 1/')
     worker.send(signal.SIGKILL)
     worker.end()
+    assert not committed(workdir)
     finish_and_compare(workdir, setup, whole)
 
 

@@ -19,17 +19,28 @@ def bubble(name, stages, microbatches, chunks=1, costs=(1.0, 1.0, 1.0), time=loc
     return time(schedule, costs) - ideal(schedule, costs)
 
 
+def assert_all_work_is_done_once(schedule):
+    """Besides the rules that a schedule checks when it is made."""
+    tables = {'f': schedule.f, 'b': schedule.b, 'w': schedule.w}
+    asked = {'f': True, 'b': schedule.name != 'forward', 'w': schedule.split}
+    for name, table in tables.items():
+        units = list(range(schedule.microbatches * schedule.chunks)) if asked[name] else []
+        for column in table.T:
+            assert sorted(column[column >= 0]) == units, (name, schedule)
+
+
 @pytest.mark.parametrize('name', ['gpipe', '1f1b', 'zero_bubble', 'forward'])
 def test_any_number_of_stages_and_microbatches(name):
     for stages, microbatches in GRID:
         for costs in ((1, 1, 1), RECOMPUTE, (1, 1.3, 0.9)):
-            make_schedule(name, stages, microbatches, 1, costs)  # checks itself
+            schedule = make_schedule(name, stages, microbatches, 1, costs)
+            assert_all_work_is_done_once(schedule)
 
 
 @pytest.mark.parametrize('name', ['interleaved', 'forward'])
 def test_chunks(name):
     for stages, chunks, groups in itertools.product([1, 2, 4], [2, 3], [1, 2, 3]):
-        make_schedule(name, stages, groups * stages, chunks)
+        assert_all_work_is_done_once(make_schedule(name, stages, groups * stages, chunks))
 
 
 def test_number_of_ticks():

@@ -144,6 +144,7 @@ def test_command_trains_on_a_mixture(corpus, tmp_path):
     )
     assert two.returncode == 0, two.stderr
     one = run_command(corpus, tmp_path / 'one')
+    assert one.returncode == 0, one.stderr
     evals = [r for r in read_metrics(tmp_path / 'two') if 'eval_loss' in r]
     names = {'eval_loss', 'eval_bits_per_byte'}
     assert set(evals[0]) == {'step', 'tokens'} | {n + s for n in names for s in ('', '/a', '/b')}
@@ -154,7 +155,6 @@ def test_command_trains_on_a_mixture(corpus, tmp_path):
     single = [r for r in read_metrics(tmp_path / 'one') if 'eval_loss' in r]
     assert single[-1]['eval_loss'] != evals[-1]['eval_loss']
     assert single[-1]['eval_loss'] == pytest.approx(evals[-1]['eval_loss'], rel=0.2)
-    assert one.returncode == 0
 
 
 def test_command_refuses_unknown_flags_and_bad_values(corpus, tmp_path):
