@@ -1,21 +1,23 @@
 """Compiles a training step for chips that are not there, and reads what the compiler made of it.
 
-The TPU compiler schedules the whole program and notes what it expects each instruction to take
-(`estimated_cycles`). Nothing nearer to a measurement can be had without the chips:
+Both compilers schedule the whole program. Nothing nearer to a measurement can be had without the
+chips:
 
-    compute   those cycles, each times the trips of the loops around it
+    compute   on TPU the cycles that the compiler expects an instruction to take; on GPU, where it
+              notes none, the longer of each kernel's matmuls at the peak and of its operands and
+              results at the memory's bandwidth, which is a bound
     network   the bytes that a device sends for each collective, by kind and by mesh axes
-    exposed   the part of them that no asynchronous pair of instructions lets overlap with compute
+    exposed   the part of them that is waited for: all of a synchronous one, and of an asynchronous
+              one what takes longer than the work scheduled between its start and its done
 
-Of a conditional, the costliest branch counts. The kernels of splash attention carry no estimate:
-their causal matmuls count at `KERNEL_EFFICIENCY` of the peak; other kernels without one count
-nothing, and their number is said. Good for comparing two programs that were compiled alike.
+each times the trips of the loops around it. Of a conditional, the costliest branch counts. The
+kernels of splash attention carry no estimate: their causal matmuls count at `KERNEL_EFFICIENCY` of
+the peak; other kernels of TPUs without one count nothing, and their number is said. Good for
+comparing two programs that were compiled alike.
 """
 
 import dataclasses
-import importlib.util
 import math
-import os
 import re
 import time
 from collections.abc import Iterable, Iterator
@@ -29,6 +31,7 @@ from chips import Chip
 from memory import out_of_memory_explained
 from parallel import AXES, make_mesh
 from steps import lower_train_step
+from topology import topology_devices
 
 KERNEL_EFFICIENCY = 0.35  # of splash attention's causal matmuls
 KINDS = (
@@ -47,6 +50,12 @@ _NAME = re.compile(r'\s+(?:ROOT )?(%[\w.\-]+) = (.*)$', re.DOTALL)
 _CALLED = re.compile(r'(?:calls|to_apply)=(%[\w.\-]+)')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _CONSTANT = re.compile(r'constant\((-?\d+)\)')
+# What takes no time on a GPU, and what reads or writes a part of its first operand.
+_FREE = (
+    'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'partition-id', 'replica-id',
+    'after-all', 'iota',
+)  # fmt: skip
+_SLICES = ('slice', 'dynamic-slice', 'gather', 'dynamic-update-slice')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +68,12 @@ class Instruction:
     def named(self, attribute: str) -> str:
         """The computation that an attribute names."""
         return re.search(attribute + r'=(%[\w.\-]+)', self.text).group(1)
+
+    @property
+    def operands(self) -> list[str]:
+        """Their names."""
+        arguments = self.text[len(self.op) :]
+        return re.findall(r'%[\w.\-]+', arguments[: _closing(arguments)])
 
 
 Program = dict[str, list[Instruction]]  # instructions of each computation
@@ -113,6 +128,11 @@ def _closing(text: str) -> int:
     return len(text) - 1
 
 
+def elements(shape: str) -> int:
+    """Of the first array of an HLO shape."""
+    return math.prod(int(d) for d in _ARRAY.search(shape)[2].split(',') if d)
+
+
 def array_bytes(shape: str) -> float:
     """Bytes of all arrays in an HLO shape."""
     return sum(
@@ -158,27 +178,24 @@ class Traffic:
 
     count: float = 0.0
     bytes: float = 0.0
-    exposed: float = 0.0  # bytes of those that are not asynchronous
+    seconds: float = 0.0  # at the bandwidth of the axis
+    exposed: float = 0.0  # of those seconds, the ones in which nothing is computed
 
     def add(self, other: 'Traffic', times: float) -> None:
         self.count += times * other.count
         self.bytes += times * other.bytes
+        self.seconds += times * other.seconds
         self.exposed += times * other.exposed
 
 
-def bytes_sent(kind: str, shape: str, size: int, asynchronous: bool) -> float:
-    """What one device sends in a ring of `size`; the shape of the start of an asynchronous pair
-    holds the input as well as the output."""
+def bytes_sent(kind: str, shape: str, size: int) -> float:
+    """What one device sends in a ring of `size` for a result of this shape."""
     out, others = array_bytes(shape), size - 1
     if kind == 'collective-permute':
-        return out / 2 if asynchronous else out
+        return out
     if kind == 'all-reduce':
         return 2 * out * others / size
-    if kind == 'reduce-scatter':
-        return out * others
-    if kind == 'all-gather' and asynchronous:
-        return out * others / (size + 1)
-    return out * others / size
+    return out * others if kind == 'reduce-scatter' else out * others / size
 
 
 # ---------------------------------------------------------------------------------------------
@@ -188,16 +205,16 @@ def bytes_sent(kind: str, shape: str, size: int, asynchronous: bool) -> float:
 
 @dataclasses.dataclass
 class Cost:
-    cycles: float = 0.0  # of one core or of the two that act as one
-    kernel_cycles: float = (
-        0.0  # of those, splash attention's, which are ours and not the compiler's
-    )
+    seconds: float = 0.0  # of computing; on TPU of one core or of the two that act as one
+    kernel_seconds: float = 0.0  # of those, splash attention's, which the compiler does not know
+    flops: float = 0.0  # of matmuls; counted on GPU only
     unpriced: float = 0.0  # kernels without an estimate
     traffic: dict[tuple[str, str], Traffic] = dataclasses.field(default_factory=dict)
 
     def add(self, other: 'Cost', times: float = 1.0) -> None:
-        self.cycles += times * other.cycles
-        self.kernel_cycles += times * other.kernel_cycles
+        self.seconds += times * other.seconds
+        self.kernel_seconds += times * other.kernel_seconds
+        self.flops += times * other.flops
         self.unpriced += times * other.unpriced
         for key, traffic in other.traffic.items():
             self.traffic.setdefault(key, Traffic()).add(traffic, times)
@@ -212,9 +229,10 @@ class Cost:
 class Reader:
     """Adds up a program's cost, computation by computation."""
 
-    def __init__(self, text: str, mesh: Mesh, flops_per_cycle: float):
+    def __init__(self, text: str, mesh: Mesh, chip: Chip):
         self.program, self.entry = parse(text)
-        self.mesh, self.flops_per_cycle = mesh, flops_per_cycle
+        self.mesh, self.chip = mesh, chip
+        self.shape = {i.name: i.shape for each in self.program.values() for i in each}
         self.known: dict[str, Cost] = {}
 
     def cost(self, computation: str = '') -> Cost:
@@ -222,36 +240,107 @@ class Reader:
         name = computation or self.entry
         if name not in self.known:
             self.known[name] = total = Cost()
-            for instruction in self.program.get(name, []):
-                self._add(instruction, total)
+            under_way: dict[str, float] = {}  # seconds of work since a start, by its name
+            starts: dict[str, Instruction] = {}
+            for i in self.program.get(name, []):
+                one = self.work(i)
+                under_way = {start: t + one.seconds for start, t in under_way.items()}
+                if i.op.endswith('-start'):
+                    under_way[i.name], starts[i.name] = 0.0, i
+                elif i.op.endswith('-done'):
+                    start = starts[i.operands[0]]
+                    hidden = (
+                        under_way.pop(start.name) if '"is_sync":true' not in start.text else 0.0
+                    )
+                    for kind, found in self.collectives(start):
+                        self._add_traffic(one, kind, found, hidden, i.shape)
+                else:
+                    for kind, found in self.collectives(i):
+                        # A fusion of this kind has work of its own to do.
+                        overlaps = i.op == 'fusion' and 'async' in i.text.partition('metadata=')[0]
+                        hidden = math.inf if overlaps or 'async' in i.name else 0.0
+                        self._add_traffic(one, kind, found, hidden)
+                total.add(one)
         return self.known[name]
 
-    def _add(self, i: Instruction, total: Cost) -> None:
+    def work(self, i: Instruction) -> Cost:
+        """Of an instruction and what it calls, but for its part in a collective."""
+        total = Cost()
         if i.op == 'while':
             total.add(self.cost(i.named('body')), self.trips(i.named('condition')))
         elif i.op == 'conditional':
             total.add(max((self.cost(b) for b in _branches(i)), key=_weight))
         elif i.op == 'call':
             total.add(self.cost(i.named('to_apply')))
-        else:
-            cycles = _CYCLES.search(i.text)
-            if cycles:
-                total.cycles += int(cycles.group(1))
-            elif i.op == 'custom-call' and '"tpu_custom_call"' in i.text:
-                kernel = attention_flops(i) / (self.flops_per_cycle * KERNEL_EFFICIENCY)
-                total.cycles += kernel
-                total.kernel_cycles += kernel
-                total.unpriced += kernel == 0
-            for kind, found, asynchronous in self.collectives(i):
-                self._add_traffic(total, kind, found, asynchronous)
+        elif self.chip.platform == 'gpu':
+            total.flops = self.matmul_flops(i)
+            total.seconds = max(
+                total.flops / self.chip.flops, self.bytes_touched(i) / self.chip.bandwidth
+            )
+            total.unpriced = float(i.op == 'custom-call' and total.flops == 0)
+        elif cycles := _CYCLES.search(i.text):
+            total.seconds = int(cycles.group(1)) / self.chip.clock if self.chip.clock else 0.0
+        elif i.op == 'custom-call' and '"tpu_custom_call"' in i.text:
+            total.seconds = attention_flops(i) / (self.chip.flops * KERNEL_EFFICIENCY)
+            total.kernel_seconds = total.seconds
+            total.unpriced = float(total.seconds == 0)
+        return total
 
-    def _add_traffic(self, total: Cost, kind: str, i: Instruction, asynchronous: bool) -> None:
+    def matmul_flops(self, i: Instruction) -> float:
+        """Of an instruction of a GPU's program: of a matmul, of those in a fusion, of a kernel."""
+        if i.op == 'dot':
+            dims = [int(d) for d in _ARRAY.search(self.shape[i.operands[0]])[2].split(',')]
+            contracted = re.search(r'lhs_contracting_dims=\{([\d,]*)\}', i.text)[1]
+            size = math.prod(dims[int(d)] for d in contracted.split(',') if d)
+            return 2 * elements(i.shape) * size
+        if i.op == 'fusion':
+            return sum(self.matmul_flops(j) for j in self._within(i.named('calls')))
+        return cudnn_flops(i) if i.op == 'custom-call' else 0.0
+
+    def bytes_touched(self, i: Instruction) -> float:
+        """What an instruction of a GPU's program reads and writes, if each byte once. Of an operand
+        that is only sliced, the slice; where one is updated in place, the update."""
+        if i.op in _FREE or i.op.endswith(('-start', '-done')):
+            return 0.0
+        operands = sum(array_bytes(self.shape[name]) for name in i.operands)
+        if i.op != 'fusion':
+            return operands + array_bytes(i.shape)
+        inside = self.program[i.named('calls')]
+        # A bitcast is its operand by another name.
+        alias = {j.name: j.operands[0] for j in inside if j.op == 'bitcast'}
+        origin = lambda name: origin(alias[name]) if name in alias else name  # noqa: E731
+        parameters = {j.name: j for j in inside if j.op == 'parameter'}
+        read = {name: [] for name in parameters}  # (instruction, which operand) that reads it
+        for j in inside:
+            for position, name in enumerate(j.operands if j.op != 'bitcast' else ()):
+                if origin(name) in read:
+                    read[origin(name)].append((j, position))
+        total = 0.0
+        for name, readers in read.items():
+            if all(j.op in _SLICES and position == 0 for j, position in readers):
+                total += sum(
+                    array_bytes(j.shape) for j, _ in readers if j.op != 'dynamic-update-slice'
+                )
+            else:
+                total += array_bytes(parameters[name].shape)
+        root = inside[-1]
+        for name in root.operands if root.op == 'tuple' else [root.name]:
+            j = next(j for j in inside if j.name == origin(name))
+            updated = j.op == 'dynamic-update-slice'
+            total += array_bytes(self.shape[j.operands[1]] if updated else j.shape)
+        return total
+
+    def _add_traffic(
+        self, total: Cost, kind: str, i: Instruction, hidden: float, shape: str = ''
+    ) -> None:
+        """Of a collective with so many seconds of work beside it; its result may have another shape
+        than the instruction."""
         members = groups(i.text)
-        size = len(members[0]) if members else 2
-        sent = bytes_sent(kind, i.shape, size, asynchronous)
-        key = (kind, mesh_axes(members, self.mesh))
-        one = Traffic(1, sent, 0 if asynchronous else sent)
-        total.traffic.setdefault(key, Traffic()).add(one, 1)
+        first = members[0] if members else [0, 1]
+        sent = bytes_sent(kind, shape if shape and i.op.endswith('-start') else i.shape, len(first))
+        seconds = sent / self.chip.axis_bandwidth(max(first) - min(first) + 1)
+        one = Traffic(1, sent, seconds, max(seconds - hidden, 0.0))
+        total.traffic.setdefault((kind, mesh_axes(members, self.mesh)), Traffic()).add(one, 1)
 
     def trips(self, condition: str) -> int:
         """Of a loop, from the largest constant that its condition compares with."""
@@ -265,18 +354,17 @@ class Reader:
             ]
         return max(constants, default=1)
 
-    def collectives(self, i: Instruction) -> Iterator[tuple[str, Instruction, bool]]:
-        """(kind, instruction, whether it overlaps): this one, or those within a fusion."""
-        kind = i.op.removesuffix('-start')
-        if kind in KINDS:
-            yield kind, i, i.op.endswith('-start')
-        elif i.op in ('fusion', 'async-start'):
+    def collectives(self, i: Instruction) -> Iterator[tuple[str, Instruction]]:
+        """(kind, instruction): this one, or those within a fusion or an asynchronous call."""
+        for j in (i, *self._inside(i)):
+            kind = j.op.removesuffix('-start')
+            if kind in KINDS:
+                yield kind, j
+
+    def _inside(self, i: Instruction) -> Iterator[Instruction]:
+        if i.op in ('fusion', 'async-start'):
             for called in _CALLED.findall(i.text):
-                overlaps = i.op == 'async-start' or 'async' in i.name or 'async' in called
-                for inner in self._within(called):
-                    kind = inner.op.removesuffix('-start')
-                    if kind in KINDS:
-                        yield kind, inner, overlaps
+                yield from self._within(called)
 
     def _within(self, computation: str) -> Iterator[Instruction]:
         for i in self.program.get(computation, []):
@@ -286,7 +374,7 @@ class Reader:
 
 
 def _weight(cost: Cost) -> float:
-    return cost.cycles + cost.total().bytes
+    return cost.seconds + cost.total().seconds
 
 
 def _branches(i: Instruction) -> list[str]:
@@ -313,6 +401,15 @@ def attention_flops(i: Instruction) -> float:
     return n * 2 * math.prod(front) * T * T * H / 2
 
 
+def cudnn_flops(i: Instruction) -> float:
+    """FLOPs of cuDNN's attention, causal, from its queries [B, T, N, H]; 0 for another call."""
+    if '"__cudnn$fmha' not in i.text:
+        return 0.0
+    B, T, N, H = (int(d) for d in re.search(r'constraints=\{\w+\[([\d,]+)\]', i.text)[1].split(','))
+    matmuls = 5 if 'Backward' in i.text else 2
+    return matmuls * 2 * B * N * T * T * H / 2
+
+
 # ---------------------------------------------------------------------------------------------
 # Compiling
 # ---------------------------------------------------------------------------------------------
@@ -320,7 +417,7 @@ def attention_flops(i: Instruction) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the compiler says of a training step. Bytes and cycles of one device."""
+    """What the compiler says of a training step, of one device."""
 
     topology: str
     seconds: float  # to compile
@@ -329,29 +426,6 @@ class Compiled:
     peak: float  # both, and results that do not take the arguments' place
     cost: Cost | None  # None: the program's text is not to be had
     why: str = ''  # it is not
-
-
-def topology_devices(name: str) -> list[jax.Device]:
-    """The chips of a topology such as 'v4:2x4x4', which need not be there.
-
-    Raises ValueError if libtpu is missing or knows no such topology.
-    """
-    # Nothing is loaded onto a TPU: a training run on the same machine may go on.
-    os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
-    os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')  # no questions to a metadata server
-    if importlib.util.find_spec('libtpu') is None:
-        raise ValueError('--compile takes libtpu: pip install -r requirements-tpu.txt')
-    from jax.experimental import topologies
-
-    # v4 by default gives each core of a chip as a device.
-    megacore = {'chip_config_name': 'megacore'} if name.startswith('v4:') else {}
-    try:
-        return topologies.get_topology_desc(platform='tpu', topology_name=name, **megacore).devices
-    except jax.errors.JaxRuntimeError as error:
-        raise ValueError(
-            f'libtpu has no topology {name!r} ({str(error).splitlines()[0]}); use one as v4:2x4x4, '
-            f'v5e:4x4, v5p:2x2x4 or v6e:4x4'
-        ) from error
 
 
 def compile_step(config: ConfigDict, topology: str, chip: Chip) -> Compiled:
@@ -381,7 +455,6 @@ def compile_step(config: ConfigDict, topology: str, chip: Chip) -> Compiled:
     except jax.errors.JaxRuntimeError as error:  # seen with asynchronous instructions
         why = str(error).splitlines()[0]
     else:
-        per_cycle = chip.flops / chip.clock if chip.clock else math.inf
-        cost = Reader(text, mesh, per_cycle).cost()
+        cost = Reader(text, mesh, chip).cost()
     peak = arguments + temporary + new
     return Compiled(topology, seconds, arguments, temporary, peak, cost, why)

@@ -3,12 +3,14 @@
     python plan.py --config=configs/tpu_v4.py
     python plan.py --config=configs/tpu_v4.py --search          # other meshes, schedules, remat
     python plan.py --config=configs/tpu_v4.py --compile=v4:2x4x4    # asks the TPU compiler
+    python plan.py --config=configs/gpu_h100.py --compile=h100:8    # or that for GPUs
     python plan.py --config=configs/tiny.py --chip=cpu --json
 
 The estimates take seconds on any machine (footprint.py, roofline.py). --compile compiles the real
-training step with the real compiler, which takes minutes and `pip install -r requirements-tpu.txt`,
-and prints what it says beside the estimate (compiled.py). Any field may be overridden, as in
-train.py. The last line is one JSON object with --json.
+training step with the real compiler, which takes seconds to minutes and the packages of
+requirements-tpu.txt or requirements-gpu.txt, and prints what it says beside the estimate
+(compiled.py). Any field may be overridden, as in train.py. The last line is one JSON object with
+--json.
 """
 
 import dataclasses
@@ -23,12 +25,13 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from chips import CHIPS, Chip, measured_cpu
-from compiled import Compiled, compile_step
+from compiled import Compiled, Cost, compile_step
 from footprint import share
 from memory import OutOfMemoryError
 from parallel import AXES
 from roofline import Estimate, estimate
 from search import search
+from topology import GPU_NAMES, TPU_NAMES
 from validation import validate
 
 FLAGS = flags.FLAGS
@@ -279,14 +282,15 @@ def search_text(
 
 def compiled_text(e: Estimate, c: Compiled) -> str:
     """What the compiler says, beside the estimate."""
-    m = e.memory
+    m, tpu = e.memory, e.chip.platform == 'tpu'
+    verdict = 'fits' if c.peak <= e.chip.memory else 'DOES NOT FIT'
+    padding = '; small arrays are padded to tiles of 8 x 128 numbers' if tpu else ''
     lines = [
         f'compiled for {c.topology} in {c.seconds:.0f} s',
         f'  {"":<{WIDTH}}{"compiler":>12}{"estimate":>12}',
         row('parameters, moments, batch', scaled(c.arguments, 'B'), scaled(m.state, 'B')),
         row('peak', scaled(c.peak, 'B'), scaled(m.peak, 'B'), f'{m.peak / c.peak - 1:+.1%}'),
-        f'  {c.peak / e.chip.memory:.0%} of {scaled(e.chip.memory, "B")}; small arrays are padded '
-        f'to tiles of 8 x 128 numbers.',
+        f'  {c.peak / e.chip.memory:.0%} of {scaled(e.chip.memory, "B")}, {verdict}{padding}.',
     ]
     if c.cost is None:
         return '\n'.join([*lines, f'  the program is not to be had: {c.why}'])
@@ -294,29 +298,42 @@ def compiled_text(e: Estimate, c: Compiled) -> str:
     for (kind, axes), t in sorted(c.cost.traffic.items(), key=lambda item: -item[1].bytes):
         lines.append(
             row(f'{kind} over {axes}', f'{t.count:,.0f}', scaled(t.bytes, 'B'),
-                f'{t.exposed / t.bytes:.0%}' if t.bytes else '')
+                f'{t.exposed / t.seconds:.0%}' if t.seconds else '')
         )  # fmt: skip
     for axis, n in e.axis_bytes.items():
         sent = sum(t.bytes for (_, axes), t in c.cost.traffic.items() if axis in axes.split('+'))
         lines.append(row(f'along {axis}, and the estimate', scaled(sent, 'B'), scaled(n, 'B')))
-    total = c.cost.total()
-    if e.chip.clock:
-        compute = c.cost.cycles / e.chip.clock
-        network, exposed = total.bytes / e.chip.link, total.exposed / e.chip.link
-        lines += [
-            '',
-            row('compute, by the compiler', seconds(compute), seconds(e.compute_seconds)),
-            row('network at the same bandwidth', seconds(network)),
-            row('step, nothing overlapped', seconds(compute + network), seconds(e.seconds)),
-            row('step, asynchronous collectives hidden', seconds(compute + exposed)),
-            f'  {c.cost.cycles / 1e6:,.0f} million cycles at {e.chip.clock / 1e9:g} GHz, loops by '
-            f'their trips, conditionals by their costliest branch,',
-            f'  so idle ticks of a pipeline count like full ones. Splash attention: '
-            f'{seconds(c.cost.kernel_cycles / e.chip.clock)} of it, at an',
-            f'  assumed share of the peak. {c.cost.unpriced:,.0f} calls of kernels without an '
-            f'estimate count nothing.',
-        ]
+    if not tpu or e.chip.clock:
+        lines += ['', *compiled_time_lines(e, c.cost)]
     return '\n'.join(lines)
+
+
+def compiled_time_lines(e: Estimate, cost: Cost) -> list[str]:
+    """The time of a step by the compiled program."""
+    total, compute = cost.total(), cost.seconds
+    lines = [
+        row('compute', seconds(compute), seconds(e.compute_seconds)),
+        row('network', seconds(total.seconds)),
+        row('step, nothing overlapped', seconds(compute + total.seconds), seconds(e.seconds)),
+        row('step, as it is scheduled', seconds(compute + total.exposed)),
+    ]
+    if e.chip.platform == 'gpu':
+        flops = sum(w.flops for w in e.work)
+        return [
+            row('FLOPs of matmuls', scaled(cost.flops, 'FLOP'), scaled(flops, 'FLOP')),
+            *lines,
+            '  Bounds: each kernel at the longer of its matmuls at the peak and its arrays at the',
+            f"  memory's bandwidth. {cost.unpriced:,.0f} calls of kernels count no matmuls.",
+        ]
+    return [
+        *lines,
+        f'  {cost.seconds * e.chip.clock / 1e6:,.0f} million cycles at {e.chip.clock / 1e9:g} GHz, '
+        f'loops by their trips, conditionals by their costliest branch,',
+        f'  so idle ticks of a pipeline count like full ones. Splash attention: '
+        f'{seconds(cost.kernel_seconds)} of it, at an',
+        f'  assumed share of the peak. {cost.unpriced:,.0f} calls of kernels without an estimate '
+        f'count nothing.',
+    ]
 
 
 def compiled_record(c: Compiled) -> dict[str, Any]:
@@ -387,7 +404,7 @@ if __name__ == '__main__':
     flags.DEFINE_boolean('search', False, 'Try other layouts and print the best.')
     flags.DEFINE_integer('devices', 0, 'For how many to search; as many as the mesh by default.')
     flags.DEFINE_integer('best', 5, 'How many layouts to print.')
-    flags.DEFINE_string('compile', '', 'A TPU topology to compile for, such as v4:2x4x4.')
+    flags.DEFINE_string('compile', '', f'What to compile for: {TPU_NAMES}, {GPU_NAMES}.')
     flags.DEFINE_boolean('json', False, 'The figures as one JSON object on the last line.')
     flags.mark_flag_as_required('config')
     app.run(main)

@@ -53,18 +53,22 @@ from validation import declared_params, model_config, optimizer_config
 # are accumulated; there is nothing for it to move.
 COMPILER_OPTIONS = {
     'tpu': {
-        'xla_enable_async_all_gather': 'true',
-        'xla_enable_async_collective_permute': 'true',
+        'xla_enable_async_all_gather': True,
+        'xla_enable_async_collective_permute': True,
         'xla_disable_hlo_passes': 'while-loop-all-reduce-code-motion',
     },
-    'gpu': {'xla_gpu_enable_latency_hiding_scheduler': 'true'},
+    'gpu': {'xla_gpu_enable_latency_hiding_scheduler': True},
 }
 
 
-def compiler_options(overrides: str, platform: str) -> dict[str, str]:
-    """The table's for this platform, overridden by 'name=value name=value'."""
+def compiler_options(overrides: str, platform: str) -> dict[str, str | bool]:
+    """The table's for this platform, overridden by 'name=value name=value'. A value of true or
+    false is handed over as a bool, since the compiler for GPUs refuses the words."""
     options = dict(COMPILER_OPTIONS.get(platform, {}))
-    return options | dict(entry.split('=', 1) for entry in overrides.split())
+    for entry in overrides.split():
+        name, value = entry.split('=', 1)
+        options[name] = {'true': True, 'false': False}.get(value.lower(), value)
+    return options
 
 
 def state_specs(declared: Tree) -> Tree:

@@ -29,6 +29,12 @@ def tpu_devices():
     return devices
 
 
+@pytest.fixture
+def gpu_compiler():
+    """Skips where the compiler for NVIDIA's GPUs is missing."""
+    pytest.importorskip('jax_cuda12_plugin', reason='needs pip install -r requirements-gpu.txt')
+
+
 @pytest.fixture(scope='session')
 def tokens(tmp_path_factory) -> pathlib.Path:
     """A folder of token shards: counting, byte by byte."""

@@ -1,17 +1,23 @@
 """What is read from a compiled program: groups, bytes, loops, branches."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from compiled import Reader, attention_flops, groups, mesh_axes, parse
+from chips import CHIPS
+from compiled import KERNEL_EFFICIENCY, Reader, attention_flops, groups, mesh_axes, parse
 from parallel import AXES
 
 MESH = SimpleNamespace(devices=np.arange(8).reshape(2, 1, 2, 1, 2), axis_names=AXES)
+# A cycle takes a second, and a device sends and moves a byte a second.
+TPU = dataclasses.replace(CHIPS['v4'], clock=1.0, link=1.0, bandwidth=1.0)
+GPU = dataclasses.replace(CHIPS['h100'], flops=100.0, link=1.0, bandwidth=1.0)
 
 # A loop of 6 trips whose body has a matmul of 100 cycles, a reduce-scatter over tp, and a branch of
-# 10 or 70 cycles; after it an asynchronous all-gather over fsdp and a kernel without an estimate.
+# 10 or 70 cycles; after it a kernel without an estimate, and an asynchronous all-gather over fsdp
+# beside 20 cycles of work.
 PROGRAM = """HloModule jit_step, is_scheduled=true
 
 %add (a: f32[], b: f32[]) -> f32[] {
@@ -54,20 +60,79 @@ ENTRY %main (w: (s32[], f32[8])) -> f32[16] {
   %kernel = f32[8]{0} custom-call(%z), custom_call_target="tpu_custom_call", metadata="a line
 that is broken"
   %start = (f32[8], f32[16]) all-gather-start(%kernel), replica_groups={{0,2},{1,3},{4,6},{5,7}}
+  %beside = f32[8]{0} negate(%kernel), backend_config={"estimated_cycles":"20"}
   ROOT %done = f32[16]{0} all-gather-done(%start)
+}
+"""
+
+# Of a stack of 6 layers a layer is sliced out, multiplied with its transposed self and put back in
+# place, in one fusion; then attention by cuDNN beside a reduce-scatter over fsdp, a synchronous
+# all-gather, and a kernel that nothing is known of.
+GPU_PROGRAM = """HloModule jit_step, is_scheduled=true
+
+%layer (s: f32[6,4,4], n: s32[]) -> f32[6,4,4] {
+  %s = f32[6,4,4]{2,1,0} parameter(0)
+  %n = s32[] parameter(1)
+  %same = f32[6,4,4]{2,1,0} bitcast(%s)
+  %one = f32[1,4,4]{2,1,0} dynamic-slice(%same, %n, %n, %n), dynamic_slice_sizes={1,4,4}
+  %x = f32[4,4]{1,0} bitcast(%one)
+  %dot = f32[4,4]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+  %y = f32[1,4,4]{2,1,0} bitcast(%dot)
+  ROOT %put = f32[6,4,4]{2,1,0} dynamic-update-slice(%same, %y, %n, %n, %n)
+}
+
+ENTRY %main (stack: f32[6,4,4], i: s32[], q: bf16[1,8,2,4], z: f32[8]) -> f32[6,4,4] {
+  %stack = f32[6,4,4]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %q = bf16[1,8,2,4]{3,2,1,0} parameter(2)
+  %z = f32[8]{0} parameter(3)
+  %fusion = f32[6,4,4]{2,1,0} fusion(%stack, %i), kind=kCustom, calls=%layer
+  %rs = (f32[8], f32[4]) reduce-scatter-start(%z), replica_groups={{0,2},{1,3},{4,6},{5,7}}
+  %fmha = (bf16[1,2,8,4]{3,1,2,0}, u8[0]{0}) custom-call(%q, %q, %q),
+    custom_call_target="__cudnn$fmha",
+    operand_layout_constraints={bf16[1,8,2,4]{3,2,1,0}, bf16[1,8,2,4]{3,2,1,0}}
+  %scattered = f32[4]{0} reduce-scatter-done(%rs)
+  %ag = (f32[8], f32[16]) all-gather-start(%z), replica_groups={{0,2},{1,3},{4,6},{5,7}},
+    backend_config={"is_sync":true}
+  %copy = f32[8]{0} copy(%z)
+  %gathered = f32[16]{0} all-gather-done(%ag)
+  %other = f32[8]{0} custom-call(%copy), custom_call_target="triton_kernel_call"
+  ROOT %result = f32[6,4,4]{2,1,0} bitcast(%fusion)
 }
 """
 
 
 def test_loops_count_by_trips_and_conditionals_by_their_costliest_branch():
-    cost = Reader(PROGRAM, MESH, flops_per_cycle=1.0).cost()
-    assert cost.cycles == 6 * (100 + 70)
+    cost = Reader(PROGRAM, MESH, TPU).cost()
+    assert cost.seconds == 6 * (100 + 70) + 20
     assert cost.unpriced == 1
     scatter = cost.traffic['reduce-scatter', 'tp']
     assert (scatter.count, scatter.bytes, scatter.exposed) == (6, 6 * 32, 6 * 32)
     gather = cost.traffic['all-gather', 'fsdp']
-    assert (gather.count, gather.bytes, gather.exposed) == (1, 32, 0)
+    assert (gather.count, gather.bytes, gather.exposed) == (1, 32, 32 - 20)
     assert cost.total().bytes == 6 * 32 + 32
+
+
+def test_kernels_of_a_gpu_take_the_longer_of_their_matmuls_and_their_bytes():
+    reader = Reader(GPU_PROGRAM, MESH, GPU)
+    cost = reader.cost()
+    layer, attention = 2 * 4**3, 2 * 2 * 2 * 8 * 8 * 4 / 2
+    assert cost.flops == layer + attention
+    sliced, put = 4 * 16, 4 * 16  # bytes: of six layers one is read, and one written
+    work = {i.name: reader.work(i).seconds for i in reader.program['%main']}
+    assert work['%fusion'] == sliced + put + 4  # the index
+    assert work['%fmha'] == 4 * 2 * 64  # three inputs and the result; no bytes of the empty one
+    assert work['%copy'] == 2 * 32
+    assert cost.seconds == sum(work.values())
+    assert cost.unpriced == 1
+
+
+def test_collectives_of_a_gpu_hide_behind_what_is_scheduled_beside_them():
+    cost = Reader(GPU_PROGRAM, MESH, GPU).cost()
+    scatter = cost.traffic['reduce-scatter', 'fsdp']
+    assert (scatter.count, scatter.bytes, scatter.exposed) == (1, 16, 0)
+    gather = cost.traffic['all-gather', 'fsdp']
+    assert (gather.bytes, gather.exposed) == (32, 32)  # is_sync: the copy waits
 
 
 @pytest.mark.parametrize(
@@ -90,7 +155,9 @@ def test_splash_attention_counts_its_causal_matmuls():
     program, entry = parse(text)
     kernel = next(i for i in program[entry] if 'mha_fwd' in i.name)
     assert attention_flops(kernel) == 2 * 2 * 2 * 3 * 128 * 128 * 64 / 2
-    assert Reader(text, MESH, flops_per_cycle=100.0).cost().unpriced == 0
+    cost = Reader(text, MESH, TPU).cost()
+    assert cost.unpriced == 0
+    assert cost.kernel_seconds == attention_flops(kernel) / (TPU.flops * KERNEL_EFFICIENCY)
 
 
 def test_what_is_no_program_is_refused():

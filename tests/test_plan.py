@@ -63,7 +63,7 @@ def test_state_and_network_are_those_of_the_compiled_step():
     others = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(scalars))
     others += 16 // 4 * 17 * 4  # the batch
     assert step.memory_analysis().argument_size_in_bytes == e.memory.state + others
-    traffic = Reader(step.as_text(), mesh, math.inf).cost().traffic
+    traffic = Reader(step.as_text(), mesh, CPU).cost().traffic
     sent = dict.fromkeys(('dp', 'fsdp', 'tp'), 0.0)
     for (_, axes), t in traffic.items():
         if axes in sent:
@@ -90,8 +90,25 @@ SPREAD = {
 @pytest.mark.tpu
 @pytest.mark.parametrize('case', SPREAD)
 def test_memory_is_what_the_tpu_compiler_says(case, tpu_devices):
+    assert_memory_agrees(*SPREAD[case])
+
+
+ON_GPU = {
+    'gpu_h100': ('gpu_h100', 'h100:8', {}, {}, {}),
+    'stages': (
+        'tpu_v4', 'h100:8', {'chip': 'h100', 'batch_size': 64}, {'fsdp': 2}, {'block': ('dense',)}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('case', ON_GPU)
+def test_memory_is_what_the_gpu_compiler_says(case, gpu_compiler):
+    assert_memory_agrees(*ON_GPU[case])
+
+
+def assert_memory_agrees(name: str, topology: str, fields: dict, mesh: dict, model: dict):
     """The peak within 15 %; both say that it fits."""
-    name, topology, fields, mesh, model = SPREAD[case]
     config = load(name)
     config.update(fields)
     config.mesh.update(mesh)

@@ -12,7 +12,7 @@ from validation import validate
 def test_compiler_options_override_the_table():
     name = 'xla_enable_async_all_gather'
     options = compiler_options(f'{name}=false xla_other=1', 'tpu')
-    assert options == COMPILER_OPTIONS['tpu'] | {name: 'false', 'xla_other': '1'}
+    assert options == COMPILER_OPTIONS['tpu'] | {name: False, 'xla_other': '1'}
     assert compiler_options('', 'cpu') == {}
 
 
