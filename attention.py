@@ -93,7 +93,7 @@ def rope(x: Array, table: Positions) -> Array:
 
 @jax.custom_vjp
 def _rotate(x: Array, cos: Array, sin: Array) -> Array:
-    return lax.platform_dependent(x, cos, sin, cpu=_rotate_parts, default=_rotate_whole)
+    return lax.platform_dependent(x, cos, sin, tpu=_rotate_whole, default=_rotate_parts)
 
 
 def _rotate_parts(x: Array, cos: Array, sin: Array) -> Array:
@@ -274,7 +274,7 @@ def attention(
     if cfg.attention_kernel == 'blockwise':
         return causal_attention(*inputs, cfg.attention_block)
     if cfg.attention_kernel == 'cudnn':
-        return checkpoint_name(cudnn_attention(*inputs), ATTENTION_OUTPUT)
+        return cudnn_attention(*inputs)
     interpret = cfg.attention_kernel == 'splash_interpreted'
     return splash_attention(*inputs, cfg.attention_block, ATTENTION_OUTPUT, interpret)
 

@@ -12,6 +12,7 @@ from parallel import Array
 
 AUTO = {'tpu': 'splash', 'gpu': 'cudnn'}
 KERNELS = ('blockwise', 'splash', 'cudnn')
+CUDNN_FORWARD = 'dot_product_attention_fwd_wrapper'  # the primitive: jax names none of its results
 SPLASH_LANES = 128  # splash attention works on blocks whose sides are multiples of this
 
 
@@ -89,7 +90,8 @@ def cudnn_attention(
 
     Takes one head size only: values narrower than keys are padded with zeros, which for MLA costs
     the matmuls with values as much as those with keys. Documents become a mask of [B, 1, T, T],
-    which cuDNN reads as a bias: B·T² numbers more, where blockwise and splash hold none.
+    which cuDNN reads as a bias: B·T² numbers more, where blockwise and splash hold none. What
+    backward needs of the result is kept by `model.remat_policy`, which knows `CUDNN_FORWARD`.
     """
     B, K, G, T, H = q_BKGTH.shape
     v_dim, mask = v_BKSH.shape[-1], None

@@ -9,7 +9,17 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from attention import ATTENTION, Positions, positions
-from layers import RESIDUAL, ModelConfig, dropout, gain, rms_norm, swiglu, swiglu_params
+from attention_kernels import CUDNN_FORWARD
+from layers import (
+    ATTENTION_OUTPUT,
+    RESIDUAL,
+    ModelConfig,
+    dropout,
+    gain,
+    rms_norm,
+    swiglu,
+    swiglu_params,
+)
 from moe import moe, moe_params
 from parallel import (
     FSDP,
@@ -86,14 +96,26 @@ def remat_policy(cfg: ModelConfig) -> Callable:
     """What the backward pass finds saved. Of REMAT, 'dots' and 'full' go by names
     (layers.REMAT_NAMES), since linear layers differentiate themselves, which hides their matmuls
     from a policy. None saves a gathered weight: with FSDP all of them together are the whole model,
-    so each is gathered again instead."""
+    so each is gathered again instead. Raises ValueError for attention by cuDNN, which is kept as a
+    whole, if it is to be offloaded."""
     if cfg.remat == 'none':
         return _all_but_gathered_weights
-    return jax.checkpoint_policies.save_and_offload_only_these_names(
+    by_name = jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=list(cfg.kept_names),
         names_which_can_be_offloaded=list(cfg.remat_offload),
         offload_src='device',
         offload_dst='pinned_host',
+    )
+    if cfg.attention_kernel != 'cudnn':
+        return by_name
+    if ATTENTION_OUTPUT in cfg.remat_offload:
+        raise ValueError(
+            f"model.remat_offload={cfg.remat_offload} has 'attention', and cuDNN's can be kept but "
+            f"not offloaded; name it in model.remat_keep, or use model.attention_kernel='blockwise'"
+        )
+    keep = ATTENTION_OUTPUT in cfg.kept_names
+    return lambda prim, *args, **params: (
+        (keep and prim.name == CUDNN_FORWARD) or by_name(prim, *args, **params)
     )
 
 
