@@ -295,7 +295,17 @@ class Reader:
             return 2 * elements(i.shape) * size
         if i.op == 'fusion':
             return sum(self.matmul_flops(j) for j in self._within(i.named('calls')))
-        return cudnn_flops(i) if i.op == 'custom-call' else 0.0
+        return (cudnn_flops(i) or self.expert_flops(i)) if i.op == 'custom-call' else 0.0
+
+    def expert_flops(self, i: Instruction) -> float:
+        """FLOPs of a kernel of expert_kernels.py, if each row has an expert: one of its arrays
+        holds a matrix for each, two hold the rows. 0 for another kernel."""
+        if '/grouped_matmul/' not in i.text and '/grouped_gradient/' not in i.text:
+            return 0.0
+        shapes = [i.shape, *(self.shape[name] for name in i.operands)]
+        dims = [[int(d) for d in _ARRAY.search(shape)[2].split(',')] for shape in shapes]
+        (_, D, F), rows = next(d for d in dims if len(d) == 3), next(d for d in dims if len(d) == 2)
+        return 2 * rows[0] * D * F
 
     def bytes_touched(self, i: Instruction) -> float:
         """What an instruction of a GPU's program reads and writes, if each byte once. Of an operand

@@ -158,7 +158,7 @@ def make_sampler(
     Raises ValueError, before the run starts, for prompts that cannot be continued. With several
     processes all call the sampler.
     """
-    log, cfg = config.log, model_config(config)
+    log, cfg = config.log, model_config(config, jax.default_backend())
     prompts = [encode(encoding, prompt) for prompt in log.prompts]
     try:
         check_prompts(prompts, config.seq_len, cfg.vocab_size)
@@ -245,7 +245,8 @@ def load(
         step = newest if step is None else step
         config = saved_config(checkpoints.metadata(step)['config'])
         config.compute_dtype = dtype or config.compute_dtype
-        cfg, declared = model_config(config), declared_params(config)
+        cfg = model_config(config, jax.default_backend())
+        declared = declared_params(config)
         mesh = make_decoding_mesh(declared, tp, fsdp)
         leaves, tree = jax.tree_util.tree_flatten_with_path(declared, is_leaf=is_param)
         params = []

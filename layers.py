@@ -70,6 +70,7 @@ class ModelConfig:
     experts_per_token: int
     n_shared_experts: int
     d_expert: int
+    expert_kernel: str
     router: str
     normalize_weights: bool
     routed_scale: float

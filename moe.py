@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from expert_kernels import grouped_matmuls
 from layers import HIDDEN, ModelConfig, gated, swiglu_params, swiglu_shards
 from parallel import (
     BATCH,
@@ -36,7 +37,7 @@ from parallel import (
     zeros,
 )
 
-BLOCK = 288  # the most rows that the CPU's grouped SwiGLU takes at once; the padding of its rows
+BLOCK = 288  # the most rows that a block of the loop has; the padding of grouped rows
 
 
 def moe_params(cfg: ModelConfig) -> Tree:
@@ -76,7 +77,7 @@ def moe(params: Tree, x_BTD: Array, cfg: ModelConfig) -> tuple[Array, dict[str, 
     with jax.named_scope('dispatch'):
         x_GD, sizes_E, return_rows = dispatch(x_TD, expert_BTC.reshape(-1), slots, cfg)
     with jax.named_scope('experts'):
-        y_GD = grouped_swiglu(x_GD, w, sizes_E)
+        y_GD = grouped_swiglu(x_GD, w, sizes_E, cfg.expert_kernel)
     with jax.named_scope('combine'):
         # By its name: no policy saves what comes out of a loop or a branch, as all of this does.
         y_AD = checkpoint_name(return_rows(y_GD), HIDDEN)
@@ -361,62 +362,48 @@ def regroup(received_PE: Array, slots: int) -> tuple[Array, Array]:
 # ---------------------------------------------------------------------------------------------
 
 
-@jax.custom_vjp
-def grouped_swiglu(x_GD: Array, w: Tree, sizes_E: Array) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def grouped_swiglu(x_GD: Array, w: Tree, sizes_E: Array, kernel: str) -> Array:
     """Each row through the SwiGLU of its group: the first sizes[0] rows through that of
     w_gate[0], w_up[0], w_down[0], and so on. [G, D] -> the same.
 
-    x_GD ends with at least BLOCK rows of no group; results there are undefined. On TPU and GPU
-    each matmul is a `lax.ragged_dot`; on CPU, where that is 14 times slower, one loop goes over
-    each expert's blocks of rows, as many as it has, so that what lies between the matmuls stays in
-    the cache and each expert's matrices are fetched once.
+    x_GD ends with at least BLOCK rows of no group; results there are undefined. By expert_kernels'
+    matmuls, or on CPU, where a `lax.ragged_dot` is 14 times slower, by a loop over each expert's
+    blocks of rows, as many as it has, so that what lies between the matmuls stays in the cache and
+    each expert's matrices are fetched once.
     """
-    return _grouped_forward(x_GD, w, sizes_E)[0]
+    return _grouped_forward(x_GD, w, sizes_E, kernel)[0]
 
 
-def _grouped_forward(x_GD: Array, w: Tree, sizes_E: Array):
-    y_GD, gate_GF, up_GF = lax.platform_dependent(
-        x_GD, w, sizes_E, cpu=_blocked_forward, default=_ragged_forward
-    )
+def _grouped_forward(x_GD: Array, w: Tree, sizes_E: Array, kernel: str):
+    if kernel == 'blocks':
+        y_GD, gate_GF, up_GF = _blocked_forward(x_GD, w, sizes_E)
+    else:
+        matmul, _ = grouped_matmuls(kernel)
+        gate_GF, up_GF = (matmul(x_GD, w[name], sizes_E) for name in ('w_gate', 'w_up'))
+        y_GD = matmul(gated(gate_GF, up_GF), w['w_down'], sizes_E)
     gate_GF, up_GF = checkpoint_name((gate_GF, up_GF), HIDDEN)
     return y_GD, (x_GD, w, sizes_E, gate_GF, up_GF)
 
 
-def _grouped_backward(saved: tuple, dy_GD: Array):
-    dx_GD, dw = lax.platform_dependent(
-        *saved, dy_GD, cpu=_blocked_backward, default=_ragged_backward
-    )
+def _grouped_backward(kernel: str, saved: tuple, dy_GD: Array):
+    if kernel == 'blocks':
+        return *_blocked_backward(*saved, dy_GD), None
+    x_GD, w, sizes_E, gate_GF, up_GF = saved
+    matmul, gradient = grouped_matmuls(kernel)
+    h_GF, pull = jax.vjp(gated, gate_GF, up_GF)
+    dgate_GF, dup_GF = pull(matmul(dy_GD, w['w_down'], sizes_E, transposed=True))
+    dx_GD = matmul(dgate_GF, w['w_gate'], sizes_E, transposed=True)
+    dx_GD += matmul(dup_GF, w['w_up'], sizes_E, transposed=True)
+    dw = {
+        'w_gate': gradient(x_GD, dgate_GF, sizes_E),
+        'w_up': gradient(x_GD, dup_GF, sizes_E),
+        'w_down': gradient(h_GF, dy_GD, sizes_E),
+    }
     return dx_GD, dw, None
 
 
 grouped_swiglu.defvjp(_grouped_forward, _grouped_backward)
-
-
-def _ragged_forward(x_GD: Array, w: Tree, sizes_E: Array) -> tuple[Array, Array, Array]:
-    gate_GF = lax.ragged_dot(x_GD, w['w_gate'], sizes_E)
-    up_GF = lax.ragged_dot(x_GD, w['w_up'], sizes_E)
-    return lax.ragged_dot(gated(gate_GF, up_GF), w['w_down'], sizes_E), gate_GF, up_GF
-
-
-def _ragged_backward(
-    x_GD: Array, w: Tree, sizes_E: Array, gate_GF: Array, up_GF: Array, dy_GD: Array
-) -> tuple[Array, Tree]:
-    groups = lax.RaggedDotDimensionNumbers(
-        dot_dimension_numbers=(((0,), (0,)), ((), ())),
-        lhs_ragged_dimensions=[0],
-        rhs_group_dimensions=[],
-    )
-    gradient = lambda x, d: lax.ragged_dot_general(x, d, sizes_E, groups)  # noqa: E731
-    back = lambda d, w: lax.ragged_dot(d, w.swapaxes(1, 2), sizes_E)  # noqa: E731
-    h_GF, pull = jax.vjp(gated, gate_GF, up_GF)
-    dgate_GF, dup_GF = pull(back(dy_GD, w['w_down']))
-    dx_GD = back(dgate_GF, w['w_gate']) + back(dup_GF, w['w_up'])
-    dw = {
-        'w_gate': gradient(x_GD, dgate_GF),
-        'w_up': gradient(x_GD, dup_GF),
-        'w_down': gradient(h_GF, dy_GD),
-    }
-    return dx_GD, dw
 
 
 def _block_rows(rows: int, groups: int) -> int:

@@ -30,7 +30,7 @@ from stores import read_text, write_text
 FIXED = ('seed', 'batch_size', 'seq_len', 'model.')
 FREE = (
     'model.remat', 'model.remat_keep', 'model.remat_offload', 'model.attention_kernel',
-    'model.attention_block', 'model.loss_chunk',
+    'model.attention_block', 'model.expert_kernel', 'model.loss_chunk',
 )  # fmt: skip
 
 

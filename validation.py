@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from attention import ATTENTION
 from attention_kernels import KERNELS, SPLASH_LANES, choose_kernel
 from chips import CHIPS
+from expert_kernels import EXPERT_KERNELS, choose_expert_kernel
 from layers import REMAT_NAMES, ModelConfig
 from model import FEED_FORWARD, REMAT, model_params
 from optimizer import OptimizerConfig
@@ -17,10 +18,13 @@ from writers import WRITERS
 
 
 def model_config(config: ConfigDict, platform: str = 'cpu') -> ModelConfig:
-    """The model's sizes and choices, with the attention kernel for devices of this platform."""
+    """The model's sizes and choices, with the kernels for devices of this platform."""
     fields = dict(config.model) | {'compute_dtype': config.compute_dtype}
     fields['attention_kernel'] = choose_kernel(
         config.model.attention_kernel, platform, config.check_vma, config.compute_dtype
+    )
+    fields['expert_kernel'] = choose_expert_kernel(
+        config.model.expert_kernel, platform, config.check_vma
     )
     return ModelConfig(**fields)
 
@@ -167,6 +171,11 @@ def moe_errors(config: ConfigDict) -> Iterator[str]:
             f'model.n_top_groups={m.n_top_groups} of {m.n_experts // m.n_expert_groups} experts '
             f'cannot offer model.experts_per_token={m.experts_per_token}; use more groups'
         )
+    if m.expert_kernel == 'pallas' and config.check_vma:
+        yield (
+            "model.expert_kernel='pallas' has no replication types, which check_vma=True checks; "
+            "use check_vma=False, or 'blocks'"
+        )
     if ep > 1 and m.buffer_factor and m.buffer_factor < 1:
         yield (
             f'model.buffer_factor={m.buffer_factor} has less room than an even spread takes; '
@@ -195,6 +204,7 @@ def value_errors(config: ConfigDict) -> Iterator[str]:
         'compute_dtype': ('float32', 'bfloat16'),
         'model.attention': ATTENTION,
         'model.attention_kernel': ('auto', *KERNELS),
+        'model.expert_kernel': ('auto', *EXPERT_KERNELS),
         'model.remat': REMAT,
         'model.router': ('sigmoid', 'softmax'),
         'fsdp_gather': ('layer', 'step'),

@@ -39,7 +39,7 @@ def configure(n_experts: int) -> ModelConfig:
         d_model=D, block=('moe',), n_experts=n_experts, experts_per_token=CHOICES,
         n_shared_experts=0, d_expert=WIDTH, d_ff=WIDTH * CHOICES,
     )  # fmt: skip
-    return model_config(c)
+    return model_config(c, jax.default_backend())
 
 
 def on_one_device(f: Callable) -> Callable:

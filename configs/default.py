@@ -29,6 +29,8 @@ def get_config() -> ConfigDict:
     m.experts_per_token = 2
     m.n_shared_experts = 1  # moe: experts that every token meets; 0 for none
     m.d_expert = 256  # moe: hidden size of an expert's SwiGLU
+    m.expert_kernel = 'auto'  # 'blocks' (CPU) | 'ragged_dot' (TPU) | 'pallas' (GPU) | 'auto': the
+    # platform's, on GPU with check_vma off, else blocks
     m.router = 'sigmoid'  # 'sigmoid' (DeepSeek-V3) | 'softmax'
     m.normalize_weights = True  # the chosen experts' scores are made to add up to 1
     m.routed_scale = 1.0  # times the routed experts' output

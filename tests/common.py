@@ -41,7 +41,8 @@ def small_config(
 # What initial values do not depend on.
 ANY = {
     'remat': 'none', 'remat_keep': (), 'compute_dtype': 'float32', 'dropout': 0.0,
-    'capacity_factor': 0.0, 'attention_kernel': 'blockwise', 'document_end': -1,
+    'capacity_factor': 0.0, 'attention_kernel': 'blockwise', 'expert_kernel': 'blocks',
+    'document_end': -1,
 }  # fmt: skip
 
 

@@ -161,8 +161,9 @@ def test_drops_are_causal(changes):
     np.testing.assert_array_equal(out_a[:, :9], out_b[:, :9])
 
 
+@pytest.mark.parametrize('kernel', ['blocks', 'ragged_dot', 'pallas_interpreted'])
 @pytest.mark.parametrize('sizes', [(0, 0, 0), (300, 0, 5), (128, 256, 1), (1, 2, 3)], ids=str)
-def test_grouped_swiglu_and_its_gradients(sizes):
+def test_grouped_swiglu_and_its_gradients(sizes, kernel):
     rows = sum(sizes) + 7  # of no group
     keys = jax.random.split(jax.random.key(0), 5)
     x = jnp.pad(jax.random.normal(keys[0], (rows, 6)), ((0, BLOCK), (0, 0)))
@@ -176,7 +177,7 @@ def test_grouped_swiglu_and_its_gradients(sizes):
         gate, up = (jnp.einsum('gd,gdf->gf', x, w[name]) for name in ('w_gate', 'w_up'))
         return jnp.einsum('gf,gfd->gd', jax.nn.silu(gate) * up, w['w_down'])
 
-    got, got_vjp = jax.vjp(lambda x, w: grouped_swiglu(x, w, jnp.array(sizes)), x, w)
+    got, got_vjp = jax.vjp(lambda x, w: grouped_swiglu(x, w, jnp.array(sizes), kernel), x, w)
     want, want_vjp = jax.vjp(plain, x, w)
     np.testing.assert_allclose(got[group < 3], want[group < 3], rtol=1e-5, atol=1e-4)
     (dx, dw), (want_dx, want_dw) = got_vjp(d), want_vjp(d)

@@ -202,6 +202,18 @@ def test_splash_matches():
     check(config, (2, 2, 2))
 
 
+@pytest.mark.slow
+def test_experts_by_pallas_match():
+    """The interpreted kernels on a mesh against the loop over blocks on one device."""
+    config = small_config(moe=True)
+    config.check_vma = False
+    config.mesh.ep = 2
+    want = reference(config)
+    config.model.expert_kernel = 'pallas'
+    _reference[config.to_json()] = want
+    check(config, (1, 2, 2))
+
+
 @pytest.mark.parametrize('attention', ['mla', pytest.param('gqa', marks=pytest.mark.slow)])
 def test_packed_documents_match(attention):
     config = small_config(attention)

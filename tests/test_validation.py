@@ -59,6 +59,7 @@ def test_tiny_divides_on_every_mesh(name, sizes):
         ),
         ({'model__attention_kernel': 'cudnn', 'check_vma': False}, "use 'bfloat16'"),
         ({'model__remat_keep': ('attention',)}, "exceptions from remat='full'"),
+        ({'model__expert_kernel': 'triton'}, 'auto, blocks, ragged_dot, pallas'),
         ({'compiler_options': 'xla_a'}, "'xla_a', which sets nothing"),
         ({'model__remat': 'full', 'model__remat_offload': ('heads',)}, "the unknown 'heads'"),
         ({'model__rope_dim': 7}, 'model.rope_dim=7 is odd'),
