@@ -49,6 +49,7 @@ _HEADER = re.compile(r'(ENTRY )?(%[\w.\-]+) \(.*->.*\{$')
 _NAME = re.compile(r'\s+(?:ROOT )?(%[\w.\-]+) = (.*)$', re.DOTALL)
 _CALLED = re.compile(r'(?:calls|to_apply)=(%[\w.\-]+)')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CONSTANT = re.compile(r'constant\((-?\d+)\)')
 # What takes no time on a GPU, and what reads or writes a part of its first operand.
 _FREE = (
@@ -267,7 +268,7 @@ class Reader:
         """Of an instruction and what it calls, but for its part in a collective."""
         total = Cost()
         if i.op == 'while':
-            total.add(self.cost(i.named('body')), self.trips(i.named('condition')))
+            total.add(self.cost(i.named('body')), self.trips(i))
         elif i.op == 'conditional':
             total.add(max((self.cost(b) for b in _branches(i)), key=_weight))
         elif i.op == 'call':
@@ -352,10 +353,14 @@ class Reader:
         one = Traffic(1, sent, seconds, max(seconds - hidden, 0.0))
         total.traffic.setdefault((kind, mesh_axes(members, self.mesh)), Traffic()).add(one, 1)
 
-    def trips(self, condition: str) -> int:
-        """Of a loop, from the largest constant that its condition compares with."""
+    def trips(self, loop: Instruction) -> int:
+        """As the compiler notes them; else the largest constant that the condition compares with,
+        which counts a first trip that was peeled off once more."""
+        noted = _TRIPS.search(loop.text)
+        if noted:
+            return int(noted.group(1))
         constants = []
-        for i in self.program.get(condition, []):
+        for i in self.program.get(loop.named('condition'), []):
             inner = [j for c in _CALLED.findall(i.text) for j in self.program.get(c, [])]
             constants += [
                 int(_CONSTANT.search(j.text).group(1))

@@ -143,7 +143,7 @@ def run_blocks(
     def block(x_BTD: Array, scanned: tuple[Tree, Array]):
         params, index = scanned
         stats, start = {}, first_layer + index * len(kinds)
-        for run in runs(kinds, params):
+        for run in runs(kinds, params, cfg):
             f = functools.partial(one_layer, kind=kinds[run[0]])
             f = jax.checkpoint(f, policy=remat_policy(cfg), prevent_cse=False)
             layers = [(params[names[i]], jnp.asarray(start + i)) for i in run]
@@ -166,12 +166,13 @@ def run_layers(f: Callable, x_BTD: Array, layers: list[Tree]) -> tuple[Array, li
     return x_BTD, [at(i) for i in range(len(layers))]
 
 
-def runs(kinds: tuple[str, ...], params: Tree) -> list[list[int]]:
+def runs(kinds: tuple[str, ...], params: Tree, cfg: ModelConfig) -> list[list[int]]:
     """A block's layers, those of one kind in a row together: they are scanned, so that the program
     has one of them. That takes a copy of their shards. Weights whose gradient is deferred leave
-    activations beside them, which are not worth copying: there each layer is alone.
+    activations beside them, which are not worth copying: there each layer is alone. So it is with
+    offloading: XLA's compiler for GPUs refuses what lies in host memory in a scan within a scan.
     """
-    alone = any(
+    alone = bool(cfg.remat_offload) or any(
         isinstance(leaf, Deferred)
         for leaf in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Deferred))
     )

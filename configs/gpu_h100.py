@@ -40,8 +40,7 @@ def get_config() -> ConfigDict:
     m.head_dim = 128
     m.rope_base = 500_000.0
     m.attention_block = 512
-    m.remat = 'full'
-    m.remat_keep = ('attention', 'qkv')
+    m.remat = 'dots'  # by plan.py --compile=h100:8 3.63 s a step; full: 4.00, none: 3.8 and 58 GB
     m.loss_chunk = 4096
 
     c.optimizer.peak_lr = 3e-4

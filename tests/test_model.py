@@ -10,7 +10,7 @@ from common import initial_params, on_one_device, small_config
 
 import model
 import steps
-from model import cross_entropy, flops_per_token, logits, model_params
+from model import cross_entropy, flops_per_token, logits, model_params, remat_policy
 from parallel import AXES, count, init_params, make_mesh, varying
 from validation import model_config
 
@@ -169,6 +169,15 @@ def traced_step(remat: str, fsdp: int) -> str:
     tokens = jax.ShapeDtypeStruct((1, 16, 17), np.int32)
     step = steps.make_train_step(config, mesh)
     return str(jax.make_jaxpr(step)(steps.abstract_state(config, mesh), tokens))
+
+
+def test_attention_of_cudnn_is_not_offloaded():
+    cfg = dataclasses.replace(
+        model_config(small_config()),
+        attention_kernel='cudnn', remat='full', remat_offload=('attention',),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r'name it in model\.remat_keep'):
+        remat_policy(cfg)
 
 
 def test_rematerialization_computes_again_what_it_says():

@@ -83,7 +83,10 @@ SPREAD = {
         'tpu_v4', 'v4:2x4x4', {'microbatches': 1}, ONE_AXIS | {'fsdp': 16, 'ep': 2},
         {'block': ('moe',), 'n_layers': 8, 'remat': 'none'},
     ),
-    'kept by name': ('gpu_h100', 'v5p:2x2x2', {'chip': 'v5p'}, {}, {}),
+    'kept by name': (
+        'gpu_h100', 'v5p:2x2x2', {'chip': 'v5p'}, {},
+        {'remat': 'full', 'remat_keep': ('attention', 'qkv')},
+    ),
 }  # fmt: skip
 
 

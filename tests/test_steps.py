@@ -1,11 +1,17 @@
 """What the train step asks of the compiler."""
 
+import re
+
 import jax
 import pytest
 from common import small_config
 
+from chips import CHIPS
+from compiled import Reader
 from parallel import make_mesh
+from roofline import estimate
 from steps import COMPILER_OPTIONS, compiler_options, lower_train_step
+from topology import topology_devices
 from validation import validate
 
 
@@ -36,3 +42,52 @@ def test_splash_and_offload_compile_for_tpu(tpu_devices):
     text = lower_train_step(config, mesh).compile().as_text()
     assert 'splash_mha_dkv' in text
     assert 'S(5)' in text, 'nothing lies in host memory'
+
+
+def gpu_config(ep: int):
+    config = small_config(moe=True)
+    config.seq_len, config.compute_dtype, config.check_vma = 256, 'bfloat16', False
+    config.mesh.update(fsdp=2, ep=ep, tp=2)
+    config.model.update(d_model=256, d_expert=512, remat='full')
+    return config
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('keep', [(), ('attention',)], ids=['full', 'kept'])
+def test_cudnn_and_ragged_exchange_compile_for_gpu(keep, gpu_compiler):
+    """Attention is computed again unless it is kept."""
+    config = gpu_config(ep=2)
+    config.model.remat_keep = keep
+    validate(config, 8)
+    mesh = make_mesh(config.mesh, topology_devices('h100:8'))
+    text = lower_train_step(config, mesh).compile().as_text()
+    assert '__cudnn$fmhaSoftmaxBackward' in text
+    again = re.findall('custom_call_target="__cudnn[$]fmhaSoftmax".*rematted_computation', text)
+    assert bool(again) == (not keep)
+    assert 'ragged-all-to-all' in text
+
+
+@pytest.mark.gpu
+def test_offload_compiles_for_gpu(gpu_compiler):
+    config = small_config()
+    config.seq_len, config.compute_dtype, config.check_vma = 256, 'bfloat16', False
+    config.model.update(remat='full', remat_offload=('residual', 'hidden'))
+    mesh = make_mesh(config.mesh, topology_devices('h100:1'))
+    assert 'S(5)' in lower_train_step(config, mesh).compile().as_text()
+
+
+@pytest.mark.gpu
+def test_experts_of_gpus_meet_their_own_rows_only(gpu_compiler):
+    """The matmuls are those of the estimate; by `lax.ragged_dot` six times as many."""
+    h100, config = CHIPS['h100'], gpu_config(ep=1)
+    mesh = make_mesh(config.mesh, topology_devices('h100:4'))
+    flops = {}
+    for kernel in ('pallas', 'ragged_dot'):
+        config.model.expert_kernel = kernel
+        text = lower_train_step(config, mesh).compile().as_text()
+        flops[kernel] = Reader(text, mesh, h100).cost().flops
+    print(flops, estimate(config, h100).work)
+    assert flops['pallas'] == pytest.approx(
+        sum(w.flops for w in estimate(config, h100).work), rel=0.2
+    )
+    assert flops['ragged_dot'] > 2 * flops['pallas']
