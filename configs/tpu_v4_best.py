@@ -6,9 +6,9 @@ A model of 0.96 B fits a v4 chip many times over, so neither stages nor slices o
 needed: the 256 sequences are one microbatch of 8 for each of 32 shards, and each weight is gathered
 twice a step instead of 24 times.
 
-It is the first that `plan.py --search` finds. `plan.py --compile=v4:2x4x4` counts 298 ms of compute
-and 76 ms of network a step, half of the latter beside matmuls, and 2.8 GB of memory, where
-configs/tpu_v4.py takes 655 and 289 ms.
+It is the first that `plan.py --search` finds. `plan.py --compile=v4:2x4x4` counts 297 ms of compute
+and 76 ms of network a step, 28 of the latter beside compute, and 2.8 GB of memory, where
+configs/tpu_v4.py takes 649 and 289 ms.
 """
 
 from ml_collections import ConfigDict
