@@ -13,19 +13,24 @@ from parallel import Array
 AUTO = {'tpu': 'splash', 'gpu': 'cudnn'}
 KERNELS = ('blockwise', 'splash', 'cudnn')
 CUDNN_FORWARD = 'dot_product_attention_fwd_wrapper'  # the primitive: jax names none of its results
+CUDNN_HEAD = 128  # the largest head size that it takes on every GPU; on Hopper and later 256
 SPLASH_LANES = 128  # splash attention works on blocks whose sides are multiples of this
 
 
-def choose_kernel(name: str, platform: str, check_vma: bool, compute_dtype: str) -> str:
+def choose_kernel(
+    name: str, platform: str, check_vma: bool, compute_dtype: str, head_size: int
+) -> str:
     """The kernel that model.attention_kernel means on devices of this platform.
 
     'auto' is the platform's own kernel, and blockwise where there is none, where shard_map checks
-    replication types, or where cuDNN would have to take float32, which it does not. Splash on
-    another platform than TPU is interpreted: exact and slow, for tests.
+    replication types, or where cuDNN would have to take what it does not: float32, or heads (of
+    queries and keys) that are wide or no multiple of 8. Splash on another platform than TPU is
+    interpreted: exact and slow, for tests.
     """
     if name == 'auto':
         name = AUTO.get(platform, 'blockwise')
-        if check_vma or (name == 'cudnn' and compute_dtype == 'float32'):
+        fits = compute_dtype == 'bfloat16' and head_size % 8 == 0 and head_size <= CUDNN_HEAD
+        if check_vma or (name == 'cudnn' and not fits):
             name = 'blockwise'
     return 'splash_interpreted' if name == 'splash' and platform != 'tpu' else name
 

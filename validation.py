@@ -6,7 +6,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from attention import ATTENTION
-from attention_kernels import KERNELS, SPLASH_LANES, choose_kernel
+from attention_kernels import CUDNN_HEAD, KERNELS, SPLASH_LANES, choose_kernel
 from chips import CHIPS
 from expert_kernels import EXPERT_KERNELS, choose_expert_kernel
 from layers import REMAT_NAMES, ModelConfig
@@ -21,12 +21,18 @@ def model_config(config: ConfigDict, platform: str = 'cpu') -> ModelConfig:
     """The model's sizes and choices, with the kernels for devices of this platform."""
     fields = dict(config.model) | {'compute_dtype': config.compute_dtype}
     fields['attention_kernel'] = choose_kernel(
-        config.model.attention_kernel, platform, config.check_vma, config.compute_dtype
-    )
+        config.model.attention_kernel, platform, config.check_vma, config.compute_dtype,
+        key_size(config.model),
+    )  # fmt: skip
     fields['expert_kernel'] = choose_expert_kernel(
         config.model.expert_kernel, platform, config.check_vma
     )
     return ModelConfig(**fields)
+
+
+def key_size(m: ConfigDict) -> int:
+    """The head size of queries and keys."""
+    return m.nope_dim + m.rope_dim if m.attention == 'mla' else m.head_dim
 
 
 def declared_params(config: ConfigDict) -> Tree:
@@ -112,6 +118,12 @@ def attention_errors(config: ConfigDict) -> Iterator[str]:
         yield (
             f"model.attention_kernel='cudnn' does not take compute_dtype={config.compute_dtype!r}; "
             f"use 'bfloat16', or the kernel 'blockwise'"
+        )
+    if kernel == 'cudnn' and (key_size(m) % 8 or key_size(m) > 2 * CUDNN_HEAD):
+        yield (
+            f"model.attention_kernel='cudnn' does not take heads of {key_size(m)} for queries and "
+            f'keys; use a multiple of 8 up to {CUDNN_HEAD} ({2 * CUDNN_HEAD} on Hopper and later), '
+            f"or the kernel 'blockwise'"
         )
     for field in ('remat_keep', 'remat_offload'):
         if m[field] and m.remat != 'full':

@@ -56,7 +56,7 @@ def get_config() -> ConfigDict:
     m.rope_factor = 1.0  # context length over the original one
     m.rope_original_len = 256  # yarn: the context length that was trained first
     m.attention_kernel = 'auto'  # 'blockwise' | 'splash' (TPU) | 'cudnn' (GPU) | 'auto': the
-    # platform's with check_vma off and the compute type right, else blockwise
+    # platform's with check_vma off, and for cuDNN bfloat16 and heads up to 128; else blockwise
     m.attention_block = 256  # scores exist for a block of queries x keys at a time
     m.document_end = -1  # token that ends a document, for data.isolate_documents; -1: none
     m.tie_embeddings = True  # head and embedding share one matrix

@@ -103,13 +103,17 @@ def test_kernels_lower_for_their_platform(kernel, platform, call):
 
 
 def test_auto_is_the_kernel_of_the_platform():
-    choose = functools.partial(choose_kernel, check_vma=False, compute_dtype='bfloat16')
+    choose = functools.partial(
+        choose_kernel, check_vma=False, compute_dtype='bfloat16', head_size=128
+    )
     assert choose('auto', 'tpu') == 'splash'
     assert choose('auto', 'gpu') == 'cudnn'
     assert choose('auto', 'cpu') == 'blockwise'
     assert choose('splash', 'cpu') == 'splash_interpreted'
     assert choose('auto', 'tpu', check_vma=True) == 'blockwise'
     assert choose('auto', 'gpu', compute_dtype='float32') == 'blockwise'
+    assert choose('auto', 'gpu', head_size=192) == 'blockwise'
+    assert choose('auto', 'gpu', head_size=12) == 'blockwise'
 
 
 def test_attention_block_must_divide():

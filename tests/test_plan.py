@@ -101,6 +101,11 @@ ON_GPU = {
     'stages': (
         'tpu_v4', 'h100:8', {'chip': 'h100', 'batch_size': 64}, {'fsdp': 2}, {'block': ('dense',)}
     ),
+    'experts': ('tpu_v4_best', 'h100:8', {'chip': 'h100', 'batch_size': 64}, {'fsdp': 8}, {}),
+    'a head of its own': (
+        'llama3_8b', 'h100:8', {'chip': 'h100', 'batch_size': 128, 'microbatches': 16},
+        {'fsdp': 8}, {},
+    ),
 }  # fmt: skip
 
 

@@ -58,6 +58,10 @@ def test_tiny_divides_on_every_mesh(name, sizes):
             'makes blocks of 64, and splash takes multiples of 128',
         ),
         ({'model__attention_kernel': 'cudnn', 'check_vma': False}, "use 'bfloat16'"),
+        (
+            {'model__attention_kernel': 'cudnn', 'check_vma': False, 'model__nope_dim': 36},
+            'heads of 68 for queries and keys; use a multiple of 8',
+        ),
         ({'model__remat_keep': ('attention',)}, "exceptions from remat='full'"),
         ({'model__expert_kernel': 'triton'}, 'auto, blocks, ragged_dot, pallas'),
         ({'compiler_options': 'xla_a'}, "'xla_a', which sets nothing"),
