@@ -28,6 +28,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from chips import Chip
+from hlo import Instruction, array_bytes, dimensions, groups, parse
 from memory import out_of_memory_explained
 from parallel import AXES, make_mesh
 from steps import lower_train_step
@@ -38,15 +39,7 @@ KINDS = (
     'all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'ragged-all-to-all',
     'collective-permute', 'collective-broadcast',
 )  # fmt: skip
-BITS = {
-    'pred': 8, 's4': 4, 'u4': 4, 's8': 8, 'u8': 8, 'f8e4m3fn': 8, 'f8e5m2': 8, 's16': 16,
-    'u16': 16, 'bf16': 16, 'f16': 16, 's32': 32, 'u32': 32, 'f32': 32, 's64': 64, 'u64': 64,
-    'f64': 64,
-}  # fmt: skip
 
-_ARRAY = re.compile(r'\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]')
-_HEADER = re.compile(r'(ENTRY )?(%[\w.\-]+) \(.*->.*\{$')
-_NAME = re.compile(r'\s+(?:ROOT )?(%[\w.\-]+) = (.*)$', re.DOTALL)
 _CALLED = re.compile(r'(?:calls|to_apply)=(%[\w.\-]+)')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
@@ -58,111 +51,9 @@ _FREE = (
 )  # fmt: skip
 _SLICES = ('slice', 'dynamic-slice', 'gather', 'dynamic-update-slice')
 
-
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-    name: str
-    shape: str  # of the result
-    op: str
-    text: str  # all after the shape
-
-    def named(self, attribute: str) -> str:
-        """The computation that an attribute names."""
-        return re.search(attribute + r'=(%[\w.\-]+)', self.text).group(1)
-
-    @property
-    def operands(self) -> list[str]:
-        """Their names."""
-        arguments = self.text[len(self.op) :]
-        return re.findall(r'%[\w.\-]+', arguments[: _closing(arguments)])
-
-
-Program = dict[str, list[Instruction]]  # instructions of each computation
-
-
-def parse(text: str) -> tuple[Program, str]:
-    """The computations of an HLO module's text, and the name of the entry."""
-    program: Program = {}
-    entry, computation, pending = '', None, ''
-
-    def finish() -> None:
-        instruction = _instruction(pending) if pending else None
-        if instruction and computation is not None:
-            computation.append(instruction)
-
-    for line in text.splitlines():
-        header = _HEADER.match(line.rstrip())
-        if header:
-            computation, pending = program.setdefault(header.group(2), []), ''
-            entry = header.group(2) if header.group(1) else entry
-        elif line.rstrip() == '}':
-            finish()
-            computation, pending = None, ''
-        elif line.startswith('  ') and ' = ' in line:
-            finish()
-            pending = line
-        else:  # the metadata of a kernel may hold line breaks
-            pending += line
-    if not entry:
-        raise ValueError('no ENTRY computation: this is not the text of an HLO module')
-    return program, entry
-
-
-def _instruction(line: str) -> Instruction | None:
-    match = _NAME.match(line)
-    if not match:
-        return None
-    name, rest = match.groups()
-    end = _closing(rest) + 1 if rest.startswith('(') else rest.find(' ')
-    shape, rest = rest[:end], rest[end:].strip()
-    op = re.match(r'[\w\-]+(?=\()', rest)
-    return Instruction(name, shape, op.group(), rest) if op else None
-
-
-def _closing(text: str) -> int:
-    """Where the bracket that the text starts with closes."""
-    depth = 0
-    for i, c in enumerate(text):
-        depth += (c == '(') - (c == ')')
-        if depth == 0:
-            return i
-    return len(text) - 1
-
-
-def elements(shape: str) -> int:
-    """Of the first array of an HLO shape."""
-    return math.prod(int(d) for d in _ARRAY.search(shape)[2].split(',') if d)
-
-
-def array_bytes(shape: str) -> float:
-    """Bytes of all arrays in an HLO shape."""
-    return sum(
-        math.prod(int(d) for d in dims.split(',') if d) * BITS[kind] / 8
-        for kind, dims in _ARRAY.findall(shape)
-        if kind in BITS
-    )
-
-
 # ---------------------------------------------------------------------------------------------
 # Collectives
 # ---------------------------------------------------------------------------------------------
-
-
-def groups(text: str) -> list[list[int]]:
-    """The device groups of a collective, or the pairs of a permute; [] if it names none.
-
-    HLO writes groups out, {{0,1},{2,3}}, or as [groups,size]<=[dims]T(order): the devices' numbers
-    as an array of dims, transposed, and cut into groups.
-    """
-    listed = re.search(r'(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}', text)
-    if listed:
-        return [[int(i) for i in g.split(',')] for g in re.findall(r'\{([\d,]+)\}', listed[1])]
-    iota = re.search(r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', text)
-    if not iota:
-        return []
-    shape, dims, order = ([int(i) for i in g.split(',')] if g else None for g in iota.groups())
-    devices = np.arange(math.prod(dims)).reshape(dims).transpose(order)
-    return devices.reshape(shape).tolist()
 
 
 def mesh_axes(groups: Iterable[list[int]], mesh: Mesh) -> str:
@@ -241,26 +132,21 @@ class Reader:
         name = computation or self.entry
         if name not in self.known:
             self.known[name] = total = Cost()
-            under_way: dict[str, float] = {}  # seconds of work since a start, by its name
-            starts: dict[str, Instruction] = {}
+            under_way: dict[str, tuple[Instruction, float]] = {}  # by name: a start, work since it
             for i in self.program.get(name, []):
                 one = self.work(i)
-                under_way = {start: t + one.seconds for start, t in under_way.items()}
+                under_way = {n: (start, t + one.seconds) for n, (start, t) in under_way.items()}
                 if i.op.endswith('-start'):
-                    under_way[i.name], starts[i.name] = 0.0, i
+                    under_way[i.name] = i, 0.0
                 elif i.op.endswith('-done'):
-                    start = starts[i.operands[0]]
-                    hidden = (
-                        under_way.pop(start.name) if '"is_sync":true' not in start.text else 0.0
-                    )
+                    start, hidden = under_way.pop(i.operands[0])
+                    if '"is_sync":true' in start.text:
+                        hidden = 0.0
                     for kind, found in self.collectives(start):
                         self._add_traffic(one, kind, found, hidden, i.shape)
                 else:
                     for kind, found in self.collectives(i):
-                        # A fusion of this kind has work of its own to do.
-                        overlaps = i.op == 'fusion' and 'async' in i.text.partition('metadata=')[0]
-                        hidden = math.inf if overlaps or 'async' in i.name else 0.0
-                        self._add_traffic(one, kind, found, hidden)
+                        self._add_traffic(one, kind, found, math.inf if _is_async(i) else 0.0)
                 total.add(one)
         return self.known[name]
 
@@ -290,10 +176,10 @@ class Reader:
     def matmul_flops(self, i: Instruction) -> float:
         """Of an instruction of a GPU's program: of a matmul, of those in a fusion, of a kernel."""
         if i.op == 'dot':
-            dims = [int(d) for d in _ARRAY.search(self.shape[i.operands[0]])[2].split(',')]
+            left = dimensions(self.shape[i.operands[0]])
             contracted = re.search(r'lhs_contracting_dims=\{([\d,]*)\}', i.text)[1]
-            size = math.prod(dims[int(d)] for d in contracted.split(',') if d)
-            return 2 * elements(i.shape) * size
+            size = math.prod(left[int(d)] for d in contracted.split(',') if d)
+            return 2 * math.prod(dimensions(i.shape)) * size
         if i.op == 'fusion':
             return sum(self.matmul_flops(j) for j in self._within(i.named('calls')))
         return (cudnn_flops(i) or self.expert_flops(i)) if i.op == 'custom-call' else 0.0
@@ -303,8 +189,7 @@ class Reader:
         holds a matrix for each, two hold the rows. 0 for another kernel."""
         if '/grouped_matmul/' not in i.text and '/grouped_gradient/' not in i.text:
             return 0.0
-        shapes = [i.shape, *(self.shape[name] for name in i.operands)]
-        dims = [[int(d) for d in _ARRAY.search(shape)[2].split(',')] for shape in shapes]
+        dims = [dimensions(shape) for shape in (i.shape, *(self.shape[n] for n in i.operands))]
         (_, D, F), rows = next(d for d in dims if len(d) == 3), next(d for d in dims if len(d) == 2)
         return 2 * rows[0] * D * F
 
@@ -386,6 +271,11 @@ class Reader:
             yield i
             for called in _CALLED.findall(i.text):
                 yield from self._within(called)
+
+
+def _is_async(i: Instruction) -> bool:
+    """Whether it is a fusion of the TPU compiler's that works beside a collective."""
+    return i.op == 'fusion' and 'async' in i.name + i.text.partition('metadata=')[0]
 
 
 def _weight(cost: Cost) -> float:

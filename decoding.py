@@ -113,10 +113,12 @@ def sample(logits_V: Array, key: Array, sampling: Sampling) -> Array:
 
 def decoding_config(cfg: ModelConfig) -> ModelConfig:
     """Without what serves training alone. Experts take all choices: a capacity is a share of a
-    whole sequence, of which decoding does not know the rest."""
+    whole sequence, of which decoding does not know the rest. And without kernels that shard_map
+    cannot check, which it does here."""
+    kernel = 'ragged_dot' if cfg.expert_kernel == 'ragged_dot' else 'blocks'
     return dataclasses.replace(
         cfg, dropout=0.0, capacity_factor=0.0, buffer_factor=0.0, balance_loss=0.0,
-        router_z_loss=0.0, attention_kernel='blockwise',
+        router_z_loss=0.0, attention_kernel='blockwise', expert_kernel=kernel,
     )  # fmt: skip
 
 

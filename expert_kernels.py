@@ -41,8 +41,11 @@ def grouped_matmuls(kernel: str) -> tuple[Callable, Callable]:
     """The functions `grouped_matmul` and `grouped_gradient` of a kernel."""
     if kernel == 'ragged_dot':
         return _ragged_matmul, _ragged_gradient
-    interpret = kernel == 'pallas_interpreted'
-    return (functools.partial(f, interpret=interpret) for f in (grouped_matmul, grouped_gradient))
+    interpret = {'interpret': kernel == 'pallas_interpreted'}
+    return (
+        functools.partial(grouped_matmul, **interpret),
+        functools.partial(grouped_gradient, **interpret),
+    )
 
 
 def _ragged_matmul(x_GD: Array, w_EDF: Array, sizes_E: Array, transposed: bool = False) -> Array:

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from chips import CHIPS
-from compiled import KERNEL_EFFICIENCY, Reader, attention_flops, groups, mesh_axes, parse
+from compiled import KERNEL_EFFICIENCY, Reader, attention_flops, mesh_axes
+from hlo import groups, parse
 from parallel import AXES
 
 MESH = SimpleNamespace(devices=np.arange(8).reshape(2, 1, 2, 1, 2), axis_names=AXES)

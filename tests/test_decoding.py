@@ -88,6 +88,14 @@ def cached_logits(params, ids_BT, lengths_B, *, cfg, n):
     return jnp.concatenate((first_BV[None], rest_TBV))
 
 
+def test_kernels_that_cannot_be_checked_are_for_training():
+    config = small_config(moe=True)
+    config.check_vma = False
+    on_gpu, on_tpu = (decoding_config(model_config(config, name)) for name in ('gpu', 'tpu'))
+    assert (on_gpu.attention_kernel, on_gpu.expert_kernel) == ('blockwise', 'blocks')
+    assert (on_tpu.attention_kernel, on_tpu.expert_kernel) == ('blockwise', 'ragged_dot')
+
+
 @pytest.mark.parametrize(
     ('name', 'sizes'),
     [
