@@ -82,10 +82,15 @@ def test_kernels_are_softmax_attention(kernel, packed):
 
 @pytest.mark.parametrize(
     ('kernel', 'platform', 'call'),
-    [('splash', 'tpu', 'tpu_custom_call'), ('cudnn', 'cuda', '__cudnn$fmha')],
+    [
+        ('splash', 'tpu', 'tpu_custom_call'),
+        pytest.param('cudnn', 'cuda', '__cudnn$fmha', marks=pytest.mark.gpu),
+    ],
 )
 def test_kernels_lower_for_their_platform(kernel, platform, call):
     """cuDNN is asked for its version on the way, so that takes its library, if no GPU."""
+    if platform == 'cuda':
+        pytest.importorskip('jax_cuda12_plugin', reason='needs requirements-gpu.txt')
     attend = {
         'splash': functools.partial(splash_attention, block=128, saved_name='', interpret=False),
         'cudnn': cudnn_attention,
@@ -93,12 +98,7 @@ def test_kernels_lower_for_their_platform(kernel, platform, call):
     q = jax.ShapeDtypeStruct((2, 2, 2, 256, 128), jnp.bfloat16)
     kv = [jax.ShapeDtypeStruct((2, 2, 256, size), jnp.bfloat16) for size in (128, 64)]
     loss = lambda *x: attend(*x, None, 0.1).astype(jnp.float32).sum()  # noqa: E731
-    try:
-        traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(q, *kv)
-    except RuntimeError as error:
-        if 'cuDNN is not detected' not in str(error):
-            raise
-        pytest.skip('needs the library cuDNN')
+    traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(q, *kv)
     assert call in traced.lower(lowering_platforms=(platform,)).as_text()
 
 
