@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from ml_collections import ConfigDict
 
 from attention_kernels import cudnn_attention, splash_attention
 from layers import ATTENTION_OUTPUT, QKV, ModelConfig, gain, linear, rms_norm, weight
@@ -50,11 +51,15 @@ def rope_frequencies(cfg: ModelConfig) -> np.ndarray:
     return freqs * kept + freqs / cfg.rope_factor * (1 - kept)
 
 
+def key_size(cfg: ModelConfig | ConfigDict) -> int:
+    """The head size of queries and keys, of a model's config in either form."""
+    return cfg.nope_dim + cfg.rope_dim if cfg.attention == 'mla' else cfg.head_dim
+
+
 def attention_scale(cfg: ModelConfig) -> float:
     """1/√H; YaRN sharpens it by (0.1·ln(factor) + 1)² (Peng et al. 2023, section 3.4)."""
-    head_dim = cfg.nope_dim + cfg.rope_dim if cfg.attention == 'mla' else cfg.head_dim
     sharpen = 0.1 * math.log(cfg.rope_factor) + 1 if cfg.rope_scaling == 'yarn' else 1.0
-    return sharpen**2 / math.sqrt(head_dim)
+    return sharpen**2 / math.sqrt(key_size(cfg))
 
 
 class Positions(NamedTuple):

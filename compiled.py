@@ -132,22 +132,21 @@ class Reader:
         name = computation or self.entry
         if name not in self.known:
             self.known[name] = total = Cost()
-            under_way: dict[str, tuple[Instruction, float]] = {}  # by name: a start, work since it
+            starts: dict[str, tuple[Instruction, float]] = {}  # by name, and the work before
             for i in self.program.get(name, []):
-                one = self.work(i)
-                under_way = {n: (start, t + one.seconds) for n, (start, t) in under_way.items()}
+                total.add(self.work(i))
                 if i.op.endswith('-start'):
-                    under_way[i.name] = i, 0.0
+                    starts[i.name] = i, total.seconds
                 elif i.op.endswith('-done'):
-                    start, hidden = under_way.pop(i.operands[0])
-                    if '"is_sync":true' in start.text:
-                        hidden = 0.0
+                    start, before = starts[i.operands[0]]
+                    hidden = 0.0 if '"is_sync":true' in start.text else total.seconds - before
                     for kind, found in self.collectives(start):
-                        self._add_traffic(one, kind, found, hidden, i.shape)
+                        result = i if found is start else found  # a start's shape has more in it
+                        self._add_traffic(total, kind, found, result.shape, hidden)
                 else:
+                    hidden = math.inf if _is_async(i) else 0.0
                     for kind, found in self.collectives(i):
-                        self._add_traffic(one, kind, found, math.inf if _is_async(i) else 0.0)
-                total.add(one)
+                        self._add_traffic(total, kind, found, found.shape, hidden)
         return self.known[name]
 
     def work(self, i: Instruction) -> Cost:
@@ -227,13 +226,12 @@ class Reader:
         return total
 
     def _add_traffic(
-        self, total: Cost, kind: str, i: Instruction, hidden: float, shape: str = ''
+        self, total: Cost, kind: str, i: Instruction, shape: str, hidden: float
     ) -> None:
-        """Of a collective with so many seconds of work beside it; its result may have another shape
-        than the instruction."""
+        """Of a collective with a result of this shape and so many seconds of work beside it."""
         members = groups(i.text)
         first = members[0] if members else [0, 1]
-        sent = bytes_sent(kind, shape if shape and i.op.endswith('-start') else i.shape, len(first))
+        sent = bytes_sent(kind, shape, len(first))
         seconds = sent / self.chip.axis_bandwidth(max(first) - min(first) + 1)
         one = Traffic(1, sent, seconds, max(seconds - hidden, 0.0))
         total.traffic.setdefault((kind, mesh_axes(members, self.mesh)), Traffic()).add(one, 1)
@@ -310,7 +308,7 @@ def cudnn_flops(i: Instruction) -> float:
     """FLOPs of cuDNN's attention, causal, from its queries [B, T, N, H]; 0 for another call."""
     if '"__cudnn$fmha' not in i.text:
         return 0.0
-    B, T, N, H = (int(d) for d in re.search(r'constraints=\{\w+\[([\d,]+)\]', i.text)[1].split(','))
+    B, T, N, H = dimensions(i.text.partition('operand_layout_constraints=')[2])
     matmuls = 5 if 'Backward' in i.text else 2
     return matmuls * 2 * B * N * T * T * H / 2
 

@@ -14,17 +14,15 @@ GPU_NAMES = 'h100:8 (one node of 8) or h100:4x8 (4 nodes of 8)'
 
 # What the compiler's choices depend on, beside CHIPS: NVIDIA's data sheets and the table of
 # compute capabilities in the CUDA C++ programming guide.
+_HOPPER = {
+    'sm': (9, 'ACCELERATED_FEATURES'), 'cores': 132, 'fpus': 128, 'l2': 50, 'ghz': 1.98,
+    'shared': 228,
+}  # fmt: skip
 _GPUS = {
     'a100': {'sm': (8, 'NONE'), 'cores': 108, 'fpus': 64, 'l2': 40, 'ghz': 1.41, 'shared': 164},
-    'h100': {
-        'sm': (9, 'ACCELERATED_FEATURES'), 'cores': 132, 'fpus': 128, 'l2': 50, 'ghz': 1.98,
-        'shared': 228,
-    },
-    'h200': {
-        'sm': (9, 'ACCELERATED_FEATURES'), 'cores': 132, 'fpus': 128, 'l2': 50, 'ghz': 1.98,
-        'shared': 228,
-    },
-}  # fmt: skip
+    'h100': _HOPPER,
+    'h200': _HOPPER,
+}
 
 _TARGET = """
 gpu_device_info {{

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 from ml_collections import ConfigDict
 
-from attention import ATTENTION
+from attention import ATTENTION, key_size
 from attention_kernels import CUDNN_HEAD, KERNELS, SPLASH_LANES, choose_kernel
 from chips import CHIPS
 from expert_kernels import EXPERT_KERNELS, choose_expert_kernel
@@ -28,11 +28,6 @@ def model_config(config: ConfigDict, platform: str = 'cpu') -> ModelConfig:
         config.model.expert_kernel, platform, config.check_vma
     )
     return ModelConfig(**fields)
-
-
-def key_size(m: ConfigDict) -> int:
-    """The head size of queries and keys."""
-    return m.nope_dim + m.rope_dim if m.attention == 'mla' else m.head_dim
 
 
 def declared_params(config: ConfigDict) -> Tree:

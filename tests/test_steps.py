@@ -86,8 +86,6 @@ def test_experts_of_gpus_meet_their_own_rows_only(gpu_compiler):
         config.model.expert_kernel = kernel
         text = lower_train_step(config, mesh).compile().as_text()
         flops[kernel] = Reader(text, mesh, h100).cost().flops
-    print(flops, estimate(config, h100).work)
-    assert flops['pallas'] == pytest.approx(
-        sum(w.flops for w in estimate(config, h100).work), rel=0.2
-    )
-    assert flops['ragged_dot'] > 2 * flops['pallas']
+    expected = sum(w.flops for w in estimate(config, h100).work)
+    assert flops['pallas'] == pytest.approx(expected, rel=0.05)
+    assert flops['ragged_dot'] > 5 * flops['pallas']
