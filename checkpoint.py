@@ -34,10 +34,10 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 import tensorstore as ts
-from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
-from leaves import (
+from machine.processes import all_processes, from_process_0
+from storage.leaves import (
     HostLeaf,
     Tree,
     box_of,
@@ -47,14 +47,22 @@ from leaves import (
     part,
     zarr_metadata,
 )
-from stores import local_folder, open_store
+from storage.stores import local_folder, open_store
 
 VERSION = 1  # of the layout
+
+
 COMMIT = 'COMMIT'
+
+
 METADATA = 'metadata.json'
 
 WINDOW_BYTES = 1 << 30  # being written, or being read, at a time, if no leaf is larger
+
+
 IO_THREADS = 32
+
+
 GRACE_SECONDS = 60  # for the other processes' chunks when this one ends by an exception
 
 T = TypeVar('T')
@@ -62,16 +70,6 @@ T = TypeVar('T')
 
 class CheckpointError(Exception):
     """A checkpoint could not be written or read; the message says which steps are safe."""
-
-
-def all_processes(flag: bool) -> bool:
-    """Whether the flag is set on every process; all have to call this, on the main thread."""
-    return bool(np.all(multihost_utils.process_allgather(np.int32(flag))))
-
-
-def from_process_0(value: int) -> int:
-    """The int32 that process 0 gave; all have to call this, on the main thread."""
-    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 def windowed(items: Iterable[tuple[T, int]]) -> Iterator[T]:

@@ -5,8 +5,8 @@
         --tokenizer=cl100k_base --output=gs://bucket/fineweb-edu --workers=64
     python data.py --inspect=DIR
 
-The command reads documents (corpus.py), tokenizes them in parts (prepare.py) and writes token
-shards (shards.py). Every document ends with the end-of-text token. Which split a document goes to
+The command reads documents (corpus/documents.py), tokenizes them in parts (corpus/prepare.py) and writes token
+shards (corpus/shards.py). Every document ends with the end-of-text token. Which split a document goes to
 depends on its id alone, and the bytes of the output on the input alone. A run that was killed is
 resumed by the same command.
 
@@ -28,11 +28,24 @@ from fractions import Fraction
 from typing import NamedTuple, TypeVar
 
 import numpy as np
+import tiktoken
 from absl import app, flags
+from ml_collections import ConfigDict
 
-from corpus import KINDS, Bad, File, find_files
-from prepare import Job, prepare
-from shards import CACHE_BYTES, CHUNK_TOKENS, MANIFEST, SPLITS, VERSION, Split, inspect, split_of
+import data
+from corpus.documents import Bad
+from corpus.files import KINDS, File, find_files
+from corpus.prepare import Job, prepare
+from corpus.shards import (
+    CACHE_BYTES,
+    CHUNK_TOKENS,
+    MANIFEST,
+    SPLITS,
+    VERSION,
+    Split,
+    inspect,
+    split_of,
+)
 from tokenizer import fingerprint, get_encoding, stdlib_files
 
 __all__ = [
@@ -41,6 +54,8 @@ __all__ = [
 ]  # fmt: skip
 
 MAX_PERIOD = 10_000  # samples after which the order of a mixture's sources repeats, at most
+
+
 STDLIB_FILES = 2  # raised when stdlib_files chooses others
 
 T = TypeVar('T')
@@ -380,3 +395,58 @@ def main(_: list[str]) -> None:
 if __name__ == '__main__':
     _define_flags()
     app.run(main)
+
+
+def source_errors(config: ConfigDict) -> Iterator[str]:
+    """What is wrong with data.path and data.sources."""
+    d = config.data
+    if not d.path and not d.sources:
+        yield "data.path is empty; use a folder that data.py wrote, or 'stdlib'"
+    if d.path and d.sources:
+        yield f'data.path={d.path!r} and data.sources are both set; leave one of them empty'
+    form = "use ((name, path, weight), ...), as in (('web', 'tokens/web', 0.7), ...)"
+    for source in d.sources:
+        if not isinstance(source, tuple) or len(source) != 3:
+            yield f'data.sources holds {source!r}; {form}'
+            return
+        name, path, weight = source
+        if not isinstance(name, str) or not name or not isinstance(path, str) or not path:
+            yield f'data.sources holds {source!r}, whose name or path is no text; {form}'
+        if not isinstance(weight, int | float) or not 0 < weight < float('inf'):
+            yield f'data.sources holds {source!r}, whose weight is not above 0; {form}'
+    names = [source[0] for source in d.sources]
+    if len(set(names)) < len(names):
+        yield f'data.sources names {names} twice; use a name of its own for each source'
+
+
+# ---------------------------------------------------------------------------------------------
+# The run
+# ---------------------------------------------------------------------------------------------
+
+
+def open_data(
+    config: ConfigDict,
+) -> tuple[data.Loader | data.Mixture, list[data.Source], tiktoken.Encoding]:
+    """The training stream, its sources with their evaluation sets, and their tokenizer, which tells
+    the config what ends a document.
+
+    Raises ValueError if the vocabulary does not fit.
+    """
+    d = config.data
+    loader, sources = data.open_sources(
+        d.sources or (('data', d.path, 1.0),),
+        d.tokenizer,
+        config.batch_size,
+        config.seq_len,
+        config.seed,
+        config.eval.batches,
+    )
+    encoding = sources[0].evaluation.split.encoding()
+    if encoding.n_vocab > config.model.vocab_size:
+        raise ValueError(
+            f'model.vocab_size={config.model.vocab_size} is below the {encoding.n_vocab} tokens of '
+            f'{encoding.name}; use {-(-encoding.n_vocab // 128) * 128}'
+        )
+    if config.data.isolate_documents:
+        config.model.document_end = encoding.eot_token
+    return loader, sources, encoding

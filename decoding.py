@@ -6,7 +6,7 @@ Two compiled programs do it: `prefill` takes all prompts, padded on the right to
 lengths, and leaves what attention keeps of each position; `decode` extends every row by some
 tokens, at its own position. So neither compiles anew for another position, and prefill only for
 another padded length. Rows of the batch are spread over every axis but tp; dimension letters as in
-layers.py.
+layers/dense.py.
 
 In the residual stream of `decode`, rows stand where positions stand in training (see
 `attention.Attention`): x is [1, B/tp, D], and each part of the model runs as it is trained.
@@ -23,8 +23,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 
-from attention import ATTENTION, positions, rope_table
-from layers import ModelConfig
+from config import ModelConfig
+from layers.attention import ATTENTION, positions, rope_table
 from model import block_names, embed, head_logits, layer, model_params
 from parallel import (
     AXES,
@@ -46,6 +46,8 @@ from parallel import (
 )
 
 ROWS = (PP, *BATCH)  # the axes that rows are spread over: stages of a pipeline take their share
+
+
 SHORTEST = 16  # the least padded length of a prompt
 
 # Each device's own copy, so that what is alike on the tp devices never has to be compared.

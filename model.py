@@ -1,4 +1,4 @@
-"""The model: embedding, layers in blocks, the loss. Dimension letters as in layers.py."""
+"""The model: embedding, layers in blocks, the loss. Dimension letters as in layers/dense.py."""
 
 import functools
 from collections.abc import Callable
@@ -7,20 +7,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from ml_collections import ConfigDict
 
-from attention import ATTENTION, Positions, positions
-from attention_kernels import CUDNN_FORWARD
-from layers import (
-    ATTENTION_OUTPUT,
-    RESIDUAL,
-    ModelConfig,
-    dropout,
-    gain,
-    rms_norm,
-    swiglu,
-    swiglu_params,
-)
-from moe import moe, moe_params
+from config import ATTENTION_OUTPUT, RESIDUAL, ModelConfig
+from layers.attention import ATTENTION, Positions, positions
+from layers.attention_kernels import CUDNN_FORWARD, choose_kernel, key_size
+from layers.dense import dropout, gain, rms_norm, swiglu, swiglu_params
+from layers.expert_kernels import choose_expert_kernel
+from layers.moe import moe, moe_params
 from parallel import (
     FSDP,
     PP,
@@ -397,3 +391,21 @@ def flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
         head_dims = 2 * cfg.head_dim
     attention = 3 * cfg.n_layers * cfg.n_heads * head_dims * seq_len
     return 6.0 * count(matrices, active=True) + attention
+
+
+def model_config(config: ConfigDict, platform: str = 'cpu') -> ModelConfig:
+    """The model's sizes and choices, with the kernels for devices of this platform."""
+    fields = dict(config.model) | {'compute_dtype': config.compute_dtype}
+    fields['attention_kernel'] = choose_kernel(
+        config.model.attention_kernel, platform, config.check_vma, config.compute_dtype,
+        key_size(config.model),
+    )  # fmt: skip
+    fields['expert_kernel'] = choose_expert_kernel(
+        config.model.expert_kernel, platform, config.check_vma
+    )
+    return ModelConfig(**fields)
+
+
+def declared_params(config: ConfigDict) -> Tree:
+    """The declaration of every parameter, laid out for the pipeline's chunks."""
+    return model_params(model_config(config), config.pipeline.chunks)

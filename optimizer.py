@@ -4,30 +4,14 @@ Everything here is elementwise on the shards that a device holds, except the one
 clipping needs. Parameters (the float32 master copy) and moments are sharded alike.
 """
 
-import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
+from config import OptimizerConfig
 from parallel import Array, Tree, global_sum_of_squares, map_params
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """Choices of one run; configs/default.py explains each field. `steps` is the run's length."""
-
-    steps: int
-    schedule: str
-    peak_lr: float
-    final_lr: float
-    warmup_steps: int
-    decay_steps: int
-    b1: float
-    b2: float
-    eps: float
-    weight_decay: float
-    clip_norm: float
 
 
 def learning_rate(step: Array, cfg: OptimizerConfig) -> Array:
@@ -88,3 +72,48 @@ def adamw(
         return x - lr * (direction + decay * x)
 
     return map_params(update, declared, params, m, v), {'m': m, 'v': v}
+
+
+def init_history() -> Tree:
+    """What the next step is judged by; scalars, alike on all devices.
+
+    log_norm: float32, the mean logarithm of the gradient norm; counted: int32, the norms in it;
+    skipped and in_a_row: int32, the steps skipped so far, and those since the last update.
+    """
+    counts = {name: jnp.zeros((), jnp.int32) for name in ('counted', 'skipped', 'in_a_row')}
+    return {'log_norm': jnp.zeros((), jnp.float32)} | counts
+
+
+def judge(norm: Array, history: Tree, guard: ConfigDict) -> tuple[Array, Tree]:
+    """Whether a step with this gradient norm is to be applied (bool), and the history after it.
+
+    The norm is compared with a geometric mean, which the few large norms of a healthy run move
+    little: of all steps at first, then with a weight of 1/guard.history for the newest. Skipped
+    steps do not enter it. It judges once it holds guard.history steps.
+    """
+    log_norm, counted = history['log_norm'], history['counted']
+    apply = jnp.array(True)
+    if guard.nonfinite:
+        apply &= jnp.isfinite(norm)
+    if guard.spike_factor:
+        spike = norm > guard.spike_factor * jnp.exp(log_norm)
+        apply &= ~(spike & (counted >= guard.history))
+    counts = apply & jnp.isfinite(norm) & (norm > 0)
+    weight = 1 / jnp.minimum(counted + 1, guard.history).astype(jnp.float32)
+    moved = log_norm + weight * (jnp.log(norm) - log_norm)
+    after = {
+        'log_norm': jnp.where(counts, moved, log_norm),
+        'counted': counted + counts,
+        'skipped': history['skipped'] + ~apply,
+        'in_a_row': jnp.where(apply, 0, history['in_a_row'] + 1),
+    }
+    return apply, after
+
+
+def select(apply: Array, new: Tree, old: Tree) -> Tree:
+    """The new leaves if the step is to be applied, otherwise the old ones.
+
+    Elementwise, so that the update is still written over the donated state; `lax.cond` would keep
+    the old state beside it.
+    """
+    return jax.tree.map(lambda x, y: jnp.where(apply, x, y), new, old)

@@ -16,7 +16,6 @@ gradient of a parameter is the sum of the local gradients over the axes that do 
 import dataclasses
 import functools
 import math
-import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -25,22 +24,37 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
 from jax import lax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 PP = 'pp'  # pipeline stages
+
+
 DP = 'dp'  # replicas
+
+
 FSDP = 'fsdp'  # shards of the batch and of the parameters
+
+
 EP = 'ep'  # shards of the batch and of the experts
+
+
 TP = 'tp'  # shards of heads, feed-forward and vocabulary; between them, of the sequence
+
+
 AXES = (PP, DP, FSDP, EP, TP)
+
+
 BATCH = (DP, FSDP, EP)  # the axes that batch rows are spread over
 
 Array = jax.Array
+
+
 Tree = Any  # nested dicts
+
+
 Axis = str | tuple[str, ...]
 
 
@@ -448,29 +462,7 @@ def global_sum_of_squares(tree: Tree, declared: Tree) -> Array:
     return global_sum(sum(jax.tree.leaves(map_params(leaf, declared, tree))))
 
 
-# ---------------------------------------------------------------------------------------------
-# The command: prints a pipeline schedule
-# ---------------------------------------------------------------------------------------------
-
-
-def main(_: Sequence[str]) -> None:
-    from schedules import describe, make_schedule  # training without a pipeline needs no tables
-
-    flag = flags.FLAGS
-    costs = (flag.cost_f, flag.cost_b, flag.cost_w)
-    try:
-        schedule = make_schedule(flag.schedule, flag.stages, flag.microbatches, flag.chunks, costs)
-    except ValueError as error:
-        sys.exit(str(error))
-    print(describe(schedule, costs))
-
-
 if __name__ == '__main__':
-    flags.DEFINE_string('schedule', '1f1b', 'gpipe, 1f1b, interleaved or zero_bubble.')
-    flags.DEFINE_integer('stages', 4, 'Pipeline stages.')
-    flags.DEFINE_integer('microbatches', 8, 'Microbatches of a step.')
-    flags.DEFINE_integer('chunks', 1, 'Virtual stages a stage (interleaved).')
-    flags.DEFINE_float('cost_f', 1.0, 'Time of a forward of one microbatch on one stage.')
-    flags.DEFINE_float('cost_b', 1.0, 'Time of its input gradients; 2 with recomputation.')
-    flags.DEFINE_float('cost_w', 1.0, 'Time of its weight gradients.')
-    app.run(main)
+    from pipeline import schedules
+
+    schedules.run_command()

@@ -28,6 +28,7 @@ from absl import app, flags
 if TYPE_CHECKING:
     import tokenizers
 
+
 END_OF_TEXT = '<|endoftext|>'
 
 # cl100k's pattern, without possessive quantifiers, which the trainer's regex engine reads
@@ -245,7 +246,7 @@ def learn_merges(texts: list[str], vocab_size: int) -> 'tokenizers.Tokenizer':
         from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
     except ImportError as error:
         raise ImportError(
-            'training a vocabulary needs tokenizers: pip install -r requirements-tokenizer.txt'
+            'training a vocabulary needs tokenizers: pip install -r requirements/tokenizer.txt'
         ) from error
 
     tokenizer = Tokenizer(models.BPE())

@@ -16,10 +16,8 @@ The exit code is 0 if the run is complete, or stopped by a signal and saved; 75 
 is to be given again, because the watchdog ended the process or another one was lost; otherwise 1.
 """
 
-import ctypes
 import functools
 import os
-import platform
 import shlex
 import sys
 import time
@@ -28,67 +26,30 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
-import tiktoken
 from absl import app, flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
 import data
-import hosts
 from checkpoint import Checkpointer, CheckpointError
-from evaluation import (
-    append_evaluation,
-    checkpoint_config,
-    make_evaluation,
-    over_sources,
-    zlib_bits_per_byte,
-)
-from generate import TOKENIZER, make_sampler, tokenizer_record
-from guards import AGAIN, TrainingError, Watchdog
-from memory import OutOfMemoryError, out_of_memory_explained
-from metrics import Progress, Writer
+from data import open_data
+from machine import processes
+from machine.memory import OutOfMemoryError, keep_freed_memory, out_of_memory_explained
+from machine.profiler import Tracer, parse_steps
+from model import declared_params
 from parallel import Tree, count, make_mesh
-from plot import need_matplotlib, plot
-from record import start_entry
-from resume import StopSignals, first_step, load_params, restore_state
-from steps import abstract_state, init_state, lower_train_step, put_batch
-from terminal import Terminal
-from tracing import Tracer, parse_steps
-from validation import declared_params, validate
+from runtime.config_checks import validate
+from runtime.evaluation import checkpoint_config, make_evaluation, over_sources, zlib_bits_per_byte
+from runtime.guards import AGAIN, StopSignals, TrainingError, Watchdog
+from runtime.metrics import Progress, Writer
+from runtime.plot import need_matplotlib, plot
+from runtime.resume import first_step, load_params, restore_state
+from runtime.sampling import make_sampler
+from runtime.terminal import Terminal
+from runtime.workdir import TOKENIZER, append_evaluation, start_entry, tokenizer_record
+from train_step import abstract_state, init_state, lower_train_step, put_batch
 
 T = TypeVar('T')
-
-# ---------------------------------------------------------------------------------------------
-# The run
-# ---------------------------------------------------------------------------------------------
-
-
-def open_data(
-    config: ConfigDict,
-) -> tuple[data.Loader | data.Mixture, list[data.Source], tiktoken.Encoding]:
-    """The training stream, its sources with their evaluation sets, and their tokenizer, which tells
-    the config what ends a document.
-
-    Raises ValueError if the vocabulary does not fit.
-    """
-    d = config.data
-    loader, sources = data.open_sources(
-        d.sources or (('data', d.path, 1.0),),
-        d.tokenizer,
-        config.batch_size,
-        config.seq_len,
-        config.seed,
-        config.eval.batches,
-    )
-    encoding = sources[0].evaluation.split.encoding()
-    if encoding.n_vocab > config.model.vocab_size:
-        raise ValueError(
-            f'model.vocab_size={config.model.vocab_size} is below the {encoding.n_vocab} tokens of '
-            f'{encoding.name}; use {-(-encoding.n_vocab // 128) * 128}'
-        )
-    if config.data.isolate_documents:
-        config.model.document_end = encoding.eot_token
-    return loader, sources, encoding
 
 
 def start_state(
@@ -112,8 +73,8 @@ def train(
 ) -> dict[str, Any]:
     """The whole run, or what is left of it in the workdir; returns the summary of what was done."""
     validate(config, jax.device_count(), jax.process_count())
-    hosts.check_shared(workdir)
-    hosts.use_cache(config)
+    processes.check_shared(workdir)
+    processes.use_cache(config)
     path, c = os.path.join(workdir, 'checkpoints'), config.checkpoint
     with (
         out_of_memory_explained(config),
@@ -252,21 +213,9 @@ def evaluate_only(config: ConfigDict, workdir: str, step: int) -> dict[str, floa
     return result
 
 
-def keep_freed_memory() -> None:
-    """Lets glibc keep what XLA:CPU frees for the next step, instead of returning it to the system
-    and faulting it in again page by page: that took a third of a matmul's time. The price is that
-    the process holds its peak. On other C libraries nothing changes.
-    """
-    if platform.libc_ver()[0] != 'glibc':
-        return
-    libc = ctypes.CDLL(None)
-    m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8  # malloc.h
-    libc.mallopt(m_mmap_max, 0)
-    libc.mallopt(m_trim_threshold, 2**31 - 1)
-    libc.mallopt(m_arena_max, 1)
-
-
 FLAGS = flags.FLAGS
+
+
 NEWEST = 'newest'
 
 
@@ -297,20 +246,20 @@ def say_next(workdir: str) -> None:
 
 def main(arguments: list[str]) -> None:
     keep_freed_memory()
-    hosts.choose_platform(FLAGS.cpu_devices)
+    processes.choose_platform(FLAGS.cpu_devices)
     try:
         command(arguments[1:])
     except (CheckpointError, TrainingError) as error:
         sys.exit(str(error))
     except OutOfMemoryError as error:
-        hosts.fail(str(error))
+        processes.fail(str(error))
     except Exception as error:
         if str(error).startswith('the config cannot run'):
             sys.exit(str(error))
         if jax.process_count() == 1:
             raise
         traceback.print_exc()
-        hosts.fail(
+        processes.fail(
             f'process {jax.process_index()} of {jax.process_count()} ends. If another one ended '
             f'first, its output says why; the same command goes on from the newest checkpoint.',
             AGAIN,
@@ -326,14 +275,16 @@ def command(arguments: list[str]) -> None:
             f'the config cannot run: {" ".join(arguments)} is no flag; flags are --name=value, '
             f'and fields of the config --config.name=value'
         )
-    heartbeat = FLAGS.config.guard.heartbeat_seconds if FLAGS.config else hosts.HEARTBEAT_SECONDS
-    hosts.start(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id, heartbeat)
+    heartbeat = (
+        FLAGS.config.guard.heartbeat_seconds if FLAGS.config else processes.HEARTBEAT_SECONDS
+    )
+    processes.start(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id, heartbeat)
     if FLAGS.eval_only is not None:
         step = None if FLAGS.eval_only == NEWEST else FLAGS.eval_only
         step, config = checkpoint_config(FLAGS.workdir, step, FLAGS.config)
         evaluate_only(config, FLAGS.workdir, step)
         return
-    workdir = FLAGS.workdir or hosts.new_workdir()
+    workdir = FLAGS.workdir or processes.new_workdir()
     train(FLAGS.config, workdir, FLAGS.init_from or '', parse_steps(FLAGS.profile or ''))
     if jax.process_index() == 0:
         say_next(workdir)

@@ -34,8 +34,8 @@ import numpy as np
 from absl import app, flags
 from jax.sharding import NamedSharding
 
-import train
 from checkpoint import Checkpointer
+from machine.memory import keep_freed_memory
 from parallel import P, make_mesh
 
 FLAGS = flags.FLAGS
@@ -167,7 +167,7 @@ def orbax():
 
 
 def main(_):
-    train.keep_freed_memory()
+    keep_freed_memory()
     if FLAGS.cpu_devices:
         jax.config.update('jax_platforms', 'cpu')
         jax.config.update('jax_num_cpu_devices', FLAGS.cpu_devices)

@@ -138,7 +138,7 @@ def naive_encode(text: str) -> list[int]:
 
 def naive(folder: str, output: str, workers: int) -> int:
     """A pool, a document at a time, a Python list that becomes an array."""
-    from corpus import cut_into_parts, documents
+    from corpus.documents import cut_into_parts, documents
 
     parts = cut_into_parts(find_files([f'{folder}/*']), 1 << 40)
     texts = (d.text for part in parts for piece in part for d in documents(piece))
@@ -168,17 +168,17 @@ def tiny_step() -> tuple[float, int, int]:
     """Seconds a training step of configs/tiny.py, and its batch size and sequence length."""
     import jax
 
-    import steps
-    import train
+    import train_step
     from configs import tiny
+    from machine.memory import keep_freed_memory
     from parallel import make_mesh
 
-    train.keep_freed_memory()
+    keep_freed_memory()
     config = tiny.get_config()
     mesh = make_mesh(config.mesh)
     tokens = np.random.default_rng(0).integers(0, 4096, (config.batch_size, config.seq_len + 1))
-    batch = steps.put_batch(lambda _, rows: tokens[rows].astype(np.int32), 0, config, mesh)
-    state, step = steps.init_state(config, mesh), steps.make_train_step(config, mesh)
+    batch = train_step.put_batch(lambda _, rows: tokens[rows].astype(np.int32), 0, config, mesh)
+    state, step = train_step.init_state(config, mesh), train_step.make_train_step(config, mesh)
     seconds = []
     for _ in range(8):
         started = time.perf_counter()

@@ -21,12 +21,11 @@ from absl import app, flags
 from ml_collections import ConfigDict
 
 import decoding
-import train
+from config import ModelConfig
 from configs import default
-from layers import ModelConfig
-from model import model_params
+from machine.memory import keep_freed_memory
+from model import model_config, model_params
 from parallel import TP, Tree, init_params, make_mesh
-from validation import model_config
 
 FLAGS = flags.FLAGS
 CONTEXT, CHUNK = 2048, 16
@@ -99,7 +98,7 @@ def measure(kind: str) -> dict[str, float]:
 
 
 def main(_):
-    train.keep_freed_memory()
+    keep_freed_memory()
     if FLAGS.cpu_devices:
         jax.config.update('jax_num_cpu_devices', FLAGS.cpu_devices)
     result: dict[str, float] = {}

@@ -25,6 +25,7 @@ from absl import app, flags
 
 import train
 from configs import tiny
+from machine.memory import keep_freed_memory
 
 FLAGS = flags.FLAGS
 
@@ -57,7 +58,7 @@ class WaitedFor:
 
 
 def main(_) -> None:
-    train.keep_freed_memory()
+    keep_freed_memory()
     steps_seen: list[WaitedFor] = []
     lower = train.lower_train_step
 

@@ -22,12 +22,13 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
-import train
+from config import ModelConfig
 from configs import default
-from layers import ModelConfig, swiglu, swiglu_params
-from moe import dispatch, moe, moe_params
+from layers.dense import swiglu, swiglu_params
+from layers.moe import dispatch, moe, moe_params
+from machine.memory import keep_freed_memory
+from model import model_config
 from parallel import AXES, Array, P, global_sum, init_params, make_mesh, varying
-from validation import model_config
 
 FLAGS = flags.FLAGS
 T, D, WIDTH, CHOICES = 256, 256, 512, 2
@@ -77,7 +78,7 @@ def best_seconds(pairs: list[tuple[Callable, tuple]], repeats: int = 12) -> list
 
 
 def main(_):
-    train.keep_freed_memory()
+    keep_freed_memory()
     B = FLAGS.sequences
     keys = jax.random.split(jax.random.key(0), 3)
     x, d = (jax.random.normal(k, (B, T, D)) for k in keys[:2])

@@ -19,13 +19,13 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import jax
 from absl import app, flags
 
-import train
 from configs import default
-from model import flops_per_token
+from machine.memory import keep_freed_memory
+from model import flops_per_token, model_config
 from parallel import make_mesh
-from schedules import ideal, lock_step
-from steps import lower_train_step, pipeline_costs, train_schedule
-from validation import model_config, validate
+from pipeline.schedules import ideal, lock_step
+from runtime.config_checks import validate
+from train_step import lower_train_step, pipeline_costs, train_schedule
 
 FLAGS = flags.FLAGS
 ROWS = 4  # sequences of a microbatch
@@ -77,7 +77,7 @@ def measure(schedule: str, pp: int, microbatches: int, n_layers: int) -> dict:
 def main(_):
     jax.config.update('jax_platforms', 'cpu')
     jax.config.update('jax_num_cpu_devices', FLAGS.pp)
-    train.keep_freed_memory()
+    keep_freed_memory()
     counts = [int(m) for m in FLAGS.microbatches]
     rows = [measure(s, FLAGS.pp, m, 8) for s in FLAGS.schedules for m in counts]
     rows += [measure(s, FLAGS.pp, counts[0], 16) for s in FLAGS.schedules]

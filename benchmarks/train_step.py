@@ -20,13 +20,13 @@ import jax
 import numpy as np
 from absl import app, flags
 
-import steps
-import train
-import validation
+import train_step
 from configs import default
-from metrics import peak_flops
+from machine.chips import peak_flops
+from machine.memory import keep_freed_memory
 from model import flops_per_token, model_params
 from parallel import count, make_mesh
+from runtime import config_checks
 
 FLAGS = flags.FLAGS
 
@@ -40,30 +40,30 @@ def configure(n_layers: int, mesh: list[int]):
     c.model.update(n_experts=8, experts_per_token=2, n_shared_experts=1, d_expert=512)
     c.model.update(attention_block=FLAGS.attention_block, loss_chunk=FLAGS.loss_chunk)
     c.mesh.update(dp=mesh[0], fsdp=mesh[1], tp=mesh[2])
-    validation.validate(c, jax.device_count())
+    config_checks.validate(c, jax.device_count())
     return c
 
 
 def compile_step(config, mesh):
-    state = steps.init_state(config, mesh)
+    state = train_step.init_state(config, mesh)
     tokens = np.random.default_rng(0).integers(0, 8192, (16, 257), np.int32)
-    batch = steps.put_batch(lambda _, rows: tokens[rows], 0, config, mesh)
+    batch = train_step.put_batch(lambda _, rows: tokens[rows], 0, config, mesh)
     start = time.perf_counter()
-    lowered = steps.make_train_step(config, mesh).lower(state, batch)
+    lowered = train_step.make_train_step(config, mesh).lower(state, batch)
     compiled = lowered.compile()
     return compiled, state, batch, time.perf_counter() - start, lowered.as_text().count('\n')
 
 
 def main(_):
     if FLAGS.keep_freed_memory:
-        train.keep_freed_memory()
+        keep_freed_memory()
     if FLAGS.cpu_devices:
         jax.config.update('jax_num_cpu_devices', FLAGS.cpu_devices)
     sizes = [int(x) for x in FLAGS.mesh.split(',')]
     config = configure(8, sizes)
     mesh = make_mesh(config.mesh)
     step, state, batch, compile_s, lines = compile_step(config, mesh)
-    cfg = validation.model_config(config)
+    cfg = config.model_config(config)
     flops = 4096 * flops_per_token(cfg, 256)
     peaks, rounds = [peak_flops(config, mesh)[0]], []
     for _ in range(FLAGS.repeats):

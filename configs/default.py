@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     c.microbatches = 1  # parts of a batch, one after the other, gradients accumulated
     c.compute_dtype = 'float32'  # of matmuls and residual stream: 'float32' | 'bfloat16'
     c.check_vma = True  # let shard_map check replication; the attention kernels need it off
-    c.compiler_options = ''  # of the train step, 'name=value ...', over those of steps.py
+    c.compiler_options = ''  # of the train step, 'name=value ...', over those of train_step.py
 
     c.model = m = ConfigDict()
     m.vocab_size = 4096  # at least the tokenizer's, and divisible by tp

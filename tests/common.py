@@ -8,12 +8,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-import steps
+import train_step
+from config import ModelConfig
 from configs import default
-from layers import ModelConfig
-from model import model_params
+from model import model_config, model_params
 from parallel import AXES, P, Tree, global_sum, init_params, make_mesh, shardings, varying
-from validation import model_config
 
 
 def small_config(
@@ -60,12 +59,12 @@ def initial_params(cfg: ModelConfig, mesh: Mesh, seed: int = 0, chunks: int = 1)
 
 
 def initial_state(config: ConfigDict, mesh: Mesh) -> Tree:
-    """`steps.init_state`, with `initial_params`."""
+    """`train_step.init_state`, with `initial_params`."""
     chunks = config.pipeline.chunks
     params = initial_params(model_config(config), mesh, config.seed, chunks)
     zeros = lambda x: jax.device_put(np.zeros(x.shape, np.float32), x.sharding)  # noqa: E731
     moments = {name: jax.tree.map(zeros, params) for name in 'mv'}
-    numbers = jax.device_put(steps.init_numbers(), NamedSharding(mesh, P()))
+    numbers = jax.device_put(train_step.init_numbers(), NamedSharding(mesh, P()))
     return {'params': params, 'moments': moments, **numbers}
 
 

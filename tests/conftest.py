@@ -10,8 +10,8 @@ os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_backend_opti
 import jax
 import pytest
 
-import corpus
-import prepare
+from corpus.files import find_files
+from corpus.prepare import Job, prepare
 
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 8)
@@ -20,7 +20,7 @@ jax.config.update('jax_num_cpu_devices', 8)
 @pytest.fixture
 def tpu_devices():
     """name of a topology -> its devices, which can be compiled for but are not there."""
-    pytest.importorskip('libtpu', reason='needs libtpu: pip install -r requirements-tpu.txt')
+    pytest.importorskip('libtpu', reason='needs libtpu: pip install -r requirements/tpu.txt')
     from jax.experimental import topologies
 
     def devices(name: str, **more):
@@ -32,7 +32,7 @@ def tpu_devices():
 @pytest.fixture
 def gpu_compiler():
     """Skips where the compiler for NVIDIA's GPUs is missing."""
-    pytest.importorskip('jax_cuda12_plugin', reason='needs pip install -r requirements-gpu.txt')
+    pytest.importorskip('jax_cuda12_plugin', reason='needs pip install -r requirements/gpu.txt')
 
 
 @pytest.fixture(scope='session')
@@ -42,6 +42,6 @@ def tokens(tmp_path_factory) -> pathlib.Path:
     for i in range(40):
         (folder / f'{i}.txt').write_text(f'The number {i} follows {i - 1}. ' * 40)
     output = folder / 'tokens'
-    files = corpus.find_files([f'{folder}/*.txt'])
-    prepare.prepare(files, prepare.Job(str(output), 'bytes', validation_share=0.2))
+    files = find_files([f'{folder}/*.txt'])
+    prepare(files, Job(str(output), 'bytes', validation_share=0.2))
     return output

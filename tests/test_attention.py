@@ -9,16 +9,15 @@ import numpy as np
 import pytest
 from common import small_config
 
-from attention import (
+from layers.attention import positions, rope, rope_frequencies, rope_table
+from layers.attention_kernels import (
     attention_scale,
     causal_attention,
-    positions,
-    rope,
-    rope_frequencies,
-    rope_table,
+    choose_kernel,
+    cudnn_attention,
+    splash_attention,
 )
-from attention_kernels import choose_kernel, cudnn_attention, splash_attention
-from validation import model_config
+from model import model_config
 
 
 def plain_attention(q, k, v, documents, scale):
@@ -90,7 +89,7 @@ def test_kernels_are_softmax_attention(kernel, packed):
 def test_kernels_lower_for_their_platform(kernel, platform, call):
     """cuDNN is asked for its version on the way, so that takes its library, if no GPU."""
     if platform == 'cuda':
-        pytest.importorskip('jax_cuda12_plugin', reason='needs requirements-gpu.txt')
+        pytest.importorskip('jax_cuda12_plugin', reason='needs requirements/gpu.txt')
     attend = {
         'splash': functools.partial(splash_attention, block=128, saved_name='', interpret=False),
         'cudnn': cudnn_attention,

@@ -16,12 +16,12 @@ from ml_collections import ConfigDict
 from servers import serve_gs, serve_s3
 
 import checkpoint
-import leaves
-import steps
+import train_step
 from checkpoint import Checkpointer, CheckpointError
-from leaves import chunk_shape, leaf_names
 from parallel import P, Tree, make_mesh
-from validation import validate
+from runtime.config_checks import validate
+from storage import leaves
+from storage.leaves import chunk_shape, leaf_names
 
 UNSYNCED = {'file_io_sync': False}  # a context: many small files, and no power cut
 MESHES = [
@@ -157,7 +157,7 @@ def state_on(config: ConfigDict) -> Tree:
     def fill(x: jax.ShapeDtypeStruct) -> jax.Array:
         return jax.device_put(rng.normal(scale=100, size=x.shape).astype(x.dtype), x.sharding)
 
-    return jax.tree.map(fill, steps.abstract_state(config, make_mesh(config.mesh)))
+    return jax.tree.map(fill, train_step.abstract_state(config, make_mesh(config.mesh)))
 
 
 def assert_placed(tree: Tree, target: Tree) -> None:
@@ -173,7 +173,7 @@ def test_a_state_moves_between_meshes(source, to, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, 'WINDOW_BYTES', 10_000)
     state = state_on(config_on(source))
     config = config_on(to)
-    target = steps.abstract_state(config, make_mesh(config.mesh))
+    target = train_step.abstract_state(config, make_mesh(config.mesh))
     with Checkpointer(str(tmp_path), context=ts.Context(UNSYNCED)) as checkpoints:
         checkpoints.save(1, state)
         checkpoints.wait()
@@ -190,7 +190,7 @@ def test_a_subtree_is_restored_without_reading_the_rest(tmp_path):
         for path in files(tmp_path):
             if '/moments.' in str(path):
                 path.unlink()
-        target = steps.abstract_state(config_on({'tp': 4}), make_mesh({'tp': 4}))
+        target = train_step.abstract_state(config_on({'tp': 4}), make_mesh({'tp': 4}))
         restored = checkpoints.restore(1, {'params': target['params']})
         assert_same(restored, {'params': state['params']})
         with pytest.raises(CheckpointError, match='moments'):

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from chips import CHIPS
-from compiled import KERNEL_EFFICIENCY, Reader, attention_flops, mesh_axes
-from hlo import groups, parse
+from machine.chips import CHIPS
 from parallel import AXES
+from planning.compiled import KERNEL_EFFICIENCY, Reader, attention_flops, mesh_axes
+from planning.hlo import groups, parse
 
 MESH = SimpleNamespace(devices=np.arange(8).reshape(2, 1, 2, 1, 2), axis_names=AXES)
 # A cycle takes a second, and a device sends and moves a byte a second.

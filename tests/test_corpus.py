@@ -10,8 +10,10 @@ import sys
 import pytest
 from servers import serve_folder, serve_hub
 
-import corpus
-from corpus import Bad, Document, File, RemoteError, cut_into_parts, documents, find_files
+from corpus import documents as module
+from corpus import files as corpus_files
+from corpus.documents import Bad, Document, cut_into_parts, documents
+from corpus.files import File, RemoteError, find_files
 
 pa = pytest.importorskip('pyarrow')
 pq = pytest.importorskip('pyarrow.parquet')
@@ -68,7 +70,7 @@ def test_every_format_gives_the_same_documents(tmp_path):
 
 @pytest.mark.parametrize('part_bytes', [1, 2, 7, 40, 333, 1000, 4096, 10**6])
 def test_byte_ranges_give_every_line_once(tmp_path, part_bytes, monkeypatch):
-    monkeypatch.setattr(corpus, 'READ_BYTES', 64)
+    monkeypatch.setattr(module, 'READ_BYTES', 64)
     texts = some_texts(20)
     lines = as_lines(texts).replace(b'}\n', b'}\r\n\n \n', 3)
     for i, content in enumerate([lines, lines.rstrip(b'\n'), b'\n\n' + lines, lines + b'\n\n']):
@@ -200,7 +202,8 @@ def test_urls_give_what_local_files_give(tmp_path):
 READ_HUB = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
-from corpus import cut_into_parts, documents, find_files
+from corpus.documents import cut_into_parts, documents
+from corpus.files import find_files
 files = find_files(['hf://datasets/org/name/sample/*.parquet'])
 parts = cut_into_parts(files, 5000)
 print(json.dumps([d for part in parts for piece in part for d in documents(piece)]))
@@ -214,7 +217,7 @@ def test_datasets_of_a_hub(tmp_path):
         for path in tmp_path.glob('*.parquet'):
             store.objects[f'sample/{path.name}'] = path.read_bytes()
         done = subprocess.run(
-            [sys.executable, '-c', READ_HUB, os.path.dirname(corpus.__file__)],
+            [sys.executable, '-c', READ_HUB, os.path.dirname(os.path.dirname(module.__file__))],
             env={**os.environ, 'HF_ENDPOINT': f'http://127.0.0.1:{store.port}'},
             check=True,
             capture_output=True,
@@ -241,7 +244,7 @@ def test_only_the_needed_column_and_row_group_are_read(tmp_path):
 
 def test_failing_server_is_asked_again_and_then_named(monkeypatch, capsys):
     pytest.importorskip('aiohttp')
-    monkeypatch.setattr(corpus, 'PAUSE', 0.0)
+    monkeypatch.setattr(corpus_files, 'PAUSE', 0.0)
     with serve_folder() as store:
         store.objects = {'a.jsonl': as_lines(['x', 'y'])}
         files = find_files([f'http://127.0.0.1:{store.port}/a.jsonl'])
@@ -250,11 +253,11 @@ def test_failing_server_is_asked_again_and_then_named(monkeypatch, capsys):
         with pytest.raises(RemoteError, match=r'a\.jsonl: .*503'):
             list(documents(piece))
         store.failures = 2
-        assert len(corpus.retry(lambda: list(documents(piece)))) == 2
+        assert len(corpus_files.retry(lambda: list(documents(piece)))) == 2
         assert 'trying again' in capsys.readouterr().err
         store.failures = 100
         with pytest.raises(RemoteError, match='503'):
-            corpus.retry(lambda: list(documents(piece)))
+            corpus_files.retry(lambda: list(documents(piece)))
         assert store.failures == 96
 
 
@@ -284,7 +287,7 @@ def test_missing_package_names_the_remedy(tmp_path, monkeypatch, package, name):
     write_formats(tmp_path, ['x'] * 200)
     monkeypatch.setitem(sys.modules, package, None)
     url = f'file://{tmp_path}/{name}' if package == 'fsspec' else f'{tmp_path}/{name}'
-    with pytest.raises(ImportError, match=r'pip install -r requirements-data\.txt'):
+    with pytest.raises(ImportError, match=r'pip install -r requirements/data\.txt'):
         read(url)
 
 

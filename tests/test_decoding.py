@@ -10,6 +10,7 @@ from common import initial_params, small_config
 from jax import lax
 
 import decoding
+from config import ModelConfig
 from decoding import (
     ROWS,
     Sampling,
@@ -19,19 +20,8 @@ from decoding import (
     next_starts,
     prefill_logits,
 )
-from layers import ModelConfig
-from model import logits, model_params
-from parallel import (
-    AXES,
-    TP,
-    P,
-    free_axes,
-    make_mesh,
-    map_params,
-    specs,
-    varying,
-)
-from validation import model_config
+from model import logits, model_config, model_params
+from parallel import AXES, TP, P, free_axes, make_mesh, map_params, specs, varying
 
 CONTEXT = 32
 PROMPTS = [[1, 2, 3], list(range(20, 42)), [7], [9, 9, 7, 9] * 4, [5, 4, 3, 7]]

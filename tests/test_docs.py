@@ -26,7 +26,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from configs import default
-from validation import validate
+from runtime.config_checks import validate
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
@@ -67,7 +67,7 @@ def prose(page: str) -> str:
 @functools.cache
 def defined(module: str) -> dict[str, ast.AST]:
     """What a module defines or imports at its top level."""
-    tree = ast.parse((ROOT / f'{module}.py').read_text())
+    tree = ast.parse(modules()[module].read_text())
     names: dict[str, ast.AST] = {}
     for node in tree.body:
         if isinstance(node, ast.Import | ast.ImportFrom):
@@ -91,8 +91,12 @@ def members(node: ast.AST) -> dict[str, ast.AST]:
     return names
 
 
-def modules() -> set[str]:
-    return {path.stem for path in ROOT.glob('*.py')}
+@functools.cache
+def modules() -> dict[str, pathlib.Path]:
+    """The project's modules, of its packages too: the last part of the name, and the file."""
+    packages = {path.parent for path in ROOT.glob('*/__init__.py')} - {ROOT / 'configs'}
+    found = [p for folder in (ROOT, *packages) for p in folder.glob('*.py')]
+    return {path.stem: path for path in found if path.stem != '__init__'}
 
 
 def is_field(name: str, config: ConfigDict) -> bool:
@@ -132,7 +136,7 @@ def wrong_names(page: str) -> Iterator[str]:
         elif name := re.fullmatch(r'([a-z]\w*)((?:\.\w+)+)(?:\(.*\)|=.*)?', code):
             if name[2].endswith(('.json', '.jsonl', '.txt', '.tiktoken')):
                 continue
-            known = modules() | groups | {'jax', 'lax', 'jnp'}
+            known = modules().keys() | groups | {'jax', 'lax', 'jnp'}
             if name[1] in known and not resolves(name[1] + name[2]):
                 yield f'`{code}` does not exist'
 
@@ -184,7 +188,12 @@ def commands(script: str) -> Iterator[list[str]]:
 def flags_of(script: str) -> dict[str, str]:
     """name -> kind of the flags that a script defines."""
     found: dict[str, str] = {}
-    for node in ast.walk(ast.parse((ROOT / script).read_text())):
+    tree = ast.parse((ROOT / script).read_text())
+    runs = tree.body[-1].body if isinstance(tree.body[-1], ast.If) else []
+    for node in runs:  # a command that another module defines
+        for alias in node.names if isinstance(node, ast.ImportFrom) else ():
+            found |= flags_of(str(modules()[alias.name].relative_to(ROOT)))
+    for node in ast.walk(tree):
         kind = getattr(node.func, 'attr', '') if isinstance(node, ast.Call) else ''
         if kind == 'DEFINE_flag':  # (parser, serializer, name, ...) of a flag of its own type
             found[ast.literal_eval(node.args[0].args[2])] = 'flag'

@@ -12,10 +12,13 @@ from common import initial_params, small_config
 
 import generate
 from checkpoint import Checkpointer
-from generate import Completion, allowed_tokens, load, make_sampler, run_encoding, tokenizer_record
+from generate import load
+from model import model_config
 from parallel import make_mesh
+from runtime import sampling
+from runtime.sampling import Completion, allowed_tokens, make_sampler, run_encoding
+from runtime.workdir import tokenizer_record
 from tokenizer import get_encoding
-from validation import model_config
 
 ROOT = pathlib.Path(generate.__file__).parent
 BYTES = get_encoding('bytes')
@@ -137,7 +140,7 @@ def test_tokenizer_of_the_run(workdir, tmp_path):
 
 
 def test_end_of_text_in_a_prompt_is_the_token():
-    assert generate.encode(BYTES, '<|endoftext|>a') == [256, 97]
+    assert sampling.encode(BYTES, '<|endoftext|>a') == [256, 97]
 
 
 def text_of(*chunks: bytes, stops: tuple[str, ...] = ()) -> tuple[Completion, list[str]]:

@@ -1,6 +1,7 @@
 """A step that must not count changes nothing on any device; a run that hangs or diverges ends."""
 
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,10 +15,11 @@ from jax import lax
 from ml_collections import ConfigDict
 from test_parity import assert_replicas_identical
 
-import guards
-import steps
+import optimizer
+import train_step
 from configs import default
 from parallel import PP, TP, Tree, make_mesh
+from runtime import guards
 
 POISON = -2  # no target, like -1, but the device that reads it gets gradients without a number
 SKIPPED = 1
@@ -51,7 +53,7 @@ def run(config: ConfigDict, step: Callable, leave_out: bool) -> tuple[Tree, list
         if leave_out and i == SKIPPED:
             state['step'] = jax.device_put(np.int32(i + 1), state['step'].sharding)
             continue
-        batch = steps.put_batch(poisoned_batch_at, i, config, mesh)
+        batch = train_step.put_batch(poisoned_batch_at, i, config, mesh)
         state, of_step = step(state, batch)
         metrics.append(jax.device_get(of_step))
     return state, metrics
@@ -80,11 +82,11 @@ PIPELINE = {'schedule': 'zero_bubble'}
 )
 def test_a_poisoned_step_is_as_if_it_had_not_been(sizes, changes, monkeypatch):
     for name in ('accumulated', 'pipelined'):
-        monkeypatch.setattr(steps, name, poisoned(getattr(steps, name)))
+        monkeypatch.setattr(train_step, name, poisoned(getattr(train_step, name)))
     config = on_mesh(small_config(moe=True, microbatches=2), sizes)
     config.model.update(n_layers=2, first_dense=0, block=('moe',))
     config.update(changes)
-    step = steps.make_train_step(config, make_mesh(config.mesh))
+    step = train_step.make_train_step(config, make_mesh(config.mesh))
     state, metrics = run(config, step, leave_out=False)
     expected, expected_metrics = run(config, step, leave_out=True)
     assert [int(m['skipped']) for m in metrics] == [0, 1, 1, 1]
@@ -104,10 +106,10 @@ def test_a_poisoned_step_is_as_if_it_had_not_been(sizes, changes, monkeypatch):
 
 @pytest.mark.slow
 def test_without_the_guard_the_poison_spreads(monkeypatch):
-    monkeypatch.setattr(steps, 'accumulated', poisoned(steps.accumulated))
+    monkeypatch.setattr(train_step, 'accumulated', poisoned(train_step.accumulated))
     config = small_config()
     config.guard.nonfinite = False
-    step = steps.make_train_step(config, make_mesh({}))
+    step = train_step.make_train_step(config, make_mesh({}))
     state, metrics = run(config, step, leave_out=False)
     assert int(metrics[-1]['skipped']) == 0
     assert all(np.isnan(x).all() for x in jax.tree.leaves(jax.device_get(state['params'])))
@@ -123,7 +125,9 @@ def test_skipping_keeps_no_second_state(sizes, share):
 
     def analysis(**changes):
         config.guard.update(changes)
-        return steps.lower_train_step(config, make_mesh(config.mesh)).compile().memory_analysis()
+        return (
+            train_step.lower_train_step(config, make_mesh(config.mesh)).compile().memory_analysis()
+        )
 
     guarded, free = analysis(), analysis(nonfinite=False, spike_factor=0.0)
     state = guarded.alias_size_in_bytes
@@ -136,9 +140,9 @@ def test_skipping_keeps_no_second_state(sizes, share):
 def judged(norms: list[float], **changes) -> tuple[list[bool], dict]:
     guard = default.get_config().guard
     guard.update(changes)
-    history, applied = guards.init_history(), []
+    history, applied = optimizer.init_history(), []
     for norm in norms:
-        apply, history = guards.judge(jnp.float32(norm), history, guard)
+        apply, history = optimizer.judge(jnp.float32(norm), history, guard)
         applied.append(bool(apply))
     return applied, {name: float(x) for name, x in history.items()}
 
@@ -187,8 +191,8 @@ def test_too_many_skips_stop_the_run():
 HANG = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
-import guards
 from configs import default
+from runtime import guards
 guard = default.get_config().guard
 guard.step_seconds, guard.pause_seconds = float(sys.argv[2]), float(sys.argv[3])
 
@@ -216,7 +220,7 @@ print('went on')
     ],
 )
 def test_the_watchdog_ends_a_process_that_hangs(arguments, message):
-    root = guards.__file__.rpartition('/')[0]
+    root = os.path.dirname(os.path.dirname(guards.__file__))
     command = [sys.executable, '-c', HANG, root, *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     if not message:

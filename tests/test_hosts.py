@@ -13,19 +13,20 @@ import pytest
 from test_resume import records
 from training_worker import small_run
 
-import guards
-import hosts
-import steps
+import optimizer
 import train
+import train_step
 from checkpoint import CheckpointError
 from configs import default
-from memory import OutOfMemoryError
+from machine import processes
+from machine.memory import OutOfMemoryError
+from runtime import guards
 
 ROOT = pathlib.Path(train.__file__).parent
 TIMEOUT = 300  # seconds, for what would otherwise hang
 
 
-SRUN = dict.fromkeys(hosts.SLURM, '0')
+SRUN = dict.fromkeys(processes.SLURM, '0')
 
 
 @pytest.mark.parametrize(
@@ -42,24 +43,26 @@ SRUN = dict.fromkeys(hosts.SLURM, '0')
     ids=str,
 )
 def test_the_environment_says_whether_there_are_others(environment, several):
-    assert hosts.several_offered(environment) == several
+    assert processes.several_offered(environment) == several
 
 
 def test_what_the_environment_offers_is_left_to_jax(monkeypatch):
     calls = []
-    monkeypatch.setattr(hosts.jax.distributed, 'initialize', lambda *a, **k: calls.append((a, k)))
-    monkeypatch.setattr(hosts.jax.config, 'update', lambda *_: None)
-    times = {'heartbeat_timeout_seconds': 9, 'shutdown_timeout_seconds': hosts.SHUTDOWN_SECONDS}
-    hosts.start(None, None, None, 9)
+    monkeypatch.setattr(
+        processes.jax.distributed, 'initialize', lambda *a, **k: calls.append((a, k))
+    )
+    monkeypatch.setattr(processes.jax.config, 'update', lambda *_: None)
+    times = {'heartbeat_timeout_seconds': 9, 'shutdown_timeout_seconds': processes.SHUTDOWN_SECONDS}
+    processes.start(None, None, None, 9)
     assert not calls
-    hosts.start('auto', None, None, 9)
-    hosts.start('a:1', 2, 0, 9)
-    monkeypatch.setattr(hosts.os, 'environ', SRUN | {'SLURM_NTASKS': '4'})
-    hosts.start(None, None, None, 9)
+    processes.start('auto', None, None, 9)
+    processes.start('a:1', 2, 0, 9)
+    monkeypatch.setattr(processes.os, 'environ', SRUN | {'SLURM_NTASKS': '4'})
+    processes.start(None, None, None, 9)
     assert calls == [((), times), (('a:1', 2, 0), times), ((), times)]
     for partial in [('a:1', 2, None), ('a:1', None, None), (None, 2, 1), ('auto', 2, 1)]:
         with pytest.raises(ValueError, match=r'the config cannot run: .* belong together'):
-            hosts.start(*partial, 9)
+            processes.start(*partial, 9)
 
 
 @pytest.fixture(scope='module')
@@ -222,9 +225,9 @@ def test_exit_codes(error, alone, of_two, monkeypatch):
     monkeypatch.setattr(train, 'FLAGS', types.SimpleNamespace(**given))
     monkeypatch.setattr(train, 'keep_freed_memory', lambda: None)
     monkeypatch.setattr(train, 'train', fail)
-    monkeypatch.setattr(hosts.os, '_exit', leave)
-    for processes, code in ((1, alone), (2, of_two or alone)):
-        monkeypatch.setattr(train.jax, 'process_count', lambda n=processes: n)
+    monkeypatch.setattr(processes.os, '_exit', leave)
+    for n, code in ((1, alone), (2, of_two or alone)):
+        monkeypatch.setattr(train.jax, 'process_count', lambda n=n: n)
         with pytest.raises(code if isinstance(code, type) else SystemExit) as caught:
             train.main(['train.py'])
         if not isinstance(code, type):
@@ -234,9 +237,9 @@ def test_exit_codes(error, alone, of_two, monkeypatch):
 @pytest.mark.slow
 def test_a_run_that_skips_too_many_steps_stops(tokens, tmp_path, monkeypatch):
     def judge(norm, history, guard):
-        return guards.judge(jnp.where(history['counted'] < 3, norm, jnp.nan), history, guard)
+        return optimizer.judge(jnp.where(history['counted'] < 3, norm, jnp.nan), history, guard)
 
-    monkeypatch.setattr(steps, 'judge', judge)
+    monkeypatch.setattr(train_step, 'judge', judge)
     config = small_run(tokens, guard__max_skips=2)
     with pytest.raises(guards.TrainingError, match='at step 5: 2 steps in a row were skipped'):
         train.train(config, str(tmp_path / 'run'))

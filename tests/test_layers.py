@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from common import on_one_device
 
-from layers import dropout, rms_norm
+from layers.dense import dropout, rms_norm
 
 
 def test_rms_norm():

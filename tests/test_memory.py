@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 from common import on_mesh, small_config
 
-import steps
-from memory import OutOfMemoryError, memory_use, out_of_memory_explained, remedies
+import train_step
+from machine.memory import OutOfMemoryError, memory_use, out_of_memory_explained, remedies
 from parallel import make_mesh
 
 
@@ -53,4 +53,4 @@ def test_a_program_that_does_not_fit_brings_remedies(tpu_devices):
         pytest.raises(OutOfMemoryError, match=r'HBM(.|\n)*microbatches=1: with more'),
         out_of_memory_explained(config),
     ):
-        steps.lower_train_step(config, mesh).compile()
+        train_step.lower_train_step(config, mesh).compile()

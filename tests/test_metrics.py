@@ -13,11 +13,11 @@ from common import small_config
 from training_worker import small_run
 
 import train
-from evaluation import EVALUATIONS, checkpoint_config
-from metrics import Writer
-from plot import Run
-from record import add_entry, git_state
-from tracing import parse_steps
+from machine.profiler import parse_steps
+from runtime.evaluation import checkpoint_config
+from runtime.metrics import Writer
+from runtime.plot import Run
+from runtime.workdir import EVALUATIONS, add_entry, git_state
 
 MEASURED = {'tokens_per_second', 'mfu', 'time', 'host_bytes'}
 RUN = {

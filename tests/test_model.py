@@ -9,10 +9,9 @@ import pytest
 from common import initial_params, on_one_device, small_config
 
 import model
-import steps
-from model import cross_entropy, flops_per_token, logits, model_params, remat_policy
+import train_step
+from model import cross_entropy, flops_per_token, logits, model_config, model_params, remat_policy
 from parallel import AXES, count, init_params, make_mesh, varying
-from validation import model_config
 
 
 @pytest.mark.parametrize('z_loss', [0.0, 0.1])
@@ -167,8 +166,8 @@ def traced_step(remat: str, fsdp: int) -> str:
     config.mesh.update(fsdp=fsdp)
     mesh = make_mesh(config.mesh)
     tokens = jax.ShapeDtypeStruct((1, 16, 17), np.int32)
-    step = steps.make_train_step(config, mesh)
-    return str(jax.make_jaxpr(step)(steps.abstract_state(config, mesh), tokens))
+    step = train_step.make_train_step(config, mesh)
+    return str(jax.make_jaxpr(step)(train_step.abstract_state(config, mesh), tokens))
 
 
 def test_attention_of_cudnn_is_not_offloaded():

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from optimizer import OptimizerConfig, adamw, adamw_init, clip_by_global_norm, learning_rate
+from config import OptimizerConfig
+from optimizer import adamw, adamw_init, clip_by_global_norm, learning_rate
 from parallel import P, Param, make_mesh, ones
 
 DEFAULTS = {

@@ -12,8 +12,8 @@ from common import batch_at, initial_state, on_mesh, small_config
 from ml_collections import ConfigDict
 
 from parallel import Tree, make_mesh
-from steps import make_train_step, put_batch
-from validation import validate
+from runtime.config_checks import validate
+from train_step import make_train_step, put_batch
 
 TOLERANCE = 2e-5
 MESHES = [(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 2), (1, 4, 2), (1, 1, 8), (2, 1, 4), (8, 1, 1)]

@@ -9,7 +9,8 @@ import pytest
 from common import batch_at, initial_params, small_config
 from test_parity import TOLERANCE, assert_trees_close
 
-from layers import gain, linear, linear_weight_gradient, weight
+from layers.dense import gain, linear, linear_weight_gradient, weight
+from model import declared_params, model_config
 from parallel import (
     AXES,
     BATCH,
@@ -27,10 +28,10 @@ from parallel import (
     sum_gradients,
     varying,
 )
-from pipeline import Functions, run_pipeline
-from schedules import make_schedule
-from steps import lower_train_step, make_eval_step, make_gradients, put_batch
-from validation import declared_params, model_config, validate
+from pipeline.executor import Functions, run_pipeline
+from pipeline.schedules import make_schedule
+from runtime.config_checks import validate
+from train_step import lower_train_step, make_eval_step, make_gradients, put_batch
 
 MESHES = {
     'pp2': {'pp': 2},

@@ -12,14 +12,15 @@ import pytest
 from common import small_config
 
 import plan
-from chips import CHIPS, Chip, chip_of
-from compiled import Reader, compile_step
-from footprint import memory, share
+from machine.chips import CHIPS, Chip, chip_of
 from parallel import make_mesh
-from roofline import estimate
-from search import search
-from steps import abstract_state, lower_train_step
-from validation import validate
+from planning import report
+from planning.compiled import Reader, compile_step
+from planning.footprint import memory, share
+from planning.roofline import estimate
+from planning.search import search
+from runtime.config_checks import validate
+from train_step import abstract_state, lower_train_step
 
 ROOT = pathlib.Path(plan.__file__).parent
 CONFIGS = sorted(p.stem for p in (ROOT / 'configs').glob('*.py') if p.stem != '__init__')
@@ -40,9 +41,9 @@ def test_every_config_has_a_plan_and_fits_its_chip(name):
     assert e.fits
     assert 0 < e.mfu(e.seconds) <= e.mfu(e.overlapped_seconds) < 1
     assert e.computed > 0.97 * e.useful
-    text = plan.table(config, name, e)
+    text = report.table(config, name, e)
     assert f'{e.parameters:,}' in text
-    json.dumps(plan.record(config, e))
+    json.dumps(report.record(config, e))
 
 
 def compiled(config):

@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from plot import Run, plot, smooth
+from runtime.plot import Run, plot, smooth
 
 
 def write_run(workdir: pathlib.Path, batch_size: int = 4, moe: bool = True) -> str:

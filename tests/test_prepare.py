@@ -12,9 +12,9 @@ import pytest
 from servers import serve_s3
 from test_shards import contents, prepared
 
-from corpus import File, find_files
-from prepare import Job, ahead, prepare
-from shards import SPLITS, Split, split_of
+from corpus.files import File, find_files
+from corpus.prepare import Job, ahead, prepare
+from corpus.shards import SPLITS, Split, split_of
 from tokenizer import fingerprint, get_encoding
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

@@ -12,11 +12,11 @@ from servers import leads_to, serve_bucket
 from test_prepare import ROOT, SHIPPED, prepared_corpus
 from test_shards import contents
 
-import corpus as documents
-import prepare as module
-from corpus import find_files
-from prepare import Job, prepare
-from shards import Split
+from corpus import documents as documents
+from corpus import prepare as module
+from corpus.files import find_files
+from corpus.prepare import Job, prepare
+from corpus.shards import Split
 from tokenizer import get_encoding
 
 
@@ -28,10 +28,9 @@ def corpus(tmp_path_factory):
 RUN = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
-import prepare as module
-import shards
-from corpus import find_files
-from prepare import Job, prepare
+from corpus import prepare as module, shards
+from corpus.files import find_files
+from corpus.prepare import Job, prepare
 
 calls = 0
 
@@ -215,7 +214,7 @@ def run_with_bucket(store, tmp_path, files, workers: int) -> None:
 
 @pytest.mark.slow
 def test_ray_gives_the_same_bytes(corpus, tmp_path, monkeypatch):
-    pytest.importorskip('ray', reason='Ray is not installed (requirements-data.txt)')
+    pytest.importorskip('ray', reason='Ray is not installed (requirements/data.txt)')
     _, output, files = corpus
     monkeypatch.chdir(tmp_path)
     prepare(files, Job('out', SHIPPED, 0.25), part_bytes=8000, ray='local')
@@ -231,7 +230,7 @@ def test_ray_without_a_cluster_or_the_package(corpus, tmp_path, monkeypatch):
     with pytest.raises(ImportError, match=r'--ray needs Ray: pip install'):
         prepare(files, Job(str(tmp_path / 'out'), SHIPPED), ray='auto')
     monkeypatch.undo()
-    pytest.importorskip('ray', reason='Ray is not installed (requirements-data.txt)')
+    pytest.importorskip('ray', reason='Ray is not installed (requirements/data.txt)')
     monkeypatch.setenv('RAY_TMPDIR', str(tmp_path))  # where clusters of this machine are noted
     monkeypatch.delenv('RAY_ADDRESS', raising=False)
     for address in ('auto', '127.0.0.1:1'):
@@ -240,7 +239,7 @@ def test_ray_without_a_cluster_or_the_package(corpus, tmp_path, monkeypatch):
 
 
 def test_code_that_ray_ships_needs_no_files_of_ours(tmp_path):
-    pytest.importorskip('ray', reason='Ray is not installed (requirements-data.txt)')
+    pytest.importorskip('ray', reason='Ray is not installed (requirements/data.txt)')
     from ray import cloudpickle
 
     (tmp_path / 'a.txt').write_text('text')

@@ -11,8 +11,8 @@ import pytest
 from servers import leads_to, serve_bucket
 from test_shards import contents, prepared
 
+from corpus.shards import Split
 from data import Mixture
-from shards import Split
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -27,9 +27,10 @@ if n > 1:
     jax.distributed.initialize(f'127.0.0.1:{port}', n, index)
 sys.path.insert(0, root)
 import numpy as np
-import steps
+import train_step
 from configs import default
-from data import Mixture, Split
+from corpus.shards import Split
+from data import Mixture
 from parallel import make_mesh
 config = default.get_config()
 config.batch_size, config.seq_len, config.microbatches = 32, 16, 2
@@ -38,7 +39,7 @@ mesh = make_mesh(config.mesh)
 mixture = Mixture([Split(path, 'train') for path in paths], [0.6, 0.4], 32, 16, seed=3)
 rows = {}
 for step in [0, 5, 6]:
-    batch = steps.put_batch(mixture.batch_at, step, config, mesh)
+    batch = train_step.put_batch(mixture.batch_at, step, config, mesh)
     for shard in batch.addressable_shards:
         for m in range(2):
             first = shard.index[1].start or 0

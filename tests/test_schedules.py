@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from schedules import NAMES, describe, free_running, ideal, lock_step, make_schedule
+from pipeline.schedules import NAMES, describe, free_running, ideal, lock_step, make_schedule
 
 GRID = list(itertools.product([1, 2, 3, 4, 8], [1, 2, 3, 4, 7, 8, 16]))
 RECOMPUTE = (1.0, 2.0, 1.0)  # what B costs where it runs the forward again

@@ -89,7 +89,8 @@ def test_a_run_on_two_slices_of_two_hosts(environment, tmp_path):
         for host, log in zip(hosts, logs, strict=True):
             said = f'training in {host}/jaxformer|1|train.py|--coordinator=auto|'
             assert log.read_text() == f"{said}--config=x.py|--config.data.sources=(('a', 1),)|"
-            assert (host / 'jaxformer/steps.py').read_text() == (ROOT / 'steps.py').read_text()
+            copied = (host / 'jaxformer/train_step.py').read_text()
+            assert copied == (ROOT / 'train_step.py').read_text()
         again = run(environment, script, 'start')
         assert again.returncode == 1
         assert 'a run is under way on a b' in again.stderr

@@ -6,10 +6,10 @@ import pathlib
 import numpy as np
 import pytest
 
-import shards
-from corpus import File
-from prepare import Job, prepare
-from shards import Split
+from corpus import shards
+from corpus.files import File
+from corpus.prepare import Job, prepare
+from corpus.shards import Split
 
 
 def prepared(tmp_path, texts: dict[str, str], tokenizer: str = 'bytes', share: float = 0.0) -> str:

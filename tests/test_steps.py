@@ -6,13 +6,13 @@ import jax
 import pytest
 from common import small_config
 
-from chips import CHIPS
-from compiled import Reader
+from machine.chips import CHIPS
 from parallel import make_mesh
-from roofline import estimate
-from steps import COMPILER_OPTIONS, compiler_options, lower_train_step
-from topology import topology_devices
-from validation import validate
+from planning.compiled import Reader
+from planning.roofline import estimate
+from planning.topology import topology_devices
+from runtime.config_checks import validate
+from train_step import COMPILER_OPTIONS, compiler_options, lower_train_step
 
 
 def test_compiler_options_override_the_table():

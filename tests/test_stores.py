@@ -7,7 +7,7 @@ from servers import serve_s3
 from training_worker import small_run
 
 import train
-from stores import Lines, read_text, write_text
+from storage.stores import Lines, read_text, write_text
 
 
 @pytest.fixture

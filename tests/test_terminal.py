@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 
-from terminal import CLEAR, Terminal
+from runtime.terminal import CLEAR, Terminal
 
 
 class Screen(io.StringIO):
@@ -45,7 +45,7 @@ def test_a_file_receives_plain_lines_and_waits_for_nothing():
 
 def test_the_bar_follows_the_devices(monkeypatch):
     monkeypatch.setenv('COLUMNS', '100')
-    monkeypatch.setattr('terminal.REDRAW_SECONDS', 0)
+    monkeypatch.setattr('runtime.terminal.REDRAW_SECONDS', 0)
     screen = Screen()
     terminal = Terminal(20, stream=screen)
     losses = {step: Loss() for step in range(1, 8)}

@@ -152,7 +152,7 @@ def test_training_checks_its_result(monkeypatch, tmp_path):
 
 def test_training_without_the_library_names_the_requirements(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, 'tokenizers', None)
-    with pytest.raises(ImportError, match=r'pip install -r requirements-tokenizer\.txt'):
+    with pytest.raises(ImportError, match=r'pip install -r requirements/tokenizer\.txt'):
         train(corpus(), 600, str(tmp_path / 'a.tiktoken'))
 
 

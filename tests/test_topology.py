@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 
-from topology import topology_devices
+from planning.topology import topology_devices
 
 
 @pytest.mark.parametrize('shape', ['', 'x8', '4x', 'eight', '2x2x2'])
@@ -17,7 +17,7 @@ def test_what_is_no_number_of_gpus_is_refused(shape):
     importlib.util.find_spec('jax_cuda12_plugin') is not None, reason='the compiler is here'
 )
 def test_the_missing_compiler_is_named():
-    with pytest.raises(ValueError, match='requirements-gpu'):
+    with pytest.raises(ValueError, match='requirements/gpu'):
         topology_devices('h100:8')
 
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from validation import validate
+from runtime.config_checks import validate
 
 
 def errors(**changes) -> str:

@@ -7,8 +7,8 @@ import types
 import pytest
 from training_worker import small_run
 
-import writers
-from validation import validate
+from runtime import writers
+from runtime.config_checks import validate
 
 RECORDS = [
     {'step': 10, 'tokens': 100, 'loss': 2.0, 'moe/0/load': [0.25, 0.75]},
@@ -54,7 +54,7 @@ def test_wandb_receives_each_record_and_goes_on_under_its_id(monkeypatch, tmp_pa
 
 @pytest.mark.slow
 def test_wandb_itself_writes_offline(monkeypatch, tmp_path):
-    wandb = pytest.importorskip('wandb', reason='pip install -r requirements-log.txt')
+    wandb = pytest.importorskip('wandb', reason='pip install -r requirements/log.txt')
     monkeypatch.setenv('WANDB_MODE', 'offline')
     writer = writers.WeightsAndBiases(str(tmp_path), small_run('none'), start=0)
     for record in RECORDS:

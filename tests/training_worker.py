@@ -23,11 +23,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-import leaves
 import train
 from checkpoint import Checkpointer, CheckpointError
 from configs import default
-from leaves import leaf_names
+from storage import leaves
+from storage.leaves import leaf_names
 
 PAUSE = 0.05  # seconds, while which a kill may arrive
 

@@ -1,0 +1,1 @@
+"""From text files anywhere to token shards."""

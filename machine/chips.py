@@ -1,0 +1,139 @@
+"""The chips that the project knows, by their vendors' figures, and this CPU, by measurement."""
+
+import dataclasses
+import os
+import time
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+GB, GIB = 1e9, 2.0**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One jax device. Rates are peaks; a roofline made of them is a bound, not a forecast.
+
+    `link` is what one device sends along one dimension of its network, to both neighbours; a mesh
+    axis is taken to lie along one dimension. On GPUs it is what leaves the device in its node, and
+    `outer` what leaves it to other nodes.
+    """
+
+    name: str
+    platform: str  # of jax: 'tpu' | 'gpu' | 'cpu'
+    kinds: tuple[str, ...]  # jax.Device.device_kind
+    flops: float  # FLOP/s of dense matmuls in bfloat16, accumulated in float32
+    memory: float  # bytes that a program may use
+    bandwidth: float  # bytes/s of that memory
+    link: float  # bytes/s
+    source: str
+    clock: float = 0.0  # Hz of the cycles that the compiler estimates; 0: it estimates none
+    node: int = 0  # devices of a node, beyond which `outer` holds; 0: all are alike
+    outer: float = 0.0  # bytes/s
+
+    def axis_bandwidth(self, devices: int) -> float:
+        """Bytes/s of a mesh axis whose groups span so many devices that are numbered in a row."""
+        return self.outer if self.node and devices > self.node else self.link
+
+
+_TPU = 'https://cloud.google.com/tpu/docs/'
+
+# TPU: the specifications at cloud.google.com/tpu/docs, whose interconnect figure counts all links
+# and both directions; v4's links are from Jouppi et al. 2023 (arXiv 2304.01433, table 4: 6 links of
+# 50 GB/s). The clocks are those of the same paper and of the peaks over the FLOPs of a cycle.
+CHIPS = {
+    'v4': Chip(
+        'TPU v4', 'tpu', ('TPU v4',), 275e12, 32 * GIB, 1200 * GB, 2 * 50 * GB, f'{_TPU}v4', 1.05e9
+    ),
+    'v5e': Chip(
+        'TPU v5e', 'tpu', ('TPU v5 lite', 'TPU v5e'), 197e12, 16 * GB, 819 * GB, 2 * 50 * GB,
+        f'{_TPU}v5e', 1.5e9,
+    ),
+    'v5p': Chip(
+        'TPU v5p', 'tpu', ('TPU v5', 'TPU v5p'), 459e12, 95 * GIB, 2765 * GB, 2 * 100 * GB,
+        f'{_TPU}v5p', 1.75e9,
+    ),
+    'v6e': Chip(
+        'TPU v6e', 'tpu', ('TPU v6 lite', 'TPU v6e'), 918e12, 32 * GB, 1638 * GB, 2 * 100 * GB,
+        f'{_TPU}v6e',
+    ),
+    'a100': Chip(
+        'A100', 'gpu', ('NVIDIA A100-SXM4-80GB',), 312e12, 80 * GB, 2039 * GB, 300 * GB,
+        'NVIDIA A100 80GB SXM data sheet; 200 Gbit/s InfiniBand a GPU between nodes',
+        node=8, outer=25 * GB,
+    ),
+    'h100': Chip(
+        'H100', 'gpu', ('NVIDIA H100 80GB HBM3',), 989e12, 80 * GB, 3350 * GB, 450 * GB,
+        'NVIDIA H100 SXM data sheet; 400 Gbit/s InfiniBand a GPU between nodes',
+        node=8, outer=50 * GB,
+    ),
+    'h200': Chip(
+        'H200', 'gpu', ('NVIDIA H200',), 989e12, 141 * GB, 4800 * GB, 450 * GB,
+        'NVIDIA H200 SXM data sheet; 400 Gbit/s InfiniBand a GPU between nodes',
+        node=8, outer=50 * GB,
+    ),
+}  # fmt: skip
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip that a jax device is one of; None if the table lacks it."""
+    return next((chip for chip in CHIPS.values() if device_kind in chip.kinds), None)
+
+
+def fastest(f, x: jax.Array, repeats: int) -> float:
+    """Seconds of the fastest of several calls of f(x), which is compiled first."""
+    f(x).block_until_ready()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        f(x).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def cpu_flops(device: jax.Device, n: int = 2048) -> float:
+    """FLOP/s of a float32 matmul of n x n on the CPU, all cores."""
+    x = jax.device_put(np.ones((n, n), np.float32), device)
+    return 2 * n**3 / fastest(jax.jit(lambda x: x @ x), x, 5)
+
+
+def measured_cpu() -> Chip:
+    """This machine as one device, float32: its matmul rate and what it reads and writes a second,
+    measured here and now. Simulated devices share both; their network is its memory."""
+    device = jax.devices('cpu')[0]
+    add = jax.jit(lambda x: x + 1, donate_argnums=0)
+    x = add(jax.device_put(np.ones(32 * 2**20, np.float32), device))
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        x = add(x).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    bandwidth = 2 * x.nbytes / min(seconds)
+    memory = device_memory()
+    return Chip(
+        'this CPU', 'cpu', ('cpu',), cpu_flops(device), memory, bandwidth, bandwidth,
+        'measured: float32 matmul of 2048 x 2048, addition to 128 MB',
+    )  # fmt: skip
+
+
+def device_memory() -> float:
+    """Bytes of this machine's memory."""
+    return float(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'))
+
+
+def peak_flops(config: ConfigDict, mesh: Mesh) -> tuple[float, str]:
+    """FLOP/s of the whole mesh, and where the figure comes from."""
+    device = mesh.local_devices[0]
+    if config.peak_flops:
+        return config.peak_flops * mesh.size, 'config.peak_flops'
+    if device.platform != 'cpu':
+        chip = chip_of(device.device_kind)
+        if chip is None:
+            raise ValueError(
+                f'the peak of {device.device_kind!r} is unknown; set --config.peak_flops to the '
+                f'FLOP/s of one device'
+            )
+        return chip.flops * mesh.size, f'data sheet of {device.device_kind}'
+    return cpu_flops(device), 'float32 matmul of 2048 x 2048 on this CPU, all cores'

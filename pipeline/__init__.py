@@ -1,0 +1,1 @@
+"""Pipeline parallelism: schedules as tables of integers, and the executor that runs them."""

@@ -1,0 +1,322 @@
+"""What plan.py prints: tables for people, records for programs."""
+
+import dataclasses
+import json
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from parallel import AXES
+from planning.compiled import Compiled, Cost
+from planning.footprint import share
+from planning.roofline import Estimate
+
+WIDTH = 44  # of the column of names
+
+
+# ---------------------------------------------------------------------------------------------
+# Numbers for people
+# ---------------------------------------------------------------------------------------------
+
+
+def scaled(x: float, unit: str) -> str:
+    """1234567, 'B' -> '1.23 MB'."""
+    for prefix in ('', 'k', 'M', 'G', 'T', 'P'):
+        if abs(x) < 999.5 or prefix == 'P':
+            break
+        x /= 1000
+    digits = 0 if x >= 99.95 or (not prefix and x == int(x)) else 1 if x >= 9.995 else 2
+    return f'{x:.{digits}f} {prefix}{unit}'
+
+
+def seconds(x: float) -> str:
+    if x >= 1:
+        return f'{x:.2f} s'
+    return f'{x * 1e3:.1f} ms' if x < 0.0995 else f'{x * 1e3:.0f} ms'
+
+
+def row(name: str, *columns: str) -> str:
+    return f'  {name:<{WIDTH}}' + ''.join(f'{c:>12}' for c in columns)
+
+
+def mesh_text(config: ConfigDict) -> str:
+    used = [f'{axis} {config.mesh[axis]}' for axis in AXES if config.mesh[axis] > 1]
+    return ' x '.join(used) or 'one device'
+
+
+def layout_text(config: ConfigDict) -> str:
+    """Mesh, microbatches, schedule and remat in a line."""
+    m, p = config.model, config.pipeline
+    kept = ''.join(f' keep {"+".join(m.remat_keep)}' if m.remat_keep else '')
+    chunks = f' of {p.chunks} chunks' if p.chunks > 1 else ''
+    schedule = f', {p.schedule}{chunks}' if config.mesh.pp > 1 else ''
+    return (
+        f'{mesh_text(config)}, {config.microbatches} microbatches{schedule}, remat {m.remat}{kept}'
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# The table
+# ---------------------------------------------------------------------------------------------
+
+
+def model_lines(config: ConfigDict, e: Estimate) -> list[str]:
+    rows = share(config, e.chip.platform).rows
+    return [
+        'model',
+        row('parameters', f'{e.parameters:,}'),
+        row('of which a token meets', f'{e.active:,}'),
+        row('FLOPs a token, forward and backward', scaled(e.useful, 'FLOP')),
+        row('and with what is computed again', scaled(e.computed, 'FLOP')),
+        row('tokens a step', f'{e.tokens:,}'),
+        '  6 FLOPs a weight that a token meets, and attention, of whose T² causal half counts.',
+        f'  {config.batch_size} sequences of {config.seq_len:,}; {rows} a device and microbatch.',
+    ]
+
+
+def memory_lines(e: Estimate) -> list[str]:
+    m = e.memory
+    where = 'backward' if m.in_backward >= m.in_head else 'head'
+    parts = [
+        ('parameters, float32: the master copy', m.parameters, ''),
+        ('moments, float32', m.moments, ''),
+        ('gradients, float32, summed over microbatches', m.gradients, ''),
+        ('pipeline stash', m.stash, ''),
+        ('gathered weights' + (' of all layers' if m.ahead else ' of a layer'), m.gathered,
+         '' if m.ahead else 'backward'),
+        ('activations kept from forward to backward', m.activations,
+         'backward' if m.stash else 'both'),
+        ('activations of a layer, computed again', m.recomputed, 'backward'),
+        ('gradients of activations within a layer', m.layer_gradients, 'backward'),
+        ('gradients of one microbatch, float32', m.microbatch_gradients, 'backward'),
+        ('logits of a chunk and their gradient', m.logits, 'head'),
+        ("the head's weight, gathered, and gradient", m.head, 'head'),
+    ]  # fmt: skip
+    lines = ['memory of one device']
+    lines += [row(name, scaled(n, 'B'), phase) for name, n, phase in parts if n]
+    verdict = 'fits' if e.fits else 'DOES NOT FIT'
+    return [
+        *lines,
+        row(f'peak, in the {where}', scaled(m.peak, 'B')),
+        f'  of {scaled(e.chip.memory, "B")}: {m.peak / e.chip.memory:.0%}, {verdict}. What is '
+        f'marked exists in that phase only.',
+    ]
+
+
+def network_lines(e: Estimate) -> list[str]:
+    lines = ['network: what one device sends in a step']
+    for t in e.transfers:
+        if t.bytes >= 1e6 or t.bytes >= e.axis_bytes[t.axis] / 2:
+            lines.append(row(f'{t.axis:<5} {t.purpose}', scaled(t.bytes, 'B')))
+    for axis, n in e.axis_bytes.items():
+        lines.append(row(f'{axis:<5} in all', scaled(n, 'B'), seconds(e.axis_seconds[axis])))
+    rate = scaled(e.chip.link, 'B/s')
+    if e.chip.platform == 'tpu':
+        lines.append(f'  At {rate} an axis: both directions of one dimension of the torus.')
+    else:
+        lines.append(f'  At {rate} within a node.')
+    return lines if e.transfers else ['network: none']
+
+
+def time_lines(e: Estimate) -> list[str]:
+    lines = ['time of a step: the longer of matmuls and memory in each part']
+    lines.append(f'  {"":<{WIDTH}}{"matmuls":>12}{"memory":>12}')
+    for w in e.work:
+        lines.append(
+            row(w.part, seconds(w.flops / e.chip.flops), seconds(w.bytes / e.chip.bandwidth))
+        )
+    if e.bubble:
+        lines.append(
+            row(f'pipeline bubble, {e.bubble:.1%} of the blocks', seconds(e.bubble_seconds))
+        )
+    for axis, t in e.axis_seconds.items():
+        lines.append(row(f'network, {axis}', seconds(t)))
+    lines.append(f'  {"":<{WIDTH}}{"step":>12}{"tokens/s":>12}{"MFU":>12}')
+    for name, t in (
+        ('bound, every collective waited for', e.seconds),
+        ('bound, every collective behind compute', e.overlapped_seconds),
+    ):
+        lines.append(row(name, seconds(t), f'{e.tokens / t:,.0f}', f'{e.mfu(t):.1%}'))
+    return lines
+
+
+def limits(e: Estimate) -> dict[str, float]:
+    """Seconds of a step that each resource is what one waits for."""
+    found = {'matmuls': 0.0, 'memory': 0.0, 'bubble': e.bubble_seconds}
+    for w in e.work:
+        bound = 'matmuls' if w.flops / e.chip.flops >= w.bytes / e.chip.bandwidth else 'memory'
+        found[bound] += w.seconds(e.chip)
+    return found | e.axis_seconds
+
+
+def reason(e: Estimate) -> str:
+    """What limits the step, and what would help."""
+    name, t = max(limits(e).items(), key=lambda item: item[1])
+    intensity = sum(w.flops for w in e.work) / sum(w.bytes for w in e.work)
+    advice = {
+        'matmuls': f'{1 - e.useful / e.computed:.0%} of the FLOPs are computed again: less remat',
+        'memory': f'{intensity:.0f} FLOPs a byte, where the chip has '
+        f'{e.chip.flops / e.chip.bandwidth:.0f}: keep less, a smaller tp, a wider model',
+        'bubble': 'more microbatches, zero_bubble or fewer stages',
+        'fsdp': 'weights cross once a microbatch and pass: fewer microbatches, or '
+        "fsdp_gather='step'",
+        'tp': 'the residual stream crosses twice a layer: a smaller tp',
+        'ep': 'every choice of a token crosses twice: a smaller ep',
+        'dp': 'all gradients cross once a step: fsdp, or a larger batch',
+        'pp': 'activations cross once a tick: fewer stages',
+    }
+    what = name if name in ('matmuls', 'memory', 'bubble') else f'the network along {name}'
+    return f'{what}, {t / e.seconds:.0%} of the step ({advice[name]})'
+
+
+def table(config: ConfigDict, name: str, e: Estimate) -> str:
+    head = f'{name} on {e.devices} x {e.chip.name}: {layout_text(config)}'
+    parts = [model_lines(config, e), memory_lines(e), network_lines(e), time_lines(e)]
+    body = '\n\n'.join('\n'.join(part) for part in parts)
+    return (
+        f'{head}\n\n{body}\n\nlimited by {reason(e)}\n'
+        f'{e.chip.name}: {scaled(e.chip.flops, "FLOP/s")}, {scaled(e.chip.memory, "B")}, '
+        f'{scaled(e.chip.bandwidth, "B/s")}; {e.chip.source}'
+    )
+
+
+def record(config: ConfigDict, e: Estimate) -> dict[str, Any]:
+    """The same as one JSON object: bytes, FLOPs and seconds."""
+    return {
+        'mesh': dict(config.mesh),
+        'microbatches': config.microbatches,
+        'schedule': config.pipeline.schedule,
+        'chunks': config.pipeline.chunks,
+        'remat': config.model.remat,
+        'remat_keep': list(config.model.remat_keep),
+        'chip': e.chip.name,
+        'devices': e.devices,
+        'parameters': e.parameters,
+        'active_parameters': e.active,
+        'flops_per_token': e.useful,
+        'computed_flops_per_token': e.computed,
+        'tokens_per_step': e.tokens,
+        'memory': dataclasses.asdict(e.memory) | {'peak': e.memory.peak},
+        'fits': e.fits,
+        'work': [dataclasses.asdict(w) | {'seconds': w.seconds(e.chip)} for w in e.work],
+        'network': [dataclasses.asdict(t) for t in e.transfers],
+        'axis_seconds': e.axis_seconds,
+        'bubble': e.bubble,
+        'matmul_seconds': e.matmul_seconds,
+        'memory_seconds': e.memory_seconds,
+        'step_seconds': e.seconds,
+        'overlapped_step_seconds': e.overlapped_seconds,
+        'tokens_per_second': e.tokens / e.seconds,
+        'mfu': e.mfu(e.seconds),
+        'limited_by': reason(e),
+    }
+
+
+# ---------------------------------------------------------------------------------------------
+# What the search and the compiler say
+# ---------------------------------------------------------------------------------------------
+
+
+def overrides(config: ConfigDict, base: ConfigDict) -> str:
+    """The flags that turn the base into the config."""
+    fields = [
+        *(f'mesh.{axis}' for axis in AXES), 'microbatches', 'pipeline.schedule', 'pipeline.chunks',
+        'model.remat', 'model.remat_keep',
+    ]  # fmt: skip
+    changed = []
+    for field in fields:
+        group, _, name = field.rpartition('.')
+        new, old = ((c[group] if group else c)[name] for c in (config, base))
+        if new != old:
+            value = json.dumps(new) if isinstance(new, tuple) else new
+            changed.append(
+                f'--config.{field}={str(tuple(new)) if isinstance(new, tuple) else value}'
+            )
+    return ' '.join(changed) or '(as it is)'
+
+
+def search_text(
+    found: list[tuple[ConfigDict, Estimate]], tried: int, base: ConfigDict, n: int
+) -> str:
+    lines = [
+        f'{tried:,} layouts tried; the best {min(n, len(found))} meshes with their best layout:'
+    ]
+    for i, (c, e) in enumerate(found[:n], 1):
+        lines += [
+            '',
+            f'{i}. {layout_text(c)}',
+            f'   {seconds(e.seconds)} a step ({seconds(e.overlapped_seconds)} with collectives '
+            f'hidden), {e.tokens / e.seconds:,.0f} tokens/s, MFU {e.mfu(e.seconds):.1%}, '
+            f'{scaled(e.memory.peak, "B")}',
+            f'   limited by {reason(e)}',
+            f'   {overrides(c, base)}',
+        ]
+    if not found:
+        lines.append('none fits: use more devices, or a smaller model')
+    return '\n'.join(lines)
+
+
+def compiled_text(e: Estimate, c: Compiled) -> str:
+    """What the compiler says, beside the estimate."""
+    m, tpu = e.memory, e.chip.platform == 'tpu'
+    verdict = 'fits' if c.peak <= e.chip.memory else 'DOES NOT FIT'
+    padding = '; small arrays are padded to tiles of 8 x 128 numbers' if tpu else ''
+    lines = [
+        f'compiled for {c.topology} in {c.seconds:.0f} s',
+        f'  {"":<{WIDTH}}{"compiler":>12}{"estimate":>12}',
+        row('parameters, moments, batch', scaled(c.arguments, 'B'), scaled(m.state, 'B')),
+        row('peak', scaled(c.peak, 'B'), scaled(m.peak, 'B'), f'{m.peak / c.peak - 1:+.1%}'),
+        f'  {c.peak / e.chip.memory:.0%} of {scaled(e.chip.memory, "B")}, {verdict}{padding}.',
+    ]
+    if c.cost is None:
+        return '\n'.join([*lines, f'  the program is not to be had: {c.why}'])
+    lines += ['', f'  {"collectives of a step":<{WIDTH}}{"count":>12}{"sent":>12}{"exposed":>12}']
+    for (kind, axes), t in sorted(c.cost.traffic.items(), key=lambda item: -item[1].bytes):
+        lines.append(
+            row(f'{kind} over {axes}', f'{t.count:,.0f}', scaled(t.bytes, 'B'),
+                f'{t.exposed / t.seconds:.0%}' if t.seconds else '')
+        )  # fmt: skip
+    for axis, n in e.axis_bytes.items():
+        sent = sum(t.bytes for (_, axes), t in c.cost.traffic.items() if axis in axes.split('+'))
+        lines.append(row(f'along {axis}, and the estimate', scaled(sent, 'B'), scaled(n, 'B')))
+    if not tpu or e.chip.clock:
+        lines += ['', *compiled_time_lines(e, c.cost)]
+    return '\n'.join(lines)
+
+
+def compiled_time_lines(e: Estimate, cost: Cost) -> list[str]:
+    """The time of a step by the compiled program."""
+    total, compute = cost.total(), cost.seconds
+    lines = [
+        row('compute', seconds(compute), seconds(e.compute_seconds)),
+        row('network', seconds(total.seconds)),
+        row('step, nothing overlapped', seconds(compute + total.seconds), seconds(e.seconds)),
+        row('step, as it is scheduled', seconds(compute + total.exposed)),
+    ]
+    if e.chip.platform == 'gpu':
+        flops = sum(w.flops for w in e.work)
+        return [
+            row('FLOPs of matmuls', scaled(cost.flops, 'FLOP'), scaled(flops, 'FLOP')),
+            *lines,
+            '  Bounds: each kernel at the longer of its matmuls at the peak and its arrays at the',
+            f"  memory's bandwidth. {cost.unpriced:,.0f} calls of kernels count no matmuls.",
+        ]
+    return [
+        *lines,
+        f'  {cost.seconds * e.chip.clock / 1e6:,.0f} million cycles at {e.chip.clock / 1e9:g} GHz, '
+        f'loops by their trips, conditionals by their costliest branch,',
+        f'  so idle ticks of a pipeline count like full ones. Splash attention: '
+        f'{seconds(cost.kernel_seconds)} of it, at an',
+        f'  assumed share of the peak. {cost.unpriced:,.0f} calls of kernels without an estimate '
+        f'count nothing.',
+    ]
+
+
+def compiled_record(c: Compiled) -> dict[str, Any]:
+    found = dataclasses.asdict(c)
+    if c.cost is not None:
+        found['cost']['traffic'] = [
+            {'kind': kind, 'axes': axes} | dataclasses.asdict(t)
+            for (kind, axes), t in c.cost.traffic.items()
+        ]
+    return found

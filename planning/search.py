@@ -1,0 +1,101 @@
+"""Searches the layouts of a config: meshes, microbatches, pipeline schedules, rematerialization."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+from ml_collections import ConfigDict
+
+from machine.chips import Chip
+from parallel import AXES
+from planning.footprint import share
+from planning.roofline import Estimate, estimate_share
+from runtime.config_checks import validate
+
+# model.remat with what it keeps: from the least memory to the most.
+REMAT_CHOICES = (
+    ('full', ()), ('full', ('attention',)), ('full', ('attention', 'residual')),
+    ('full', ('attention', 'residual', 'hidden')), ('none', ()),
+)  # fmt: skip
+
+
+def meshes(devices: int) -> Iterator[dict[str, int]]:
+    """All ways to write a number as a product of the axes' sizes."""
+
+    def factor(n: int, axes: Sequence[str]) -> Iterator[dict[str, int]]:
+        if len(axes) == 1:
+            yield {axes[0]: n}
+            return
+        for size in range(1, n + 1):
+            if n % size == 0:
+                for rest in factor(n // size, axes[1:]):
+                    yield {axes[0]: size} | rest
+
+    return factor(devices, AXES)
+
+
+def schedules(config: ConfigDict, stages: int) -> Iterator[tuple[str, int]]:
+    """(schedule, chunks) that are worth trying on so many stages."""
+    yield '1f1b', 1
+    if stages > 1:
+        yield 'zero_bubble', 1
+        m = config.model
+        blocks = (m.n_layers - m.first_dense) // len(m.block)
+        for chunks in (2, 4):
+            if blocks % (stages * chunks) == 0:
+                yield 'interleaved', chunks
+
+
+def legal(config: ConfigDict, devices: int) -> bool:
+    try:
+        validate(config, devices)
+    except ValueError:
+        return False
+    return True
+
+
+def candidates(config: ConfigDict, devices: int) -> Iterator[ConfigDict]:
+    """Every legal mesh, number of microbatches and schedule; the batch stays what it is."""
+    m = config.model
+    for mesh in meshes(devices):
+        if mesh['ep'] > 1 and 'moe' not in m.block:
+            continue  # the same as fsdp, without its shards
+        shards = mesh['dp'] * mesh['fsdp'] * mesh['ep']
+        if config.batch_size % shards or m.n_heads % mesh['tp'] or mesh['tp'] > m.n_heads:
+            continue
+        rows = config.batch_size // shards
+        for microbatches in (m for m in range(1, rows + 1) if rows % m == 0):
+            if mesh['pp'] > 1 and microbatches > 8 * mesh['pp']:
+                continue  # the bubble is small by then
+            for schedule, chunks in schedules(config, mesh['pp']):
+                c = config.copy_and_resolve_references()
+                c.mesh.update(mesh)
+                c.microbatches = microbatches
+                c.pipeline.update(schedule=schedule, chunks=chunks)
+                if legal(c, devices):
+                    yield c
+
+
+def search(
+    config: ConfigDict, devices: int, chip: Chip, room: float = 0.9
+) -> tuple[list[tuple[ConfigDict, Estimate]], int]:
+    """Configs that take at most `room` of the memory, fastest first, one for each mesh; and how
+    many were tried. Fastest: by the mean of the two bounds, since compilers hide some of it."""
+    best: dict[tuple[int, ...], tuple[ConfigDict, Estimate]] = {}
+    tried = 0
+    for c in candidates(config, devices):
+        s, key = share(c, chip.platform), tuple(c.mesh[axis] for axis in AXES)
+        for remat, keep in REMAT_CHOICES:
+            cfg = dataclasses.replace(s.cfg, remat=remat, remat_keep=keep, remat_offload=())
+            e = estimate_share(dataclasses.replace(s, cfg=cfg), chip)
+            tried += 1
+            if e.memory.peak > room * chip.memory:
+                break  # the next ones keep more
+            if key not in best or expected(e) < expected(best[key][1]):
+                found = c.copy_and_resolve_references()
+                found.model.update(remat=remat, remat_keep=keep, remat_offload=())
+                best[key] = (found, e)
+    return sorted(best.values(), key=lambda found: expected(found[1])), tried
+
+
+def expected(e: Estimate) -> float:
+    return (e.seconds + e.overlapped_seconds) / 2

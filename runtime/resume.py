@@ -1,0 +1,103 @@
+"""Where a run starts, and how it is asked to end.
+
+A run goes on from the newest checkpoint of its workdir. The data's position and every random key
+follow from the step and the seed, so the state and the step are all there is to restore.
+"""
+
+import itertools
+import json
+import math
+import os
+
+import jax
+from jax.sharding import NamedSharding
+from ml_collections import ConfigDict
+
+from checkpoint import Checkpointer
+from config import FIXED, check_alike, differences
+from parallel import P, Tree
+from storage.leaves import leaf_names
+from storage.stores import read_text
+
+
+def first_step(config: ConfigDict, workdir: str, checkpoints: Checkpointer) -> tuple[int, str]:
+    """The step that the run goes on from (0: it starts anew), and a line that says so.
+
+    Raises ValueError if what the workdir holds is the run of another model or order of the data,
+    CheckpointError if its newest checkpoint is damaged. All processes have to call this.
+    """
+    step, old = checkpoints.latest_step() or 0, {}
+    file = os.path.join(workdir, 'config.json')
+    if step:
+        old = checkpoints.metadata(step)['config']
+    elif text := read_text(file):
+        old = json.loads(text)
+    check_alike(old, config, FIXED, f'{workdir} holds a run')
+    changed = differences(old, config.to_dict())
+    if not step:
+        return 0, f'starting again: {workdir} holds no checkpoint' if old else ''
+    if step >= config.steps:
+        return step, (
+            f'the run in {workdir} is complete: step {step} of {config.steps} is saved; to go on, '
+            f'give it more with --config.steps'
+        )
+    said = ''.join(f' · {name} {a!r} -> {b!r}' for name, a, b in changed)
+    return step, f'going on from step {step} of {config.steps} in {checkpoints.path}{said}'
+
+
+def restore_state(checkpoints: Checkpointer, step: int, target: Tree) -> Tree:
+    """`Checkpointer.restore`, whatever number of chunks the pipeline had.
+
+    With several, parameters have their blocks in [chunks, blocks / chunks, ...], with one in
+    [blocks, ...], in the same order. A leaf that was saved in another layout is restored in that
+    one, alike on all stages, and then laid out anew; one leaf after the other.
+    """
+    wanted, structure = leaf_names(target), jax.tree.structure(target)
+    entries = checkpoints.metadata(step)['leaves']
+    saved = [as_saved(name, want, entries.get(name)) for name, want in wanted.items()]
+    wants = list(wanted.values())
+    alike = [i for i, want in enumerate(wants) if saved[i] is want]
+    leaves: dict[int, jax.Array] = {}
+    for group in [alike, *([i] for i in range(len(wants)) if i not in alike)]:
+        asked = [x if i in group else None for i, x in enumerate(saved)]
+        restored = checkpoints.restore(step, jax.tree.unflatten(structure, asked))
+        for i, x in zip(group, jax.tree.leaves(restored), strict=True):
+            leaves[i] = x if i in alike else laid_out(x, wants[i])
+    return jax.tree.unflatten(structure, [leaves[i] for i in range(len(wants))])
+
+
+def as_saved(name: str, want: jax.ShapeDtypeStruct, entry: dict | None) -> jax.ShapeDtypeStruct:
+    """The leaf in the checkpoint's layout of the blocks, or `want` if that is no other."""
+    if entry is None or 'blocks' not in name.split('.') or tuple(entry['shape']) == want.shape:
+        return want
+    shape = tuple(entry['shape'])
+    for i, j in itertools.product((1, 2), (1, 2)):
+        if shape[i:] == want.shape[j:] and math.prod(shape[:i]) == math.prod(want.shape[:j]):
+            spec = P(*[None] * i, *want.sharding.spec[j:])
+            sharding = NamedSharding(want.sharding.mesh, spec)
+            return jax.ShapeDtypeStruct(shape, want.dtype, sharding=sharding)
+    return want  # restoring tells the difference
+
+
+def laid_out(x: jax.Array, want: jax.ShapeDtypeStruct) -> jax.Array:
+    return jax.jit(lambda x: x.reshape(want.shape), out_shardings=want.sharding)(x)
+
+
+def load_params(path: str, shapes: Tree) -> Tree:
+    """The parameters of another run: of its workdir's newest step, or of one checkpoint's folder.
+
+    Raises ValueError if there is none or the shapes differ. All processes have to call this.
+    """
+    root, name = os.path.split(path.rstrip('/'))
+    is_step = os.path.basename(root) == 'checkpoints' and name.isdecimal()
+    with Checkpointer(root if is_step else os.path.join(path, 'checkpoints')) as source:
+        step = int(name) if is_step else source.latest_step()
+        if step is None:
+            raise ValueError(
+                f'the config cannot run: {path} holds no checkpoint to start from; use the workdir '
+                f'of a run, or WORKDIR/checkpoints/STEP'
+            )
+        try:
+            return restore_state(source, step, {'params': shapes})['params']
+        except ValueError as error:
+            raise ValueError(f'the config cannot run: the parameters of {path}: {error}') from error

@@ -1,0 +1,1 @@
+"""Arrays and small files in a folder or a bucket."""
