@@ -1,27 +1,54 @@
-"""The configs as the code sees them: typed, compared, restored."""
+"""The configs of a run: typed for the model's code, compared with a saved one, restored.
+
+Dimension letters, as suffixes of array names and in einsums, the same in all files:
+
+    B batch rows    T position (query)    S position (key)    D model    V vocabulary
+    N query heads    K key/value heads    G query heads per key/value head (N = K·G)    H head size
+    R latent rank    F feed-forward    L layers    M microbatches    I, O in and out of a linear
+    E experts    C choices per token    A assignments (T·C)    P peers of an expert group
+    X rows grouped by expert    Z slots of an exchange buffer
+
+Where B is missing, T counts the tokens of all rows. A lower-case letter is this device's shard of
+the dimension: x_BtD = [B, T/tp, D] goes into a layer, all_gather(x_BtD, TP, 1) makes x_BTD of it.
+B is written large all the same: it counts the rows of this device.
+"""
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from configs import default
 
-# What model.remat_keep and model.remat_offload may name. Bytes a token and layer, in bfloat16 on
-# one device of tp: of attention the output and log-sum-exp, N·(2·H_v + 4); its inputs,
+
+class ConfigError(ValueError):
+    """A mistake in what the user gave: a field, a flag, a path, a file.
+
+    The message names the rule, the values and the remedy. Commands print it and end with 1; any
+    other ValueError is a bug, and shows its traceback.
+    """
+
+
+# ---------------------------------------------------------------------------------------------
+# Typed
+# ---------------------------------------------------------------------------------------------
+
+# Names of arrays that model.remat_keep and model.remat_offload may list. Bytes per token and layer,
+# in bfloat16 on one device of tp: attention's output and log-sum-exp, N·(2·H_v + 4); its inputs,
 # N·(4·H_qk + 2·H_v); the residual stream after both parts of a layer, 4·D/tp; both factors of a
-# SwiGLU's product, 4·F, and of experts, where that is for each choice, their output too, 2·D.
+# SwiGLU's product, 4·F, and for experts, where that is per choice, their output too, 2·D.
 REMAT_NAMES = ('attention', 'qkv', 'residual', 'hidden')
-
-
 ATTENTION_OUTPUT, QKV, RESIDUAL, HIDDEN = REMAT_NAMES
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and choices of one model; configs/default.py explains each field."""
+    """Sizes and choices of one model; configs/default.py explains each field.
+
+    Equal configs are one model, and hash alike: compiled programs are kept by them.
+    """
 
     vocab_size: int
     d_model: int
@@ -73,62 +100,21 @@ class ModelConfig:
 
     @property
     def n_blocks(self) -> int:
+        """Number of blocks, each of the layers that `block` names."""
         return (self.n_layers - self.first_dense) // len(self.block)
 
     @property
     def kept_names(self) -> tuple[str, ...]:
-        """Those of REMAT_NAMES that are kept on the device; with remat='dots', all."""
+        """The REMAT_NAMES whose arrays stay on the device; all of them with remat='dots'."""
         return REMAT_NAMES if self.remat == 'dots' else self.remat_keep
-
-    @property
-    def rotary_dim(self) -> int:
-        return self.rope_dim if self.attention == 'mla' else self.head_dim
-
-
-# What the checkpoint, and the meaning of its step, depend on; of the model, all but how it runs.
-FIXED = ('seed', 'batch_size', 'seq_len', 'model.')
-
-
-FREE = (
-    'model.remat', 'model.remat_keep', 'model.remat_offload', 'model.attention_kernel',
-    'model.attention_block', 'model.expert_kernel', 'model.loss_chunk',
-)  # fmt: skip
-
-
-def flat(config: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
-    """{'model.d_model': 256, ...}"""
-    fields: dict[str, Any] = {}
-    for name, value in config.items():
-        nested = isinstance(value, Mapping)
-        fields |= flat(value, f'{prefix}{name}.') if nested else {prefix + name: value}
-    return fields
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(field, old value, new value) of the fields that both configs have with other values."""
-    a, b = (flat(json.loads(json.dumps(config))) for config in (old, new))
-    return [(name, a[name], b[name]) for name in a if name in b and a[name] != b[name]]
-
-
-def check_alike(
-    old: Mapping[str, Any], config: ConfigDict, fixed: tuple[str, ...], holder: str
-) -> None:
-    """Raises ValueError if `holder` differs in a field that starts as `fixed` says."""
-    changed = differences(old, config.to_dict())
-    changed = [c for c in changed if c[0].startswith(fixed) and c[0] not in FREE]
-    if changed:
-        raise ValueError(
-            f'the config cannot run: {holder} that differs in\n'
-            + '\n'.join(f'  - {name}: {a!r} there, {b!r} here' for name, a, b in changed)
-            + '\nuse the values there to go on with it, or another --workdir for a new run'
-        )
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Choices of one run; configs/default.py explains each field. `steps` is the run's length."""
+    """Choices of the update, as configs/default.py explains them; `steps` is the run's length."""
 
     steps: int
+    name: str
     schedule: str
     peak_lr: float
     final_lr: float
@@ -141,22 +127,78 @@ class OptimizerConfig:
     clip_norm: float
 
 
+def model_config(config: ConfigDict) -> ModelConfig:
+    """Returns the model's part of a config, as written: a kernel may still be 'auto'.
+
+    `model.model_for` replaces it by the one that runs.
+    """
+    return ModelConfig(**config.model, compute_dtype=config.compute_dtype)
+
+
 def optimizer_config(config: ConfigDict) -> OptimizerConfig:
+    """Returns the optimizer's part of a config."""
     return OptimizerConfig(steps=config.steps, **config.optimizer)
 
 
-def divisors(n: int) -> str:
-    small = [str(d) for d in range(1, min(n, 64) + 1) if n % d == 0]
-    return ', '.join(small[:-1]) + (' or ' if small[:-1] else '') + small[-1]
+# ---------------------------------------------------------------------------------------------
+# Compared
+# ---------------------------------------------------------------------------------------------
+
+# The fields that a checkpoint, and the meaning of its step, depend on ...
+FIXED = ('seed', 'batch_size', 'seq_len', 'data.isolate_documents', 'model.')
+# ... but for those that say how the model is computed, not which one it is.
+FREE = (
+    'model.remat', 'model.remat_keep', 'model.remat_offload', 'model.attention_kernel',
+    'model.attention_block', 'model.expert_kernel', 'model.loss_chunk',
+)  # fmt: skip
+
+
+def flat(config: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+    """Returns the fields of all groups by their full names: {'model.d_model': 256, ...}."""
+    fields: dict[str, Any] = {}
+    for name, value in config.items():
+        nested = isinstance(value, Mapping)
+        fields |= flat(value, f'{prefix}{name}.') if nested else {prefix + name: value}
+    return fields
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Lists (field, old value, new value) for the fields of both configs whose values differ.
+
+    With isolated documents model.document_end is left out: older checkpoints hold the token that
+    the data ended documents with, newer ones leave it to the data.
+    """
+    a, b = (flat(json.loads(json.dumps(config))) for config in (old, new))
+    same = set()
+    if a.get('data.isolate_documents') and b.get('data.isolate_documents'):
+        same.add('model.document_end')
+    return [(n, a[n], b[n]) for n in a if n in b and n not in same and a[n] != b[n]]
+
+
+def check_alike(
+    old: Mapping[str, Any], config: ConfigDict, fixed: tuple[str, ...], holder: str
+) -> None:
+    """Raises ConfigError if the config that `holder` has differs in a field that `fixed` covers.
+
+    `fixed` lists names or beginnings of names; FREE fields may differ.
+    """
+    changed = differences(old, config.to_dict())
+    changed = [c for c in changed if c[0].startswith(fixed) and c[0] not in FREE]
+    if changed:
+        raise ConfigError(
+            f'the config cannot run: {holder} that differs in\n'
+            + '\n'.join(f'  - {name}: {a!r} there, {b!r} here' for name, a, b in changed)
+            + '\nuse the values there to go on with it, or another --workdir for a new run'
+        )
 
 
 # ---------------------------------------------------------------------------------------------
-# A run's model
+# Restored
 # ---------------------------------------------------------------------------------------------
 
 
-def saved_config(saved: dict[str, Any]) -> ConfigDict:
-    """The config of a checkpoint; fields that came later have their defaults."""
+def saved_config(saved: Mapping[str, Any]) -> ConfigDict:
+    """Returns the config of a checkpoint; fields that came later have their defaults."""
     config = default.get_config().to_dict()
     for name, value in saved.items():
         group = config.get(name)
@@ -165,7 +207,29 @@ def saved_config(saved: dict[str, Any]) -> ConfigDict:
 
 
 def as_tuples(value: Any) -> Any:
-    """Tuples, of which JSON makes lists."""
+    """Turns the lists that JSON makes of tuples into tuples again, at any depth."""
     if isinstance(value, dict):
         return {name: as_tuples(x) for name, x in value.items()}
     return tuple(map(as_tuples, value)) if isinstance(value, list) else value
+
+
+# ---------------------------------------------------------------------------------------------
+# Rules that several files share
+# ---------------------------------------------------------------------------------------------
+
+
+def divisors(n: int) -> str:
+    """Lists the divisors of n up to 64, for messages: '1, 2, 4 or 8'."""
+    small = [str(d) for d in range(1, min(n, 64) + 1) if n % d == 0]
+    return ', '.join(small[:-1]) + (' or ' if small[:-1] else '') + small[-1]
+
+
+def indivisible(config: ConfigDict, axis: str, fields: Iterable[str]) -> Iterable[str]:
+    """Yields an error for each field, named in full, that the mesh axis does not divide."""
+    values, size = flat(config.to_dict()), config.mesh[axis]
+    for name in fields:
+        if values[name] % size:
+            yield (
+                f'{name}={values[name]} is not divisible by mesh.{axis}={size}; '
+                f'use a {axis} of {divisors(values[name])}'
+            )

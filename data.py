@@ -1,18 +1,18 @@
-"""Text to token shards (a command), and token shards to batches (a library).
+"""Text to token shards, as a command; token shards to batches, as a library.
 
     python data.py --input='corpus/**/*.txt' --tokenizer=cl100k_base --output=DIR
     python data.py --input='hf://datasets/HuggingFaceFW/fineweb-edu/sample/10BT/*.parquet' \\
         --tokenizer=cl100k_base --output=gs://bucket/fineweb-edu --workers=64
     python data.py --inspect=DIR
 
-The command reads documents (corpus/documents.py), tokenizes them in parts (corpus/prepare.py) and writes token
-shards (corpus/shards.py). Every document ends with the end-of-text token. Which split a document goes to
-depends on its id alone, and the bytes of the output on the input alone. A run that was killed is
-resumed by the same command.
+The command reads documents (corpus/documents.py), tokenizes them in parts (corpus/prepare.py) and
+writes token shards (corpus/shards.py). An end-of-text token follows each document. A document's
+split depends on its id alone, and the bytes of the output on the input alone. The same command
+resumes a job that was killed.
 
 `Loader.batch_at(step)` and `Mixture.batch_at(step)` are pure functions of the seed, the step and
-the manifests: training resumes with a step number, on any number of processes, and each process
-reads its own rows.
+the manifests: training resumes from a step number, on any number of processes, and each process
+reads only its own rows.
 """
 
 import math
@@ -32,48 +32,44 @@ import tiktoken
 from absl import app, flags
 from ml_collections import ConfigDict
 
-import data
+from config import ConfigError
 from corpus.documents import Bad
 from corpus.files import KINDS, File, find_files
 from corpus.prepare import Job, prepare
-from corpus.shards import (
-    CACHE_BYTES,
-    CHUNK_TOKENS,
-    MANIFEST,
-    SPLITS,
-    VERSION,
-    Split,
-    inspect,
-    split_of,
-)
+from corpus.shards import CACHE_BYTES, MANIFEST, VERSION, Split, inspect
+from corpus.workers import WorkerError
 from tokenizer import fingerprint, get_encoding, stdlib_files
 
-__all__ = [
-    'CACHE_BYTES', 'CHUNK_TOKENS', 'SPLITS', 'EvaluationSet', 'File', 'Job', 'Loader', 'Mixture',
-    'Split', 'find_files', 'permute', 'prefetch', 'prepare', 'split_of', 'stdlib_corpus',
-]  # fmt: skip
-
-MAX_PERIOD = 10_000  # samples after which the order of a mixture's sources repeats, at most
-
-
-STDLIB_FILES = 2  # raised when stdlib_files chooses others
+MAX_PERIOD = 10_000  # at most so many samples, then the order of a mixture's sources repeats
+STDLIB_FILES = 2  # version of the choice that stdlib_files makes; raise it with that choice
 
 T = TypeVar('T')
 
 
+# ---------------------------------------------------------------------------------------------
+# Training batches
+# ---------------------------------------------------------------------------------------------
+
+
 class Loader:
-    """Training batches: all windows of seq_len + 1 tokens at stride seq_len, in an order that is
-    a new seeded permutation each epoch. The last target of a window is the next one's first input;
-    up to seq_len - 1 tokens at the end of the stream, which fill no window, are not used."""
+    """Training batches of one split.
+
+    A row is a window of seq_len + 1 tokens; windows start every seq_len tokens, so the last target
+    of one is the first input of the next. Up to seq_len - 1 tokens at the end of the stream, which
+    fill no window, are not used. Each epoch takes all windows in a new seeded permutation.
+    """
 
     def __init__(self, split: Split, batch_size: int, seq_len: int, seed: int):
-        """`batch_size` counts the rows of the global batch, `seq_len` the targets of a row."""
+        """`batch_size` is the number of rows of the global batch, `seq_len` of targets per row.
+
+        Raises ConfigError if the split is shorter than a window.
+        """
         _check_sizes(batch_size, seq_len)
         if seed < 0:
-            raise ValueError(f'the seed of the data order is from 0 up, but is {seed}')
+            raise ValueError(f'the seed of the data order must be 0 or more, but is {seed}')
         self.n_windows = (split.n_tokens - 1) // seq_len
         if self.n_windows < 1:
-            raise ValueError(
+            raise ConfigError(
                 f'a window needs seq_len + 1 = {seq_len + 1} tokens, but the split has '
                 f'{split.n_tokens}: prepare more text or take a smaller seq_len'
             )
@@ -81,12 +77,14 @@ class Loader:
         self.n_tokens = split.n_tokens
 
     def batch_at(self, step: int, rows: slice = slice(None)) -> np.ndarray:
-        """int32 [rows, seq_len + 1]: the given rows of the global batch of this step."""
+        """Returns the given rows of the global batch of this step, int32 [rows, seq_len + 1]."""
         return self.windows(step * self.batch_size + np.arange(self.batch_size)[rows])
 
     def windows(self, sample: np.ndarray) -> np.ndarray:
-        """int32 [len(sample), seq_len + 1]: the windows with these numbers in the order of all
-        epochs, one after the other."""
+        """Returns the windows with these sample numbers, int32 [len(sample), seq_len + 1].
+
+        Samples are numbered from 0 through all epochs, in the order in which they are trained on.
+        """
         epoch, index = np.divmod(sample, self.n_windows)
         window = np.empty_like(index)
         for e in np.unique(epoch):
@@ -98,9 +96,9 @@ class Loader:
 class Mixture:
     """Training batches of several sources, each in the order that a Loader of it alone has.
 
-    Sample i of the stream, a row of batch i // batch_size, comes from the source that `schedule`
-    gives it. Of any n samples in a row each source has its share of n, to less than 2 samples, and
-    of every `period` samples exactly its share.
+    Sample i of the stream, a row of batch i // batch_size, comes from the source that
+    `source_order` assigns to it. Among any n consecutive samples, a source's number differs from
+    its share of n by less than 2; among any `period` consecutive samples it is exact.
     """
 
     def __init__(
@@ -111,7 +109,10 @@ class Mixture:
         seq_len: int,
         seed: int,
     ):
-        """`weights`, of the sources' shares of the rows, need not add up to 1."""
+        """`weights` are in the ratio of the sources' shares of the rows.
+
+        Raises ConfigError if a weight is not positive, or if the vocabularies differ.
+        """
         if not splits or len(splits) != len(weights):
             raise ValueError(
                 f'each source has a weight, but there are {len(splits)} sources and '
@@ -119,7 +120,7 @@ class Mixture:
             )
         if len({split.fingerprint for split in splits}) > 1:
             names = ', '.join(split.tokenizer for split in splits)
-            raise ValueError(
+            raise ConfigError(
                 f'the sources of a mixture share one vocabulary, but were prepared with {names}: '
                 'prepare them with the same one'
             )
@@ -127,12 +128,13 @@ class Mixture:
         self.batch_size, self.n_tokens = batch_size, sum(split.n_tokens for split in splits)
         counts = whole_shares(weights)
         self.period, self._counts = sum(counts), np.array(counts)
-        self._source = schedule(counts)
+        self._source = source_order(counts)
         chosen = self._source[:, None] == np.arange(len(counts))
-        self._earlier = (np.cumsum(chosen, axis=0) - chosen)[chosen]  # of the same source
+        # For each slot of a period, the number of earlier slots of the same source.
+        self._earlier = (np.cumsum(chosen, axis=0) - chosen)[chosen]
 
     def batch_at(self, step: int, rows: slice = slice(None)) -> np.ndarray:
-        """int32 [rows, seq_len + 1]: the given rows of the global batch of this step."""
+        """Returns the given rows of the global batch of this step, int32 [rows, seq_len + 1]."""
         sample = step * self.batch_size + np.arange(self.batch_size)[rows]
         period, slot = np.divmod(sample, self.period)
         source = self._source[slot]
@@ -143,47 +145,13 @@ class Mixture:
         return out
 
 
-class Source(NamedTuple):
-    name: str
-    share: float  # of the training rows
-    evaluation: 'EvaluationSet'
-
-
-def open_sources(
-    sources: Sequence[tuple[str, str, float]],
-    tokenizer: str,
-    batch_size: int,
-    seq_len: int,
-    seed: int,
-    eval_batches: int,
-) -> tuple[Loader | Mixture, list[Source]]:
-    """The training stream of (name, path, weight) sources, and each with its evaluation set of at
-    most `eval_batches` batches, 0 for its whole validation split.
-
-    The path 'stdlib' is the standard library, for which the tokenizer is used.
-    """
-    paths = [stdlib_corpus(tokenizer) if p == 'stdlib' else p for _, p, _ in sources]
-    weights = [weight for _, _, weight in sources]
-    train = [Split(path, 'train', CACHE_BYTES // len(paths)) for path in paths]
-    if len(sources) == 1:
-        loader = Loader(train[0], batch_size, seq_len, seed)
-    else:
-        loader = Mixture(train, weights, batch_size, seq_len, seed)
-    evaluations = [
-        EvaluationSet(Split(path, 'validation'), batch_size, seq_len, eval_batches)
-        for path in paths
-    ]
-    counts = whole_shares(weights)
-    return loader, [
-        Source(name, count / sum(counts), evaluation)
-        for (name, _, _), count, evaluation in zip(sources, counts, evaluations, strict=True)
-    ]
-
-
 def whole_shares(weights: Sequence[float]) -> list[int]:
-    """Whole numbers in the ratio of the weights, to 1 part in MAX_PERIOD."""
+    """Returns whole numbers in the ratio of the weights, exact to 1 part in MAX_PERIOD.
+
+    Raises ConfigError if a weight is not positive, or too small a part of their sum.
+    """
     if not all(math.isfinite(weight) and weight > 0 for weight in weights):
-        raise ValueError(
+        raise ConfigError(
             f'the weights of a mixture are finite and above 0, but are {list(weights)}: leave a '
             'source of weight 0 out'
         )
@@ -197,74 +165,49 @@ def whole_shares(weights: Sequence[float]) -> list[int]:
     for i in most_cut[: MAX_PERIOD - sum(counts)]:
         counts[i] += 1
     if 0 in counts:
-        raise ValueError(
+        raise ConfigError(
             f'a weight of a mixture is at least {1 / MAX_PERIOD:g} of their sum, but they are '
             f'{list(weights)}: leave the smallest out or raise it'
         )
     return counts
 
 
-def schedule(counts: Sequence[int]) -> np.ndarray:
-    """int64 [sum(counts)]: an order in which index i comes counts[i] times, each first n of them
-    holding n * counts[i] / sum(counts) of it to less than 1.
+def source_order(counts: Sequence[int]) -> np.ndarray:
+    """Returns an order of the indices i in which i occurs counts[i] times, int64 [sum(counts)].
 
-    Tijdeman's algorithm (The chairman assignment problem, 1980): among those that are behind by
-    1 / (2k - 2) of a place or more, k being their number, the one that has to come soonest.
+    Among the first n places, for any n, the number of places of i differs from
+    n * counts[i] / sum(counts) by less than 1.
+
+    Tijdeman's algorithm (The chairman assignment problem, 1980): each place goes, among the indices
+    that are behind by at least 1 / (2k - 2) of a place (k = len(counts)), to the one with the
+    earliest deadline.
     """
     k, period = len(counts), sum(counts)
     weight, unit = np.array(counts, np.int64), max(1, 2 * k - 2)
-    behind = np.zeros(k, np.int64)  # in places, times period * unit
+    behind = np.zeros(k, np.int64)  # in units of 1 / (period * unit) places
     out = np.empty(period, np.int64)
     for n in range(period):
         behind += weight * unit
-        latest = (period * (unit - 1) - behind) / weight
-        out[n] = np.argmin(np.where(behind >= period, latest, np.inf)) if k > 1 else 0
+        deadline = (period * (unit - 1) - behind) / weight
+        out[n] = np.argmin(np.where(behind >= period, deadline, np.inf)) if k > 1 else 0
         behind[out[n]] -= period * unit
     return out
 
 
-class EvaluationSet:
-    """Consecutive windows in file order, the same at every evaluation. Each token but the first
-    is a target once; where rows or tokens run out, the last batch is padded with -1, no token."""
-
-    def __init__(self, split: Split, batch_size: int, seq_len: int, limit: int):
-        """At most `limit` batches; 0 takes the whole split."""
-        _check_sizes(batch_size, seq_len)
-        if limit < 0:
-            raise ValueError(f'limit counts batches, 0 for all of them, but is {limit}')
-        if split.n_tokens < 2:
-            raise ValueError(
-                f'the split has {split.n_tokens} token and nothing to predict: prepare more text'
-            )
-        n_windows = math.ceil((split.n_tokens - 1) / seq_len)
-        self.n_batches = math.ceil(n_windows / batch_size)
-        if limit:
-            self.n_batches = min(self.n_batches, limit)
-        self.split, self.batch_size, self.seq_len = split, batch_size, seq_len
-
-    def batch_at(self, i: int, rows: slice = slice(None)) -> np.ndarray:
-        """int32 [rows, seq_len + 1]: the given rows of batch i < n_batches."""
-        if not 0 <= i < self.n_batches:
-            raise ValueError(f'there is no batch {i}, the batches are 0 to {self.n_batches - 1}')
-        window = i * self.batch_size + np.arange(self.batch_size)[rows]
-        batch = self.split.read_windows(window * self.seq_len, self.seq_len + 1)
-        # A row that would hold the stream's last token alone has no target.
-        batch[batch[:, 1] < 0] = -1
-        return batch
-
-
 def _check_sizes(batch_size: int, seq_len: int) -> None:
+    """Raises ValueError for sizes that the rules of a config exclude."""
     if batch_size < 1 or seq_len < 1:
         raise ValueError(
-            f'batch_size and seq_len are from 1 up, but are {batch_size} and {seq_len}'
+            f'batch_size and seq_len must be 1 or more, but are {batch_size} and {seq_len}'
         )
 
 
 def permute(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
-    """int64, shape of `index`: where a permutation of 0..n-1, drawn by seed and epoch, sends it.
+    """Returns the images of `index` under a permutation of 0..n-1 that seed and epoch choose.
 
-    A Feistel network permutes 0..4**half-1, the next power of 4; numbers that land beyond n go
-    through it again until they are below, which leaves a permutation of the n.
+    int64, in the shape of `index`. A Feistel network permutes 0..4**half-1, up to the next power
+    of 4. Numbers that it sends to n or beyond go through it again until they are below n, which
+    makes it a permutation of 0..n-1 (cycle walking).
     """
     half = max(1, math.ceil((n - 1).bit_length() / 2))
     mask = np.uint64((1 << half) - 1)
@@ -281,7 +224,7 @@ def permute(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """uint64 -> uint64, the finalizer of splitmix64: each bit in moves half of the bits out."""
+    """Mixes the bits of each number, uint64 -> uint64: the finalizer of splitmix64."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -290,8 +233,8 @@ def _mix(x: np.ndarray) -> np.ndarray:
 def prefetch(fn: Callable[[int], T], start: int, stop: int, depth: int = 2) -> Iterator[T]:
     """Yields fn(start) to fn(stop - 1), computed up to `depth` ahead in a background thread.
 
-    An exception of `fn` is raised where its result would have come. The thread ends with the
-    generator, at its end, by an exception, or when it is closed.
+    Raises an exception of `fn` in place of its result. The thread ends with the generator: after
+    the last result, after an exception, or when the generator is closed.
     """
     thread = ThreadPoolExecutor(1, 'prefetch')
     pending: deque = deque()
@@ -307,15 +250,146 @@ def prefetch(fn: Callable[[int], T], start: int, stop: int, depth: int = 2) -> I
 
 
 # ---------------------------------------------------------------------------------------------
-# A corpus that is always there, and the command
+# Evaluation batches
+# ---------------------------------------------------------------------------------------------
+
+
+class EvaluationSet:
+    """Evaluation batches of one split: consecutive windows in its order, always the same.
+
+    Each token but the first is a target once. The last batch is padded with -1, which is no token,
+    where the tokens of a row or the rows run out.
+    """
+
+    def __init__(self, split: Split, batch_size: int, seq_len: int, limit: int):
+        """Takes at most `limit` batches; 0 takes the whole split.
+
+        Raises ConfigError if the split has nothing to predict.
+        """
+        _check_sizes(batch_size, seq_len)
+        if limit < 0:
+            raise ValueError(f'limit counts batches, 0 for all of them, but is {limit}')
+        if split.n_tokens < 2:
+            raise ConfigError(
+                f'the split has {split.n_tokens} token and nothing to predict: prepare more text'
+            )
+        n_windows = math.ceil((split.n_tokens - 1) / seq_len)
+        self.n_batches = math.ceil(n_windows / batch_size)
+        if limit:
+            self.n_batches = min(self.n_batches, limit)
+        self.split, self.batch_size, self.seq_len = split, batch_size, seq_len
+
+    def batch_at(self, i: int, rows: slice = slice(None)) -> np.ndarray:
+        """Returns the given rows of batch i < n_batches, int32 [rows, seq_len + 1]."""
+        if not 0 <= i < self.n_batches:
+            raise ValueError(f'there is no batch {i}, the batches are 0 to {self.n_batches - 1}')
+        window = i * self.batch_size + np.arange(self.batch_size)[rows]
+        batch = self.split.read_windows(window * self.seq_len, self.seq_len + 1)
+        # A row that would hold the stream's last token alone has no target.
+        batch[batch[:, 1] < 0] = -1
+        return batch
+
+
+# ---------------------------------------------------------------------------------------------
+# The data of a config
+# ---------------------------------------------------------------------------------------------
+
+
+def source_errors(config: ConfigDict) -> Iterator[str]:
+    """Yields the rules that data.path and data.sources break, each with its values and remedy."""
+    d = config.data
+    if not d.path and not d.sources:
+        yield "data.path is empty; use a folder that data.py wrote, or 'stdlib'"
+    if d.path and d.sources:
+        yield f'data.path={d.path!r} and data.sources are both set; leave one of them empty'
+    form = "use ((name, path, weight), ...), as in (('web', 'tokens/web', 0.7), ...)"
+    for source in d.sources:
+        if not isinstance(source, tuple) or len(source) != 3:
+            yield f'data.sources holds {source!r}; {form}'
+            return
+        name, path, weight = source
+        if not all(isinstance(text, str) and text for text in (name, path)):
+            yield f'data.sources holds {source!r}, whose name or path is no text; {form}'
+        if not isinstance(weight, int | float) or not 0 < weight < float('inf'):
+            yield f'data.sources holds {source!r}, whose weight is not above 0; {form}'
+    names = [source[0] for source in d.sources]
+    if len(set(names)) < len(names):
+        yield f'data.sources names {names} twice; use a name of its own for each source'
+
+
+class Source(NamedTuple):
+    """One source of the training data, with its own evaluation set."""
+
+    name: str
+    share: float  # of the training rows
+    evaluation: EvaluationSet
+
+
+def open_sources(
+    sources: Sequence[tuple[str, str, float]],
+    tokenizer: str,
+    batch_size: int,
+    seq_len: int,
+    seed: int,
+    eval_batches: int,
+) -> tuple[Loader | Mixture, list[Source]]:
+    """Opens (name, path, weight) sources: their training stream, and their evaluation sets.
+
+    An evaluation set takes at most `eval_batches` batches; 0 takes its whole validation split. The
+    path 'stdlib' stands for Python's standard library, prepared with `tokenizer`.
+    """
+    names, paths, weights = zip(*sources, strict=True)
+    paths = [stdlib_corpus(tokenizer) if path == 'stdlib' else path for path in paths]
+    train = [Split(path, 'train', CACHE_BYTES // len(paths)) for path in paths]
+    if len(sources) == 1:
+        loader = Loader(train[0], batch_size, seq_len, seed)
+    else:
+        loader = Mixture(train, weights, batch_size, seq_len, seed)
+    evaluations = [
+        EvaluationSet(Split(path, 'validation'), batch_size, seq_len, eval_batches)
+        for path in paths
+    ]
+    counts = whole_shares(weights)
+    return loader, [
+        Source(name, count / sum(counts), evaluation)
+        for name, count, evaluation in zip(names, counts, evaluations, strict=True)
+    ]
+
+
+def open_data(config: ConfigDict) -> tuple[Loader | Mixture, list[Source], tiktoken.Encoding]:
+    """Opens a config's data: the training stream, its sources with evaluation sets, the tokenizer.
+
+    Raises ConfigError if the data cannot be read, or has more tokens than model.vocab_size.
+    """
+    d = config.data
+    loader, sources = open_sources(
+        d.sources or (('data', d.path, 1.0),),
+        d.tokenizer,
+        config.batch_size,
+        config.seq_len,
+        config.seed,
+        config.eval.batches,
+    )
+    encoding = sources[0].evaluation.split.encoding()
+    if encoding.n_vocab > config.model.vocab_size:
+        raise ConfigError(
+            f'model.vocab_size={config.model.vocab_size} is below the {encoding.n_vocab} tokens of '
+            f'{encoding.name}; use {-(-encoding.n_vocab // 128) * 128}'
+        )
+    return loader, sources, encoding
+
+
+# ---------------------------------------------------------------------------------------------
+# The standard library as a corpus
 # ---------------------------------------------------------------------------------------------
 
 
 def stdlib_corpus(tokenizer: str, validation_share: float = 0.03) -> str:
-    """The source of the running Python's standard library as a prepared folder; returns its path.
+    """Returns the path of the running Python's standard library as a prepared folder.
 
-    Prepared once, in a cache folder: $JAXFORMER_CACHE, else $XDG_CACHE_HOME/jaxformer, else
-    ~/.cache/jaxformer. Processes that do it at once do not disturb each other.
+    The folder is prepared once, in $JAXFORMER_CACHE, else $XDG_CACHE_HOME/jaxformer, else
+    ~/.cache/jaxformer. Several processes may do this at the same time. Raises ConfigError if the
+    cache cannot be written.
     """
     user_cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
     cache = os.environ.get('JAXFORMER_CACHE') or os.path.join(user_cache, 'jaxformer')
@@ -330,7 +404,7 @@ def stdlib_corpus(tokenizer: str, validation_share: float = 0.03) -> str:
         os.makedirs(cache, exist_ok=True)
         building = tempfile.mkdtemp(prefix='building-', dir=cache)
     except OSError as error:
-        raise ValueError(
+        raise ConfigError(
             f'the cache folder {cache} cannot be written ({error}): set JAXFORMER_CACHE to '
             'one that can'
         ) from error
@@ -339,13 +413,13 @@ def stdlib_corpus(tokenizer: str, validation_share: float = 0.03) -> str:
         left_out = f', without {skipped} files that are not UTF-8' if skipped else ''
         print(f'preparing the standard library of Python {version} in {folder}{left_out}')
         files = [File(name, path) for name, path in named]
-        # Not in `building` itself, which mkdtemp closes to other users of the cache.
+        # A folder below `building`, because mkdtemp makes that one unreadable for other users.
         tokens = os.path.join(building, 'tokens')
         prepare(files, Job(tokens, tokenizer, validation_share, max_bad_share=0.0))
         try:
             os.rename(tokens, folder)
         except OSError:
-            # Another process was first. Its folder is complete: it, too, appeared by a rename.
+            # Another process was first. Its folder is complete, because it was renamed, too.
             if not os.path.exists(os.path.join(folder, MANIFEST)):
                 raise
     finally:
@@ -353,11 +427,16 @@ def stdlib_corpus(tokenizer: str, validation_share: float = 0.03) -> str:
     return folder
 
 
+# ---------------------------------------------------------------------------------------------
+# The command
+# ---------------------------------------------------------------------------------------------
+
+
 def _define_flags() -> None:
     flags.DEFINE_list('input', None, f'globs of {", ".join(KINDS)} files, as paths or URLs')
     flags.DEFINE_string('tokenizer', None, "a tiktoken name, 'bytes', or a .tiktoken file")
     flags.DEFINE_string('output', None, 'the folder or tensorstore URL to write')
-    flags.DEFINE_float('validation_share', 0.01, 'share of the documents kept for validation')
+    flags.DEFINE_float('validation_share', 0.01, 'share of the documents that go to validation')
     flags.DEFINE_integer('workers', os.cpu_count(), 'processes')
     flags.DEFINE_string('ray', None, "address of a Ray cluster to work on, or 'auto' or 'local'")
     flags.DEFINE_string('text_field', 'text', 'the field of a record that holds the text')
@@ -373,14 +452,16 @@ def _define_flags() -> None:
 
 def main(_: list[str]) -> None:
     args = flags.FLAGS
-    if args.inspect:
-        if damage := inspect(args.inspect, args.samples):
-            sys.exit('\n'.join(damage))
-        return
-    job = Job(
-        args.output, args.tokenizer, args.validation_share, args.text_field, args.max_bad_share
-    )
-    manifest = prepare(find_files(args.input), job, args.workers, progress=True, ray=args.ray)
+    try:
+        if args.inspect:
+            damage = inspect(args.inspect, args.samples)
+            sys.exit('\n'.join(damage) or None)
+        job = Job(
+            args.output, args.tokenizer, args.validation_share, args.text_field, args.max_bad_share
+        )
+        manifest = prepare(find_files(args.input), job, args.workers, progress=True, ray=args.ray)
+    except (ConfigError, OSError, WorkerError) as error:  # OSError: a file, or RemoteError
+        sys.exit(str(error))
     for name, split in manifest['splits'].items():
         print(
             f'{args.output}/{name}: {split["documents"]:,} documents, {split["tokens"]:,} tokens, '
@@ -395,58 +476,3 @@ def main(_: list[str]) -> None:
 if __name__ == '__main__':
     _define_flags()
     app.run(main)
-
-
-def source_errors(config: ConfigDict) -> Iterator[str]:
-    """What is wrong with data.path and data.sources."""
-    d = config.data
-    if not d.path and not d.sources:
-        yield "data.path is empty; use a folder that data.py wrote, or 'stdlib'"
-    if d.path and d.sources:
-        yield f'data.path={d.path!r} and data.sources are both set; leave one of them empty'
-    form = "use ((name, path, weight), ...), as in (('web', 'tokens/web', 0.7), ...)"
-    for source in d.sources:
-        if not isinstance(source, tuple) or len(source) != 3:
-            yield f'data.sources holds {source!r}; {form}'
-            return
-        name, path, weight = source
-        if not isinstance(name, str) or not name or not isinstance(path, str) or not path:
-            yield f'data.sources holds {source!r}, whose name or path is no text; {form}'
-        if not isinstance(weight, int | float) or not 0 < weight < float('inf'):
-            yield f'data.sources holds {source!r}, whose weight is not above 0; {form}'
-    names = [source[0] for source in d.sources]
-    if len(set(names)) < len(names):
-        yield f'data.sources names {names} twice; use a name of its own for each source'
-
-
-# ---------------------------------------------------------------------------------------------
-# The run
-# ---------------------------------------------------------------------------------------------
-
-
-def open_data(
-    config: ConfigDict,
-) -> tuple[data.Loader | data.Mixture, list[data.Source], tiktoken.Encoding]:
-    """The training stream, its sources with their evaluation sets, and their tokenizer, which tells
-    the config what ends a document.
-
-    Raises ValueError if the vocabulary does not fit.
-    """
-    d = config.data
-    loader, sources = data.open_sources(
-        d.sources or (('data', d.path, 1.0),),
-        d.tokenizer,
-        config.batch_size,
-        config.seq_len,
-        config.seed,
-        config.eval.batches,
-    )
-    encoding = sources[0].evaluation.split.encoding()
-    if encoding.n_vocab > config.model.vocab_size:
-        raise ValueError(
-            f'model.vocab_size={config.model.vocab_size} is below the {encoding.n_vocab} tokens of '
-            f'{encoding.name}; use {-(-encoding.n_vocab // 128) * 128}'
-        )
-    if config.data.isolate_documents:
-        config.model.document_end = encoding.eot_token
-    return loader, sources, encoding

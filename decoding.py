@@ -3,13 +3,13 @@
     tokens = generate(params, cfg, prompts, max_tokens=200, context=1024)
 
 Two compiled programs do it: `prefill` takes all prompts, padded on the right to one of a few
-lengths, and leaves what attention keeps of each position; `decode` extends every row by some
-tokens, at its own position. So neither compiles anew for another position, and prefill only for
-another padded length. Rows of the batch are spread over every axis but tp; dimension letters as in
-layers/dense.py.
+lengths, and leaves the part of each position that attention keeps; `decode` extends every row by
+some tokens, at its own position. So neither compiles anew for another position, and prefill only
+for another padded length. Rows of the batch are spread over every axis but tp.
 
 In the residual stream of `decode`, rows stand where positions stand in training (see
-`attention.Attention`): x is [1, B/tp, D], and each part of the model runs as it is trained.
+`attention.Attention`): x_1tD is [1, T/tp, D] with a row per position, and each part of the model
+runs as it is trained.
 """
 
 import dataclasses
@@ -23,8 +23,11 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 
-from config import ModelConfig
+from config import ConfigError, ModelConfig
 from layers.attention import ATTENTION, positions, rope_table
+from layers.attention_kernels import ATTENTION_KERNELS
+from layers.expert_kernels import EXPERT_KERNELS
+from layers.kernels import portable
 from model import block_names, embed, head_logits, layer, model_params
 from parallel import (
     AXES,
@@ -50,7 +53,7 @@ ROWS = (PP, *BATCH)  # the axes that rows are spread over: stages of a pipeline 
 
 SHORTEST = 16  # the least padded length of a prompt
 
-# Each device's own copy, so that what is alike on the tp devices never has to be compared.
+# Each device has a copy of its own, so that values alike on the tp devices are never compared.
 STATE = {
     'cache': P(None, ROWS, TP),
     'token': P(AXES),
@@ -63,12 +66,12 @@ STATE = {
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn. Filters apply in the order of the fields, each to what is left.
+    """The rules for drawing a token. Filters apply in the order of the fields, one after the other.
 
     temperature 0 takes the likeliest token. top_k (0: all) keeps so many; top_p (1: all) keeps the
     likeliest that together reach this share (nucleus sampling, Holtzman et al. 2020); min_p (0:
     all) keeps those at least this share as likely as the likeliest (Nguyen et al. 2024). Tokens
-    exactly as likely as the last one kept are kept too. Raises ValueError if out of range.
+    exactly as likely as the last one kept are kept too. Raises ConfigError if out of range.
     """
 
     temperature: float = 0.0
@@ -85,11 +88,11 @@ class Sampling:
         }
         for name, (holds, remedy) in rules.items():
             if not holds:
-                raise ValueError(f'{name}={getattr(self, name)} is out of range; use {remedy}')
+                raise ConfigError(f'{name}={getattr(self, name)} is out of range; use {remedy}')
 
 
 def sample(logits_V: Array, key: Array, sampling: Sampling) -> Array:
-    """One token, int32, from float32 logits."""
+    """Draws one token, int32, from float32 logits."""
     if sampling.temperature == 0:
         return jnp.argmax(logits_V).astype(jnp.int32)
     logits_V = logits_V / sampling.temperature
@@ -114,25 +117,32 @@ def sample(logits_V: Array, key: Array, sampling: Sampling) -> Array:
 
 
 def decoding_config(cfg: ModelConfig) -> ModelConfig:
-    """Without what serves training alone. Experts take all choices: a capacity is a share of a
-    whole sequence, of which decoding does not know the rest. And without kernels that shard_map
-    cannot check, which it does here."""
-    kernel = 'ragged_dot' if cfg.expert_kernel == 'ragged_dot' else 'blocks'
+    """Returns the model without the parts that serve training alone.
+
+    Experts take all choices: a capacity is a share of a whole sequence, and decoding does not know
+    the rest of it. Kernels that shard_map cannot check, as it does here, make way for those that it
+    can.
+    """
+    attention, experts = cfg.attention_kernel, cfg.expert_kernel
+    if not ATTENTION_KERNELS[attention].checked:
+        attention = portable(ATTENTION_KERNELS)
+    if not EXPERT_KERNELS[experts].checked:
+        experts = portable(EXPERT_KERNELS)
     return dataclasses.replace(
         cfg, dropout=0.0, capacity_factor=0.0, buffer_factor=0.0, balance_loss=0.0,
-        router_z_loss=0.0, attention_kernel='blockwise', expert_kernel=kernel,
+        router_z_loss=0.0, attention_kernel=attention, expert_kernel=experts,
     )  # fmt: skip
 
 
 def chunks_of(params: Tree, cfg: ModelConfig) -> int:
-    """How many chunks a stage of the pipeline had that these parameters were laid out for."""
+    """Returns the chunks per stage of the pipeline that these parameters were laid out for."""
     declared = model_params(cfg)
     found, plain = (jax.tree.leaves(x['blocks'], is_leaf=is_param)[0] for x in (params, declared))
     return 1 if found.ndim == len(plain.shape) else found.shape[0]
 
 
 def block_at(blocks: Tree, declared: Tree, i: Array) -> Tree:
-    """The parameters of block i, from the pipeline stage that holds it."""
+    """Fetches the parameters of block i from the pipeline stage that holds it."""
 
     def leaf(p: Param, x: Array) -> Array:
         if PP not in p.spec[:2]:
@@ -148,42 +158,52 @@ def block_at(blocks: Tree, declared: Tree, i: Array) -> Tree:
 
 def run_layers(
     params: Tree,
-    x_BTD: Array,
+    x_BtD: Array,
     cache: Tree | None,
     attend: Callable[[Tree, Array, Tree | None], tuple[Array, Tree]],
     cfg: ModelConfig,
 ) -> tuple[Array, Tree]:
-    """All layers in scans over blocks; `attend` takes a layer's parameters, input and cache.
+    """Runs all layers in scans over blocks; `attend` takes a layer's parameters, input and cache.
 
-    Returns the last x_BTD, and what attention keeps, by group, layer of the block and name; like
-    the cache's its leaves are stacked over blocks. The cache is only read: one write after the
-    scans leaves it where it is, a write in each layer could make the compiler copy it.
+    Returns the last x_BtD, and the arrays that attention keeps, by group, layer of the block and
+    name; like the cache's, they are stacked over blocks. The cache is only read: one write after
+    the scans leaves it where it is, a write in each layer could make the compiler copy it.
     """
     declared, kept = model_params(cfg, chunks_of(params, cfg)), {}
-    key = jax.random.key(0)  # of dropout, which is off
     groups = {'first': ('dense',)} if cfg.first_dense else {}
     for group, kinds in (groups | {'blocks': cfg.block}).items():
-        names = block_names(kinds)
-
-        def block(x_BTD: Array, scanned: tuple[Array, Tree], group=group, kinds=kinds, names=names):
-            i, cached = scanned
-            weights = block_at(params[group], declared[group], i)
-            kept = {}
-            for name, kind in zip(names, kinds, strict=True):
-                with_cache = lambda p, h, name=name: attend(p, h, cached[name])  # noqa: E731
-                x_BTD, kept[name], _ = layer(weights[name], x_BTD, with_cache, key, cfg, kind)
-            return x_BTD, kept
-
         n_blocks = cfg.first_dense if group == 'first' else cfg.n_blocks
-        cached = cache[group] if cache else dict.fromkeys(names)
-        x_BTD, kept[group] = lax.scan(block, x_BTD, (jnp.arange(n_blocks), cached))
-    return x_BTD, kept
+        cached = cache[group] if cache else dict.fromkeys(block_names(kinds))
+        block = functools.partial(
+            run_block, params[group], declared[group], attend=attend, kinds=kinds, cfg=cfg
+        )
+        x_BtD, kept[group] = lax.scan(block, x_BtD, (jnp.arange(n_blocks), cached))
+    return x_BtD, kept
+
+
+def run_block(
+    blocks: Tree,
+    declared: Tree,
+    x_BtD: Array,
+    scanned: tuple[Array, Tree],
+    attend: Callable[[Tree, Array, Tree | None], tuple[Array, Tree]],
+    kinds: tuple[str, ...],
+    cfg: ModelConfig,
+) -> tuple[Array, Tree]:
+    """Runs block i of stacked blocks; `scanned` is i and its cache. Returns x_BtD and what is kept."""
+    i, cached = scanned
+    weights, kept = block_at(blocks, declared, i), {}
+    key = jax.random.key(0)  # of dropout, which is off
+    for name, kind in zip(block_names(kinds), kinds, strict=True):
+        with_cache = functools.partial(attend, cached=cached[name])
+        x_BtD, kept[name], _ = layer(weights[name], x_BtD, with_cache, key, cfg, kind)
+    return x_BtD, kept
 
 
 def prefill_logits(
     params: Tree, ids_BT: Array, lengths_B: Array, cfg: ModelConfig, context: int
 ) -> tuple[Array, Tree]:
-    """All positions of prompts at once. ids_BT: int32 [B, T], padded on the right.
+    """Computes all positions of prompts at once. ids_BT: int32 [B, T], padded on the right.
 
     Returns the logits after each prompt's last token, float32 [B, V], and the cache: leaves
     [blocks, B, K, context, H]. Its entries beyond a prompt mean nothing; decoding overwrites each
@@ -193,14 +213,15 @@ def prefill_logits(
     block = max(d for d in range(1, cfg.attention_block + 1) if T % d == 0)
     cfg = dataclasses.replace(cfg, attention_block=block)
     table = positions(ids_BT, cfg)
-    forward = ATTENTION[cfg.attention].forward
-    x_BTD = embed(params['embed'], ids_BT, cfg)
-    x_BTD, kept = run_layers(
-        params, x_BTD, None, lambda p, h_BTD, _: forward(p, h_BTD, table, cfg), cfg
-    )
+
+    def attend(params: Tree, h_BtD: Array, cached: None) -> tuple[Array, Tree]:
+        return ATTENTION[cfg.attention].forward(params, h_BtD, table, cfg)
+
+    x_BtD = embed(params['embed'], ids_BT, cfg)
+    x_BtD, kept = run_layers(params, x_BtD, None, attend, cfg)
     fill = ((0, 0), (0, 0), (0, 0), (0, context - T), (0, 0))
     cache = jax.tree.map(lambda x: jnp.pad(x, fill), kept)
-    x_BTD = all_gather(x_BTD, TP, 1)  # B T/tp D -> B T D
+    x_BTD = all_gather(x_BtD, TP, 1)
     last_B1D = jnp.take_along_axis(x_BTD, lengths_B[:, None, None] - 1, axis=1)
     return all_gather(head_logits(params, last_B1D, cfg), TP, 2)[:, 0], cache
 
@@ -208,26 +229,32 @@ def prefill_logits(
 def decode_logits(
     params: Tree, cache: Tree, ids_B: Array, positions_B: Array, starts_B: Array, cfg: ModelConfig
 ) -> tuple[Array, Tree]:
-    """One more token a row, int32 [B], at its position, in a document that started at the position
-    `starts` -> logits after it, float32 [B, V], and the cache with it."""
+    """Computes one more token per row, int32 [B], at its position, in a document that started at
+    the position `starts`: logits after it, float32 [B, V], and the cache with it."""
     rows, tp = ids_B.shape[0], lax.axis_size(TP)
     S = jax.tree.leaves(cache)[0].shape[-2]
     visible_BS = (jnp.arange(S) >= starts_B[:, None]) & (jnp.arange(S) < positions_B[:, None])
-    fill = lambda x_B: jnp.pad(x_B, (0, -rows % tp), mode='edge')  # noqa: E731
-    table = rope_table(cfg, fill(positions_B - starts_B))
-    x_BD = embed(params['embed'], fill(ids_B)[None], cfg)
-    decode = ATTENTION[cfg.attention].decode
-    x_BD, kept = run_layers(
-        params, x_BD, cache, lambda p, h, cached: decode(p, h, table, cached, visible_BS, cfg), cfg
-    )
-    write = lambda c, new: c.at[:, jnp.arange(rows), :, positions_B].set(new.swapaxes(0, 1))  # noqa: E731
+
+    def filled(x_B: Array) -> Array:
+        return jnp.pad(x_B, (0, -rows % tp), mode='edge')
+
+    table = rope_table(cfg, filled(positions_B - starts_B))
+
+    def attend(params: Tree, h_1tD: Array, cached: Tree) -> tuple[Array, Tree]:
+        return ATTENTION[cfg.attention].decode(params, h_1tD, table, cached, visible_BS, cfg)
+
+    def write(c: Array, new: Array) -> Array:
+        return c.at[:, jnp.arange(rows), :, positions_B].set(new.swapaxes(0, 1))
+
+    x_1tD = embed(params['embed'], filled(ids_B)[None], cfg)
+    x_1tD, kept = run_layers(params, x_1tD, cache, attend, cfg)
     cache = jax.tree.map(write, cache, kept)
-    x_BD = all_gather(x_BD, TP, 1)[:, :rows]  # 1 B/tp D -> 1 B D
-    return all_gather(head_logits(params, x_BD, cfg), TP, 2)[0], cache
+    x_1BD = all_gather(x_1tD, TP, 1)[:, :rows]
+    return all_gather(head_logits(params, x_1BD, cfg), TP, 2)[0], cache
 
 
 def next_starts(ids_BT: Array, lengths_B: Array, cfg: ModelConfig) -> Array:
-    """Where the document began that goes on after these tokens: int32 [B]."""
+    """Finds the start of the document that goes on after these tokens: int32 [B]."""
     index = jnp.arange(ids_BT.shape[1])
     ends_BT = (ids_BT == cfg.document_end) & (index < lengths_B[:, None])
     return jnp.max(jnp.where(ends_BT, index + 1, 0), axis=1)
@@ -239,8 +266,11 @@ def next_starts(ids_BT: Array, lengths_B: Array, cfg: ModelConfig) -> Array:
 
 
 def _place(state: Tree, logits_BV: Array, rules: Tree, sampling: Sampling) -> Tree:
-    """The state with a token drawn for each row's position. A row's randomness follows from the
-    seed, its number in the batch and the position: not from the mesh, nor from other rows."""
+    """Draws a token for each row's position, and returns the state with it.
+
+    A row's randomness follows from the seed, its number in the batch and the position: not from the
+    mesh, nor from other rows.
+    """
     B = logits_BV.shape[0]
     rows_B = lax.axis_index(ROWS) * B + jnp.arange(B)
     key = jax.random.key(rules['seed'])
@@ -292,7 +322,7 @@ def _decode(params, state, rules, *, cfg, sampling, n_tokens):
 
 
 def _shown(tokens_BT: Array, done_B: Array) -> Array:
-    """Tokens, and in a last column whether the row has ended, of all devices for the host."""
+    """Brings all devices' tokens to the host, with a last column that is 1 for ended rows."""
     both = jnp.concatenate((tokens_BT, done_B[:, None].astype(jnp.int32)), axis=1)
     return replicate(both, AXES, 0)
 
@@ -301,8 +331,8 @@ def _shown(tokens_BT: Array, done_B: Array) -> Array:
 def programs(
     cfg: ModelConfig, chunks: int, mesh: Mesh, sampling: Sampling, context: int, n_tokens: int
 ) -> tuple[Callable, Callable]:
-    """jitted prefill (params, ids_BT, lengths_B, limits_B, rules) -> (state, tokens and ends), and
-    decode (params, state, rules) -> the same for n_tokens more; the state's buffers are donated."""
+    """Returns jitted prefill (params, ids_BT, lengths_B, limits_B, rules) -> (state, tokens and
+    ends), and decode (params, state, rules) -> the same for n_tokens more; the state is donated."""
     params = specs(model_params(cfg, chunks))
     prefill = functools.partial(_prefill, cfg=cfg, sampling=sampling, context=context)
     decode = functools.partial(_decode, cfg=cfg, sampling=sampling, n_tokens=n_tokens)
@@ -318,8 +348,8 @@ def programs(
 
 
 def padded_lengths(context: int, tp: int) -> list[int]:
-    """The lengths that prompts are padded to, the last one being the cache's: each twice the one
-    before, all divisible by tp."""
+    """Lists the lengths that prompts are padded to, the last one being the cache's: each twice the
+    one before, all divisible by tp."""
     unit = math.lcm(SHORTEST, tp)
     longest = -(-context // unit) * unit
     lengths = [unit]
@@ -329,27 +359,27 @@ def padded_lengths(context: int, tp: int) -> list[int]:
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], context: int, vocab_size: int) -> None:
-    """ValueError for what cannot be continued."""
+    """Raises ConfigError for prompts that cannot be continued."""
     if not prompts:
-        raise ValueError('there is no prompt; give at least one')
+        raise ConfigError('there is no prompt; give at least one')
     for i, prompt in enumerate(prompts):
         if not len(prompt):
-            raise ValueError(f'prompt {i} is empty; give at least one token, as end of text')
+            raise ConfigError(f'prompt {i} is empty; give at least one token, as end of text')
         if len(prompt) >= context:
-            raise ValueError(
+            raise ConfigError(
                 f'prompt {i} has {len(prompt)} tokens, and the context of {context} must hold it '
                 f'and a token more; shorten it, or use a larger context'
             )
         if not 0 <= min(prompt) <= max(prompt) < vocab_size:
-            raise ValueError(
+            raise ConfigError(
                 f'prompt {i} has ids from {min(prompt)} to {max(prompt)}, outside of the '
                 f'vocabulary of {vocab_size}; encode it with the tokenizer of the run'
             )
 
 
 def weight_types(declared: Tree, cfg: ModelConfig) -> Tree:
-    """The type that each parameter is used in: weights in the compute type; gains, and the router,
-    which decides in float32, in float32."""
+    """Returns the type that each parameter is used in: weights in the compute type; gains, and the
+    router, which decides in float32, in float32."""
 
     def leaf(path: tuple, p: Param) -> np.dtype:
         narrow = p.matrix and path[-1].key != 'router'
@@ -359,7 +389,7 @@ def weight_types(declared: Tree, cfg: ModelConfig) -> Tree:
 
 
 def cast_weights(params: Tree, cfg: ModelConfig) -> Tree:
-    """Float32 parameters in the types that they are used in, so that no token has to cast them."""
+    """Casts parameters to the types that they are used in, so that no token has to."""
     types = weight_types(model_params(cfg, chunks_of(params, cfg)), cfg)
     return jax.tree.map(lambda x, dtype: x.astype(dtype), params, types)
 
@@ -371,7 +401,7 @@ def put_request(
     mesh: Mesh,
     rules: dict[str, np.ndarray],
 ) -> tuple[tuple[Array, Array, Array], Tree]:
-    """Checked prompts, on the mesh as `programs` take them: (ids_BT, lengths_B, limits_B), rules.
+    """Puts prompts on the mesh as `programs` take them: (ids_BT, lengths_B, limits_B), rules.
 
     Rows are added so that each device has as many; these hold one token, and end when they begin.
     """
@@ -384,14 +414,15 @@ def put_request(
         ids_BT[row, : len(prompt)] = prompt
         lengths_B[row] = len(prompt)
         limits_B[row] = min(len(prompt) + max_tokens, context)
-    put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))  # noqa: E731
-    rows = tuple(put(x, P(ROWS)) for x in (ids_BT, lengths_B, limits_B))
-    return rows, {name: put(x, P()) for name, x in rules.items()}
+    rows = tuple(jax.device_put((ids_BT, lengths_B, limits_B), NamedSharding(mesh, P(ROWS))))
+    return rows, jax.device_put(rules, NamedSharding(mesh, P()))
 
 
 def fetch(shown: Array, mesh: Mesh, n_prompts: int) -> tuple[np.ndarray, np.ndarray]:
-    """What a program shows of its tokens: int32 [n_prompts, n], and the ends: bool [n_prompts].
-    tp devices hold the same rows; the first one's are taken."""
+    """Fetches the tokens of a program, int32 [n_prompts, n], and the ends, bool [n_prompts].
+
+    tp devices hold the same rows; the first one's are taken.
+    """
     shown = np.asarray(shown)
     shown = shown.reshape(mesh.size // mesh.shape[TP], mesh.shape[TP], -1, shown.shape[1])[:, 0]
     shown = shown.reshape(-1, shown.shape[-1])[:n_prompts]
@@ -416,11 +447,11 @@ def stream(
     `params` lie on a mesh as `model_params` declares, pp > 1 included, and in any float type. A row
     ends with the token `stop` (-1: none), after max_tokens, or when prompt and tokens fill the
     context. `allowed`: bool [V], the tokens that may come. `n_tokens` come at a time, after a first
-    one. Raises ValueError for empty or too long prompts. With several processes all call this.
+    one. Raises ConfigError for empty or too long prompts. With several processes all call this.
     """
     check_prompts(prompts, context, cfg.vocab_size)
     if max_tokens < 1:
-        raise ValueError(f'max_tokens={max_tokens} is below 1; ask for a token or more')
+        raise ConfigError(f'max_tokens={max_tokens} is below 1; ask for a token or more')
     cfg, chunks = decoding_config(cfg), chunks_of(params, cfg)
     mesh = jax.tree.leaves(params)[0].sharding.mesh
     rules = {'seed': np.uint32(seed), 'stop': np.int32(stop)}
@@ -449,7 +480,9 @@ def generate(
     context: int,
     **options,
 ) -> list[list[int]]:
-    """The tokens that follow each prompt; a `stop` token is the last one where it came. Arguments
-    and errors as of `stream`."""
+    """Returns the tokens that follow each prompt; a `stop` token is the last one where it came.
+
+    Arguments and errors as of `stream`.
+    """
     tokens = np.concatenate(list(stream(params, cfg, prompts, max_tokens, context, **options)), 1)
     return [row[row >= 0].tolist() for row in tokens]

@@ -4,11 +4,10 @@
     python generate.py --workdir=runs/tiny --prompts_file=prompts.txt --json --temperature=0
 
 Text is printed as it comes, and the speed at the end on standard error. With --json standard output
-holds nothing but one object a completion, in the order of the prompts: prompt, text, tokens (ids)
+holds nothing but one object per completion, in the order of the prompts: prompt, text, tokens (ids)
 and finish_reason ('stop': end of text or a stop string, which the text leaves out; 'length').
 
-`Completion` and `make_sampler` serve others too; `generate` and `stream`, on tokens, are those of
-decoding.py.
+The text is runtime/sampling.py's business, the tokens decoding.py's.
 """
 
 import json
@@ -24,26 +23,31 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from checkpoint import Checkpointer, CheckpointError
-from config import ModelConfig, divisors, saved_config
-from decoding import Sampling, generate, stream, weight_types
+from config import ConfigError, ModelConfig, divisors, saved_config
+from decoding import Sampling, stream, weight_types
 from machine import processes
-from model import declared_params, model_config
+from model import declared_params, model_for
 from parallel import FSDP, TP, Tree, is_param, make_mesh, spec_axes
 from runtime.sampling import (
     Completion,
     allowed_tokens,
     encode,
     end_of_text,
-    make_sampler,
     run_encoding,
 )
+from runtime.workdir import CHECKPOINTS
 from tokenizer import END_OF_TEXT
 
-__all__ = ['Completion', 'Sampling', 'generate', 'load', 'make_sampler', 'stream']
+# ---------------------------------------------------------------------------------------------
+# A run's model
+# ---------------------------------------------------------------------------------------------
 
 
 def make_decoding_mesh(declared: Tree, tp: int, fsdp: int) -> Mesh:
-    """A mesh of tp · fsdp devices; ValueError if they do not divide the model or are not there."""
+    """Makes a mesh of tp · fsdp devices.
+
+    Raises ConfigError if they do not divide the model or are not there.
+    """
     sizes = {TP: tp, FSDP: fsdp}
     for axis, size in sizes.items():
         dims = [
@@ -53,12 +57,12 @@ def make_decoding_mesh(declared: Tree, tp: int, fsdp: int) -> Mesh:
             if axis in spec_axes((entry,))
         ]
         if size < 1 or math.gcd(*dims) % size:
-            raise ValueError(
+            raise ConfigError(
                 f'--{axis}={size} does not divide all dimensions of the model that it shards; use '
                 f'{divisors(math.gcd(*dims))}'
             )
     if tp * fsdp > jax.device_count():
-        raise ValueError(
+        raise ConfigError(
             f'--tp={tp} times --fsdp={fsdp} takes {tp * fsdp} devices and {jax.device_count()} are '
             f'there; use smaller ones, or --cpu_devices={tp * fsdp} to simulate them'
         )
@@ -68,23 +72,23 @@ def make_decoding_mesh(declared: Tree, tp: int, fsdp: int) -> Mesh:
 def load(
     workdir: str, step: int | None = None, tp: int = 1, fsdp: int = 1, dtype: str = ''
 ) -> tuple[Tree, ModelConfig, ConfigDict]:
-    """Parameters of a run's checkpoint, on a mesh of this machine: (params, model, config).
+    """Loads the parameters of a run's checkpoint onto this machine: (params, model, config).
 
-    Whatever mesh wrote them; each is cast to the type that it is used in (`dtype`, or the run's) as
-    soon as it is read. `step` None is the newest. Raises ValueError if there is no such
+    Any mesh may have written them; each is cast to the type that it is used in (`dtype`, or the
+    run's) as soon as it is read. `step` None is the newest. Raises ConfigError if there is no such
     checkpoint or it does not fit the mesh, CheckpointError if it is damaged.
     """
-    path = os.path.join(workdir, 'checkpoints')
+    path = os.path.join(workdir, CHECKPOINTS)
     with Checkpointer(path) as checkpoints:
         newest = checkpoints.latest_step()
         if newest is None:
-            raise ValueError(
+            raise ConfigError(
                 f'{path} holds no checkpoint; use the --workdir of a run that has saved one'
             )
         step = newest if step is None else step
-        config = saved_config(checkpoints.metadata(step)['config'])
-        config.compute_dtype = dtype or config.compute_dtype
-        cfg = model_config(config, jax.default_backend())
+        saved = checkpoints.metadata(step)['config']
+        config = saved_config(saved | ({'compute_dtype': dtype} if dtype else {}))
+        cfg = model_for(config, jax.default_backend())
         declared = declared_params(config)
         mesh = make_decoding_mesh(declared, tp, fsdp)
         leaves, tree = jax.tree_util.tree_flatten_with_path(declared, is_leaf=is_param)
@@ -108,7 +112,7 @@ FLAGS = flags.FLAGS
 
 
 def read_prompts() -> list[str]:
-    """--prompt, and the lines of --prompts_file; in a file .jsonl each line is a JSON string."""
+    """Returns --prompt, and the lines of --prompts_file, each a JSON string in a file .jsonl."""
     prompts, path = list(FLAGS.prompt), FLAGS.prompts_file
     if path:
         try:
@@ -116,9 +120,9 @@ def read_prompts() -> list[str]:
                 lines = f.read().splitlines()
             prompts += map(json.loads, lines) if path.endswith('.jsonl') else lines
         except (OSError, ValueError) as error:
-            raise ValueError(f'--prompts_file={path} cannot be read: {error}') from error
+            raise ConfigError(f'--prompts_file={path} cannot be read: {error}') from error
     if not prompts or not all(isinstance(prompt, str) and prompt for prompt in prompts):
-        raise ValueError(
+        raise ConfigError(
             f'each prompt is a text that is not empty, but these are {prompts}; give --prompt or '
             f'--prompts_file, and {END_OF_TEXT} to start from nothing'
         )
@@ -126,7 +130,7 @@ def read_prompts() -> list[str]:
 
 
 class Printer:
-    """Prints completions in order: the first that has not ended as its text comes."""
+    """Prints completions in order, each as its text comes once those before it have ended."""
 
     def __init__(self, completions: list[Completion]):
         self._waiting = list(completions)
@@ -145,7 +149,7 @@ class Printer:
 
 
 def report(completions: list[Completion], seconds: float, first: float) -> None:
-    """The speed, to standard error; compiling belongs to the time before the first tokens."""
+    """Prints the speed to standard error; compiling belongs to the time before the first tokens."""
     n_tokens = sum(len(c.tokens) for c in completions)
     rest = max(n_tokens - len(completions), 0)
     print(
@@ -156,10 +160,13 @@ def report(completions: list[Completion], seconds: float, first: float) -> None:
 
 
 def run() -> None:
+    """Continues the prompts of the flags."""
     f, prompts = FLAGS, read_prompts()
     sampling = Sampling(f.temperature, f.top_k, f.top_p, f.min_p)
-    params, cfg, config = load(f.workdir, f.step, f.tp, f.fsdp, f.dtype)
+    params, _, config = load(f.workdir, f.step, f.tp, f.fsdp, f.dtype)
     encoding = run_encoding(f.workdir, f.tokenizer)
+    end = end_of_text(encoding)
+    cfg = model_for(config, jax.default_backend(), end)
     allowed = allowed_tokens(encoding, cfg.vocab_size)
     completions = [Completion(prompt, encoding, f.stop) for prompt in prompts]
     active = jax.process_index() == 0
@@ -173,7 +180,7 @@ def run() -> None:
         f.context or config.seq_len,
         sampling=sampling,
         seed=f.seed,
-        stop=end_of_text(encoding),
+        stop=end,
         allowed=allowed,
     ):
         first = first or time.perf_counter() - started
@@ -195,7 +202,7 @@ def main(_: list[str]) -> None:
     processes.choose_platform(FLAGS.cpu_devices)
     try:
         run()
-    except (ValueError, CheckpointError) as error:
+    except (ConfigError, CheckpointError) as error:
         sys.exit(str(error))
 
 

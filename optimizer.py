@@ -1,21 +1,45 @@
-"""AdamW, learning-rate schedules and global-norm clipping: pure functions on sharded trees.
+"""The update: clipping by the global norm, optimizers, the learning rate, and steps to skip.
 
-Everything here is elementwise on the shards that a device holds, except the one number that
-clipping needs. Parameters (the float32 master copy) and moments are sharded alike.
+Pure functions on sharded trees, elementwise on the shards that a device holds but for the one
+number that clipping needs. Parameters (the float32 master copy) and slots are sharded alike.
+
+To add an optimizer, write its functions and add a line to OPTIMIZERS.
 """
 
+import dataclasses
 import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from config import OptimizerConfig
-from parallel import Array, Tree, global_sum_of_squares, map_params
+from parallel import Array, Tree, global_sum_of_squares, map_params, zeros
+
+
+class Optimizer(NamedTuple):
+    """One optimizer.
+
+    slots(declared) declares the arrays that it keeps beside the parameters, {name: tree of Param}:
+    layout, checkpoints and plans follow from that. A slot starts as its `Param.init` says.
+    update(params, grads, slots, step, declared, cfg) returns the new parameters and slots, all
+    float32; step counts from 0. rules(config) yields what cannot run.
+    """
+
+    slots: Callable[[Tree], dict[str, Tree]]
+    update: Callable[[Tree, Tree, Tree, Array, Tree, OptimizerConfig], tuple[Tree, Tree]]
+    rules: Callable[[ConfigDict], Iterator[str]]
+
+
+def zeros_like(declared: Tree) -> Tree:
+    """Declares a slot of each parameter's shape and layout that starts at zero."""
+    return map_params(lambda p: dataclasses.replace(p, init=zeros), declared)
 
 
 def learning_rate(step: Array, cfg: OptimizerConfig) -> Array:
-    """The rate of update number `step` (from 0): float32 scalar.
+    """Returns the rate of update number `step` (from 0): float32 scalar.
 
     Linear warmup to peak_lr, then 'cosine': half a cosine to final_lr at the last step
     (Loshchilov & Hutter 2017); 'wsd': constant, then linear to final_lr over the last decay_steps
@@ -32,17 +56,10 @@ def learning_rate(step: Array, cfg: OptimizerConfig) -> Array:
     return warmup * (cfg.final_lr + (cfg.peak_lr - cfg.final_lr) * share)
 
 
-def adamw_init(params: Tree) -> Tree:
-    """Zero moments: {'m': tree, 'v': tree}, float32, sharded like the parameters."""
-    shardings = jax.tree.map(lambda x: x.sharding, params)
-    zeros = jax.jit(lambda: jax.tree.map(jnp.zeros_like, params), out_shardings=shardings)
-    return {'m': zeros(), 'v': zeros()}
-
-
 def clip_by_global_norm(grads: Tree, declared: Tree, max_norm: float) -> tuple[Tree, Array]:
-    """Scales the gradient of the whole model to at most max_norm (0: as it is); its norm before.
+    """Scales the gradient of the whole model to at most max_norm (0: as it is).
 
-    Moves one float32 number a device (`global_sum_of_squares`).
+    Also returns its norm before. Moves one float32 number per device (`global_sum_of_squares`).
     """
     norm = jnp.sqrt(global_sum_of_squares(grads, declared))
     if max_norm == 0:
@@ -51,18 +68,28 @@ def clip_by_global_norm(grads: Tree, declared: Tree, max_norm: float) -> tuple[T
     return jax.tree.map(lambda g: g * scale, grads), norm
 
 
+# ---------------------------------------------------------------------------------------------
+# AdamW
+# ---------------------------------------------------------------------------------------------
+
+
+def adamw_slots(declared: Tree) -> dict[str, Tree]:
+    """Declares both moments."""
+    return {'m': zeros_like(declared), 'v': zeros_like(declared)}
+
+
 def adamw(
-    params: Tree, grads: Tree, moments: Tree, step: Array, declared: Tree, cfg: OptimizerConfig
+    params: Tree, grads: Tree, slots: Tree, step: Array, declared: Tree, cfg: OptimizerConfig
 ) -> tuple[Tree, Tree]:
-    """One update, step counting from 0 -> (parameters, moments), all float32.
+    """Makes one update of AdamW.
 
     Decay is decoupled (Loshchilov & Hutter 2019) and for matrices only: gains stay free.
     """
     lr = learning_rate(step, cfg)
     t = (step + 1).astype(jnp.float32)
     m_scale, v_scale = 1 / (1 - cfg.b1**t), 1 / (1 - cfg.b2**t)
-    m = jax.tree.map(lambda m, g: cfg.b1 * m + (1 - cfg.b1) * g, moments['m'], grads)
-    v = jax.tree.map(lambda v, g: cfg.b2 * v + (1 - cfg.b2) * g * g, moments['v'], grads)
+    m = jax.tree.map(lambda m, g: cfg.b1 * m + (1 - cfg.b1) * g, slots['m'], grads)
+    v = jax.tree.map(lambda v, g: cfg.b2 * v + (1 - cfg.b2) * g * g, slots['v'], grads)
 
     def update(p, x: Array, m: Array, v: Array) -> Array:
         if not p.trainable:
@@ -74,8 +101,24 @@ def adamw(
     return map_params(update, declared, params, m, v), {'m': m, 'v': v}
 
 
+def adamw_rules(config: ConfigDict) -> Iterator[str]:
+    """Yields what of the constants cannot run."""
+    for name in ('b1', 'b2'):
+        if config.optimizer[name] >= 1:
+            yield (f'optimizer.{name}={config.optimizer[name]} never forgets; use a value below 1')
+
+
+OPTIMIZERS: dict[str, Optimizer] = {'adamw': Optimizer(adamw_slots, adamw, adamw_rules)}
+
+# ---------------------------------------------------------------------------------------------
+# Steps that are skipped: a step whose gradient norm is not finite, or far above its recent history,
+# leaves parameters, slots and expert biases as they were; the step number, and with it the data,
+# goes on. The norm is one number that all devices hold, so they decide alike
+# ---------------------------------------------------------------------------------------------
+
+
 def init_history() -> Tree:
-    """What the next step is judged by; scalars, alike on all devices.
+    """Returns an empty history of gradient norms: scalars, alike on all devices.
 
     log_norm: float32, the mean logarithm of the gradient norm; counted: int32, the norms in it;
     skipped and in_a_row: int32, the steps skipped so far, and those since the last update.
@@ -85,11 +128,11 @@ def init_history() -> Tree:
 
 
 def judge(norm: Array, history: Tree, guard: ConfigDict) -> tuple[Array, Tree]:
-    """Whether a step with this gradient norm is to be applied (bool), and the history after it.
+    """Decides whether to apply a step with this gradient norm (bool), and updates the history.
 
-    The norm is compared with a geometric mean, which the few large norms of a healthy run move
-    little: of all steps at first, then with a weight of 1/guard.history for the newest. Skipped
-    steps do not enter it. It judges once it holds guard.history steps.
+    Compares the norm with a geometric mean, which the few large norms of a healthy run move little:
+    of all steps at first, then with a weight of 1/guard.history for the newest. Skipped steps do
+    not enter it. Before it holds guard.history steps, no norm is too large.
     """
     log_norm, counted = history['log_norm'], history['counted']
     apply = jnp.array(True)
@@ -111,7 +154,7 @@ def judge(norm: Array, history: Tree, guard: ConfigDict) -> tuple[Array, Tree]:
 
 
 def select(apply: Array, new: Tree, old: Tree) -> Tree:
-    """The new leaves if the step is to be applied, otherwise the old ones.
+    """Returns the new leaves if the step is to be applied, otherwise the old ones.
 
     Elementwise, so that the update is still written over the donated state; `lax.cond` would keep
     the old state beside it.

@@ -1,11 +1,11 @@
 """Mesh axes, parameter declarations, and every collective that the model uses.
 
-    python parallel.py --schedule=zero_bubble --stages=4 --microbatches=8   # prints its diagram
+    python parallel.py --schedule=zero_bubble --stages=4 --microbatches=8   # prints the schedule
 
-All of the model runs inside one `jax.shard_map`. Two conventions make its gradients right:
+The whole model runs inside one `jax.shard_map`. Two conventions make its gradients right:
 
-1.  Inside, every value counts as *varying* over every mesh axis. Parameters are made so once per
-    step (`varying`), and each verb below returns a varying value again.
+1.  Inside, every value counts as *varying* over every mesh axis. Parameters are made varying once
+    per step (`varying`), and each verb below returns a varying value.
 2.  Each device returns its *share* of the loss; the shares of all devices add up to the loss.
 
 Then the transpose of each verb is another verb of this file, with `check_vma` on and off, and the
@@ -29,41 +29,31 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-PP = 'pp'  # pipeline stages
-
-
-DP = 'dp'  # replicas
-
-
-FSDP = 'fsdp'  # shards of the batch and of the parameters
-
-
-EP = 'ep'  # shards of the batch and of the experts
-
-
-TP = 'tp'  # shards of heads, feed-forward and vocabulary; between them, of the sequence
-
-
-AXES = (PP, DP, FSDP, EP, TP)
-
-
-BATCH = (DP, FSDP, EP)  # the axes that batch rows are spread over
+from config import ConfigError
 
 Array = jax.Array
-
-
 Tree = Any  # nested dicts
-
-
 Axis = str | tuple[str, ...]
+
+# ---------------------------------------------------------------------------------------------
+# The mesh
+# ---------------------------------------------------------------------------------------------
+
+PP = 'pp'  # pipeline stages
+DP = 'dp'  # replicas
+FSDP = 'fsdp'  # shards of the batch and of the parameters
+EP = 'ep'  # shards of the batch and of the experts
+TP = 'tp'  # shards of heads, feed-forward and vocabulary; between matmuls, of the sequence
+AXES = (PP, DP, FSDP, EP, TP)
+BATCH = (DP, FSDP, EP)  # the axes over which batch rows are spread
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with all five axes; an axis that `sizes` does not name has size 1.
+    """Returns a mesh with all five axes; an axis that `sizes` does not name has size 1.
 
-    The axes are Auto: `shard_map` takes ordinary arrays on those only. On a torus, each is laid
-    along whole dimensions where that is possible; else one is split, as 8 over 2 x 4 x 4. Of
-    several slices, see `device_grid`.
+    The axes are Auto: `shard_map` takes ordinary arrays only on such axes. On a torus, each axis
+    lies along whole dimensions where possible; otherwise a dimension is split, as 8 over
+    2 x 4 x 4. `device_grid` describes the order of devices of several slices.
     """
     shape = tuple(sizes.get(axis, 1) for axis in AXES)
     if devices is None:
@@ -72,17 +62,18 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
 
 
 def device_grid(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
-    """The devices in the shape of the mesh. Between slices, whose network is slow, lies dp alone:
-    all that crosses it is one all-reduce of the gradients a step.
+    """Arranges the devices in the shape of the mesh, so that only dp crosses slices.
 
-    GPUs that a switch connects count as slices, too; if dp cannot cross them, they are taken in
-    their order. Raises ValueError if TPU slices are not whole, or do not divide dp.
+    The network between slices is slow; with dp alone across it, it carries one all-reduce of the
+    gradients per step. GPUs connected by a switch count as a slice too; if dp cannot cross them,
+    the devices keep their order. Raises ConfigError if the devices are not whole TPU slices, or dp
+    is no multiple of their number.
     """
     slices = Counter(getattr(device, 'slice_index', 0) for device in devices)
     n, dp = len(slices), AXES.index(DP)
     fits = shape[dp] % n == 0 and len(set(slices.values())) == 1
     if n > 1 and not fits and devices[0].platform == 'tpu':
-        raise ValueError(
+        raise ConfigError(
             f'the config cannot run: the mesh takes {dict(slices)} devices of {n} slices, which dp '
             f'has to cross, but mesh.dp={shape[dp]}; use all devices of each slice, and a dp that '
             f'is a multiple of {n}'
@@ -100,11 +91,12 @@ def device_grid(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.nda
 # Parameters
 # ---------------------------------------------------------------------------------------------
 
-# (key, shape) -> float32 values, whose order in memory does not depend on how the shape is cut.
+# (key, shape) -> float32 values. Reshaping `shape` reshapes the values: their order stays the same.
 Initializer = Callable[[Array, tuple[int, ...]], Array]
 
 
 def normal(std: float) -> Initializer:
+    """Returns an initializer that draws from a normal distribution with mean 0."""
     return lambda key, shape: std * jax.random.normal(key, shape, jnp.float32)
 
 
@@ -120,11 +112,18 @@ def ones(_: Array, shape: tuple[int, ...]) -> Array:
 class Param:
     """One parameter, declared once: arrays, shardings, counts and optimizer state follow from it.
 
-    `shape` is the global shape, `spec` says which mesh axes shard which dimension. `matrix` tells
-    weights from gains: weights are decayed, and cast to the compute type where they are used.
-    `trainable=False`: the optimizer leaves it alone. `use` is the share of it that a token meets,
-    experts per token / experts for a routed expert. `linear` says that nothing but one
-    `layers.linear` a layer uses it, so that it may be `Deferred`.
+    shape: the global shape.
+    spec: the mesh axes that shard each dimension.
+    init: draws the initial values.
+    matrix: True for weights, which are decayed and cast to the compute type where they are used;
+        False for gains.
+    trainable: False for what the optimizer leaves unchanged.
+    use: the fraction of it that one token meets; experts per token / experts for routed experts.
+    linear: True if its only use is one `linear` per layer, so that it may be `Deferred`.
+    kept_by: the name in config.REMAT_NAMES whose keeping spares the backward pass computing this
+        weight's product again; '' if none does, dense.NEVER if no backward pass needs the product.
+    work: numbers that the matmul multiplies per number of the weight; above 1 if it takes a larger
+        matrix that contains the weight.
     """
 
     shape: tuple[int, ...]
@@ -134,18 +133,21 @@ class Param:
     trainable: bool = True
     use: float = 1.0
     linear: bool = False
+    kept_by: str = ''
+    work: float = 1.0
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Deferred:
-    """A weight whose gradient is computed later, from what its `linear` leaves in `sink`.
+    """A weight whose gradient is computed later, from the "gradient" of its `sink`.
 
-    The forward pass ignores the sink: zeros, shaped like the input and the output of the linear
-    layer. In the backward pass, the "gradient" of the sink is that input and the gradient of that
-    output; the weight itself receives none. Sinks are stacked, scanned and rematerialized like
-    parameters, so that no code between the stage and its linear layers knows of them. Without a
-    sink, `linear` notes in `seen` what it would have to be.
+    sink: zeros in the shapes of the input and the output of the weight's linear layer. The forward
+        pass ignores them. In the backward pass their "gradients" are that input and the gradient
+        of that output; the weight itself receives no gradient. Sinks are stacked, scanned and
+        rematerialized like parameters, so that code between the pipeline stage and its linear
+        layers needs no knowledge of them.
+    seen: where `linear` stores the shapes of the sink while it is traced without one (sink=None).
     """
 
     array: Array
@@ -158,26 +160,27 @@ class Deferred:
 
 
 class Seen:
-    """Shapes and types of the sink of a `Deferred`, once its linear layer has been traced."""
+    """Shapes and types of a `Deferred`'s sink; None until its linear layer has been traced."""
 
     sink: tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct] | None = None
 
 
 def is_param(x: Any) -> bool:
+    """Returns True for a `Param`: the leaves of a tree of declarations."""
     return isinstance(x, Param)
 
 
 def map_params(f: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
-    """`jax.tree.map` over a tree of `Param`; `rest` are trees of the same structure."""
+    """Maps f over a tree of `Param` and `rest`, trees of the same structure, as `jax.tree.map`."""
     return jax.tree.map(f, tree, *rest, is_leaf=is_param)
 
 
 def stacked(tree: Tree, n: int, axis: str | None, chunks: int = 1) -> Tree:
-    """`n` layers' parameters in one tree: a leading dimension, sharded over `axis`.
+    """Declares the parameters of `n` layers: one leading dimension n, sharded over `axis`.
 
-    Where pipeline stages have several chunks, [chunks, n / chunks]: chunk c of stage s then holds
-    the layers of virtual stage c · stages + s, and the layers' order in memory stays their order.
-    Layer i is drawn from a key of its own, so its values do not depend on the number of layers.
+    Where pipeline stages have several chunks, the leading dimensions are [chunks, n / chunks]:
+    chunk c of stage s holds the layers of virtual stage c · stages + s, and layers lie in memory
+    in their order. Layer i is drawn from its own key, so that its values do not depend on n.
     """
     front, axes = ((n,), (axis,)) if chunks == 1 else ((chunks, n // chunks), (None, axis))
 
@@ -193,32 +196,34 @@ def stacked(tree: Tree, n: int, axis: str | None, chunks: int = 1) -> Tree:
 
 
 def specs(tree: Tree) -> Tree:
+    """Returns the PartitionSpec of each `Param`."""
     return map_params(lambda p: p.spec, tree)
 
 
 def shardings(tree: Tree, mesh: Mesh) -> Tree:
+    """Returns the NamedSharding of each `Param` on this mesh."""
     return map_params(lambda p: NamedSharding(mesh, p.spec), tree)
 
 
 def count(tree: Tree, active: bool = False) -> int:
-    """Number of parameters in the tree, or of those that one token meets."""
+    """Counts the parameters of the tree; with `active` those that one token meets (`Param.use`)."""
     leaves = jax.tree.leaves(tree, is_leaf=is_param)
     return round(sum(math.prod(p.shape) * (p.use if active else 1) for p in leaves))
 
 
 def init_params(key: Array, tree: Tree, mesh: Mesh) -> Tree:
-    """Float32 arrays for a tree of `Param`, made in place on their devices.
+    """Draws float32 arrays for a tree of `Param`, directly on their devices.
 
-    The key of each is folded in from its path, so the values depend neither on the mesh nor on
-    what else the tree holds. What the mesh does not cut is drawn flat: XLA:CPU compiles that four
-    times faster.
+    Each parameter's key is folded in from its path, so its values depend neither on the mesh nor
+    on the rest of the tree. Parameters that the mesh does not shard are drawn as one dimension,
+    which XLA:CPU compiles four times faster.
     """
 
     def init(key: Array) -> Tree:
         def leaf(path: tuple, p: Param) -> Array:
             name = '/'.join(str(entry.key) for entry in path)
-            cut = any(mesh.shape[axis] > 1 for axis in spec_axes(p.spec))
-            shape = p.shape if cut else (math.prod(p.shape),)
+            sharded = any(mesh.shape[axis] > 1 for axis in spec_axes(p.spec))
+            shape = p.shape if sharded else (math.prod(p.shape),)
             leaf_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
             return p.init(leaf_key, shape).reshape(p.shape)
 
@@ -229,28 +234,36 @@ def init_params(key: Array, tree: Tree, mesh: Mesh) -> Tree:
 
 @functools.cache
 def spec_axes(spec: P) -> tuple[str, ...]:
-    """The mesh axes that a spec names, in its order."""
+    """Returns the mesh axes that a spec names, in its order."""
     entries = [e if isinstance(e, tuple) else (e,) for e in spec if e is not None]
     return tuple(axis for entry in entries for axis in entry)
 
 
 def free_axes(spec: P) -> tuple[str, ...]:
-    """The mesh axes that a spec does not name: over these the array is replicated."""
+    """Returns the mesh axes that a spec does not name: those over which the array is replicated."""
     return tuple(axis for axis in AXES if axis not in spec_axes(spec))
+
+
+def fsdp_dim(p: Param) -> int | None:
+    """Returns the dimension that fsdp shards; None if it shards none."""
+    for dim, entry in enumerate(p.spec):
+        if entry is not None and FSDP in (entry if isinstance(entry, tuple) else (entry,)):
+            return dim
+    return None
 
 
 # ---------------------------------------------------------------------------------------------
 # Collectives, for use inside shard_map. n is the size of the axis; bytes are those that one
 # device sends, with `size` the bytes of the larger of input and output.
 #
-# Over axes of size 1 they are the identity, and say so: XLA:CPU would carry out the collective, and
-# copy whole weights into the layout that it asks for. Since what goes in and what comes out is
-# varying in any case, leaving it out changes no type.
+# Over an axis of size 1 a verb returns its input: XLA:CPU would execute the collective all the
+# same, and copy whole weights into the layout that the collective asks for. Input and output are
+# varying in either case, so the types do not change.
 # ---------------------------------------------------------------------------------------------
 
 
 def named_by_axis(verb: Callable[..., Array]) -> Callable[..., Array]:
-    """The verb, whose operations a profile then shows under its name and axis: all_gather_tp."""
+    """Wraps a verb so that profiles show its operations by verb and axis: all_gather_tp."""
 
     @functools.wraps(verb)
     def named(x: Array, axis: Axis, *args: Any) -> Array:
@@ -262,10 +275,10 @@ def named_by_axis(verb: Callable[..., Array]) -> Callable[..., Array]:
 
 
 def varying(x: Array, axes: Axis) -> Array:
-    """Lets a value that is alike on all devices of `axes` be used as if it differed.
+    """Marks a value that is the same on all devices of `axes` as one that may differ.
 
-    Layout: unchanged. Forward: nothing moves. Backward: nothing moves, since the model's own
-    gradients are taken *with respect to* varying values (see `sum_gradients`).
+    Layout: unchanged. Forward: nothing moves. Backward: nothing moves, since the model's gradients
+    are taken with respect to varying values (see `sum_gradients`).
     """
     axes = (axes,) if isinstance(axes, str) else tuple(axes)
     return lax.pcast(x, axes, to='varying') if axes else x
@@ -273,7 +286,7 @@ def varying(x: Array, axes: Axis) -> Array:
 
 @named_by_axis
 def all_gather(x: Array, axis: Axis, dim: int) -> Array:
-    """Layout: dim/n -> dim, the same on all devices of the axis.
+    """Gathers dim. Layout: dim/n -> dim, the same on all devices of the axis.
 
     Forward: all-gather, size·(n-1)/n bytes. Backward: reduce-scatter of the cotangents, as many.
     """
@@ -282,7 +295,7 @@ def all_gather(x: Array, axis: Axis, dim: int) -> Array:
 
 @named_by_axis
 def reduce_scatter(x: Array, axis: Axis, dim: int) -> Array:
-    """Layout: partial sums of dim -> the sum, dim/n.
+    """Sums, and splits dim. Layout: partial sums of the whole dim -> the sum, dim/n.
 
     Forward: reduce-scatter, size·(n-1)/n bytes. Backward: all-gather of the cotangents, as many.
     """
@@ -293,7 +306,7 @@ def reduce_scatter(x: Array, axis: Axis, dim: int) -> Array:
 
 @named_by_axis
 def all_to_all(x: Array, axis: Axis, dim: int) -> Array:
-    """Layout: dim is n parts, one for each device of the axis -> n parts, one from each.
+    """Exchanges parts. Layout: dim is n parts, one for each device of the axis -> one from each.
 
     Forward: all-to-all, size·(n-1)/n bytes. Backward: the same all-to-all of the cotangents.
     """
@@ -305,11 +318,12 @@ def all_to_all(x: Array, axis: Axis, dim: int) -> Array:
 def ragged_all_to_all(
     x: Array, rows: int, start: Array, sizes: Array, start_there: Array, received: Array, axis: str
 ) -> Array:
-    """Layout: rows sorted by the device that they are for -> [rows, ...], each device's together.
+    """Exchanges rows. Layout: sorted by the device they go to -> [rows, ...], sorted by source.
 
-    The `sizes[p]` rows from `start[p]` go to device p, to its rows from `start_there[p]`;
-    `received[p]` rows come from it; int32 [n] each. Rows that nobody sends are zero.
-    Forward: an all-to-all of the real rows only. Backward: the same, the other way. TPU and GPU.
+    For each device p of the axis, int32 [n]: the `sizes[p]` rows from `start[p]` on go to its rows
+    from `start_there[p]` on, and `received[p]` rows come from it. Rows that receive nothing are
+    zero. Forward: all-to-all of the rows sent. Backward: the same in the other direction. Only on
+    TPU and GPU.
     """
     out = jnp.zeros_like(x, shape=(rows, *x.shape[1:]))
     with jax.named_scope(f'ragged_all_to_all_{axis}'):
@@ -318,17 +332,17 @@ def ragged_all_to_all(
 
 @named_by_axis
 def psum(x: Array, axis: Axis) -> Array:
-    """Layout: partial sums -> the sum, on every device of the axis.
+    """Sums. Layout: partial sums -> the sum, on every device of the axis.
 
-    Forward: all-reduce, 2·size·(n-1)/n bytes. Backward: all-reduce of the cotangents, as many:
-    each device's share of the loss may depend on the sum in its own way.
+    Forward: all-reduce, 2·size·(n-1)/n bytes. Backward: all-reduce of the cotangents, as many,
+    since each device's share of the loss may depend on the sum differently.
     """
     return x if lax.axis_size(axis) == 1 else varying(lax.psum(x, axis), axis)
 
 
 @named_by_axis
 def pmax(x: Array, axis: Axis) -> Array:
-    """Layout: unchanged; the elementwise maximum over the axis. Not differentiable.
+    """Takes the elementwise maximum over the axis. Layout: unchanged. Not differentiable.
 
     Forward: all-reduce, 2·size·(n-1)/n bytes. Backward: none.
     """
@@ -336,10 +350,10 @@ def pmax(x: Array, axis: Axis) -> Array:
 
 
 def broadcast(x: Array, axis: str, source: Array) -> Array:
-    """Layout: each device's own -> that of device `source` of the axis, on all of them.
+    """Copies from one device. Layout: each device's own x -> that of device `source` on all.
 
-    Forward: all-reduce, 2·size·(n-1)/n bytes. Not differentiated: layers of a pipeline come this
-    way to where tokens are generated.
+    Forward: all-reduce, 2·size·(n-1)/n bytes. Not differentiated: decoding uses it to bring the
+    layers of a pipeline stage to all stages.
     """
     if lax.axis_size(axis) == 1:
         return x
@@ -348,35 +362,30 @@ def broadcast(x: Array, axis: str, source: Array) -> Array:
 
 @named_by_axis
 def shift(x: Array, axis: str, by: int) -> Array:
-    """Layout: unchanged; device i's x goes to device i + by of the axis, around its ring.
+    """Sends x from device i to device i + by of the axis, around the ring. Layout: unchanged.
 
-    Forward: a collective permute, size bytes. Backward: one the other way, as many.
+    Forward: collective permute, size bytes. Backward: one in the other direction, as many.
     """
     n = lax.axis_size(axis)
     return lax.ppermute(x, axis, [(i, (i + by) % n) for i in range(n)])
 
 
 def local_slice(x: Array, axis: Axis, dim: int) -> Array:
-    """Layout: dim, the same on all devices of the axis -> dim/n. Nothing moves."""
+    """Takes this device's part. Layout: dim, the same on all devices of the axis -> dim/n.
+
+    Forward and backward: nothing moves.
+    """
     size = x.shape[dim] // lax.axis_size(axis)
     return lax.dynamic_slice_in_dim(x, lax.axis_index(axis) * size, size, dim)
 
 
-def fsdp_dim(p: Param) -> int | None:
-    """The dimension that fsdp shards."""
-    for dim, entry in enumerate(p.spec):
-        if entry is not None and FSDP in (entry if isinstance(entry, tuple) else (entry,)):
-            return dim
-    return None
-
-
 def unshard(params: Tree, declared: Tree, dtype: jnp.dtype) -> Tree:
-    """One layer's weights, ready for use: cast to the compute type, *then* gathered over `fsdp`.
+    """Casts one layer's weights to the compute type, then gathers them over fsdp.
 
-    Layout: the dimension that `fsdp` shards, D/fsdp -> D; shards over `tp` and `ep` stay. Weights
-    that come whole, from `gather_ahead`, stay as they are.
-    Forward: all-gather over fsdp in `dtype`, size·(n-1)/n bytes, half of what float32 takes.
-    Backward: reduce-scatter of the gradients in `dtype`, as many. Gains stay float32.
+    Layout: the dimension that fsdp shards, dim/n -> dim; tp and ep shard what they did. Weights
+    that `gather_ahead` gathered are returned as they are. Gains stay float32.
+    Forward: all-gather over fsdp in `dtype`, size·(n-1)/n bytes; in bfloat16, half of float32's.
+    Backward: reduce-scatter of the gradients in `dtype`, as many.
     """
 
     def leaf(p: Param, x: Array | Deferred) -> Array | Deferred:
@@ -392,10 +401,10 @@ def unshard(params: Tree, declared: Tree, dtype: jnp.dtype) -> Tree:
 
 
 def gather_ahead(params: Tree, declared: Tree, dtype: jnp.dtype) -> Tree:
-    """All weights that fsdp shards, whole and in the compute type, for all uses of a step.
+    """Casts and gathers all weights that fsdp shards, once for all their uses in a step.
 
-    Layout and bytes as in `unshard`, but once a step instead of twice a microbatch; the price is
-    that the device holds its layers' weights whole, and their gradients in float32.
+    Layout and bytes as in `unshard`, but once per step instead of twice per microbatch; in return,
+    each device holds its layers' weights unsharded over fsdp, and their gradients in float32.
     """
 
     def leaf(p: Param, x: Array) -> Array:
@@ -405,9 +414,10 @@ def gather_ahead(params: Tree, declared: Tree, dtype: jnp.dtype) -> Tree:
 
 
 def scatter_gradients(grads: Tree, declared: Tree) -> Tree:
-    """The gradients of weights that `gather_ahead` gathered, summed over fsdp, each its shard.
+    """Sums the gradients of weights that `gather_ahead` gathered over fsdp, and shards them.
 
-    Moves: a reduce-scatter in float32 once a step, size·(n-1)/n bytes. Not differentiated.
+    Layout: partial sums of dim -> the sum, dim/n, for the dimension that fsdp shards.
+    Moves: reduce-scatter in float32 once per step, size·(n-1)/n bytes. Not differentiated.
     """
 
     def leaf(p: Param, g: Array) -> Array:
@@ -420,18 +430,18 @@ def scatter_gradients(grads: Tree, declared: Tree) -> Tree:
 def sum_gradients(grads: Tree, declared: Tree) -> Tree:
     """Sums each gradient over the axes that do not shard its parameter; once per step.
 
-    Layout: each device's own -> the sum, alike on all devices of those axes.
-    Moves: one all-reduce a leaf, 2·size·(n-1)/n bytes. Not differentiated.
+    Layout: each device's own -> the sum, the same on all devices of those axes.
+    Moves: one all-reduce per leaf, 2·size·(n-1)/n bytes. Not differentiated.
     """
     return map_params(lambda p, g: lax.psum(g, free_axes(p.spec)), declared, grads)
 
 
 @named_by_axis
 def replicate(x: Array, axis: Axis, dim: int) -> Array:
-    """Layout: dim/n -> dim, alike on all devices of the axis, for results that leave the step.
+    """Gathers dim for results of the step. Layout: dim/n -> dim, replicated over the axis.
 
-    Moves: an all-reduce, 2·size bytes, since that is what makes values count as replicated. Not
-    differentiated.
+    Moves: all-reduce, 2·size·(n-1)/n bytes: its result counts as replicated, an all-gather's does
+    not. Not differentiated.
     """
     size, n = x.shape[dim], lax.axis_size(axis)
     whole = jnp.zeros_like(x, shape=(*x.shape[:dim], n * size, *x.shape[dim + 1 :]))
@@ -441,18 +451,18 @@ def replicate(x: Array, axis: Axis, dim: int) -> Array:
 
 @jax.named_scope('global_sum')
 def global_sum(x: Array) -> Array:
-    """Layout: each device's share -> the sum of all devices', alike on all of them.
+    """Sums over the whole mesh. Layout: each device's share -> the sum, replicated.
 
-    Moves: an all-reduce over the mesh, 2·size bytes. Not differentiated: it ends the step.
+    Moves: all-reduce, 2·size·(n-1)/n bytes. Not differentiated: it is for results of the step.
     """
     return lax.psum(x, AXES)
 
 
 def global_sum_of_squares(tree: Tree, declared: Tree) -> Array:
-    """The sum of squares over a whole sharded tree: float32 scalar, alike on all devices.
+    """Sums the squares of a whole sharded tree: float32 scalar, replicated.
 
-    Each device adds its shards, a replicated leaf at 1/copies, so that one all-reduce of a single
-    number does.
+    Each device adds up its shards, divided by the number of their copies; one all-reduce of the
+    resulting scalar moves 2·4·(n-1)/n bytes.
     """
 
     def leaf(p: Param, x: Array) -> Array:

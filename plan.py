@@ -1,4 +1,4 @@
-"""Plans a training run on devices that are not there: does it fit, how fast, and what limits it.
+"""Plans a training run without its devices: whether it fits, how fast it can be, what limits it.
 
     python plan.py --config=configs/tpu_v4.py
     python plan.py --config=configs/tpu_v4.py --search          # other meshes, schedules, remat
@@ -6,11 +6,11 @@
     python plan.py --config=configs/gpu_h100.py --compile=h100:8    # or that for GPUs
     python plan.py --config=configs/tiny.py --chip=cpu --json
 
-The estimates take seconds on any machine (planning/footprint.py, planning/roofline.py). --compile compiles the real
-training step with the real compiler, which takes seconds to minutes and the packages of
-requirements/tpu.txt or requirements/gpu.txt, and prints what it says beside the estimate
-(planning/compiled.py). Any field may be overridden, as in train.py. The last line is one JSON object with
---json.
+The estimates take seconds on any machine (planning/footprint.py, planning/roofline.py). --compile
+compiles the real training step with the real compiler and prints its figures beside the estimate
+(planning/compiled.py); it takes seconds to minutes, and the packages of requirements/tpu.txt or
+requirements/gpu.txt. Any field may be overridden, as in train.py. With --json the last line holds
+all figures as one JSON object.
 """
 
 import dataclasses
@@ -24,12 +24,13 @@ import jax
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
+from config import ConfigError
 from machine.chips import CHIPS, Chip, measured_cpu
 from machine.memory import OutOfMemoryError
 from parallel import AXES
+from planning import report
 from planning.compiled import compile_step
-from planning.report import compiled_record, compiled_text, record, search_text, table
-from planning.roofline import estimate
+from planning.roofline import Estimate, estimate
 from planning.search import search
 from planning.topology import GPU_NAMES, TPU_NAMES
 from runtime.config_checks import validate
@@ -37,65 +38,75 @@ from runtime.config_checks import validate
 FLAGS = flags.FLAGS
 
 
-# ---------------------------------------------------------------------------------------------
-# The command
-# ---------------------------------------------------------------------------------------------
-
-
 def chip_named(name: str, devices: int) -> Chip:
-    """A chip of the table, or one of so many equal parts of this CPU."""
+    """Returns the chip of that name in CHIPS; for 'cpu' one of `devices` equal parts of this CPU,
+    measured. Raises ConfigError for any other name."""
     if name in CHIPS:
         return CHIPS[name]
     if name != 'cpu':
-        raise ValueError(f'the chip {name!r} is unknown; use cpu, {", ".join(CHIPS)}')
+        raise ConfigError(f'the chip {name!r} is unknown; use cpu, {", ".join(CHIPS)}')
     cpu = measured_cpu()
     parts = {k: getattr(cpu, k) / devices for k in ('flops', 'memory', 'bandwidth', 'link')}
     return dataclasses.replace(cpu, **parts)
 
 
 def plan(config: ConfigDict, name: str) -> dict[str, Any]:
-    """Prints what the flags ask for; the same as a record."""
-    config.data.path = config.data.path or ('' if config.data.sources else 'not needed here')
+    """Prints the plan that the flags ask for, and returns its figures as one record."""
     devices = FLAGS.devices or math.prod(config.mesh[axis] for axis in AXES)
     chip = chip_named(FLAGS.chip or FLAGS.compile.partition(':')[0] or config.chip, devices)
     if FLAGS.search:
         found, tried = search(config, devices, chip)
-        print(f'{name} on {devices} x {chip.name}')
-        print(search_text(found, tried, config, FLAGS.best))
-        return {'tried': tried, 'best': [record(c, e) for c, e in found[: FLAGS.best]]}
-    validate(config, devices)
+        print(report.search_title(name, devices, chip))
+        print(report.search_text(found, tried, config, FLAGS.best))
+        return report.search_record(found, tried, FLAGS.best)
+    validate(config, devices, needs_data=False)
     e = estimate(config, chip)
-    print(table(config, name, e))
-    result = record(config, e)
-    if FLAGS.compile:
-        print(flush=True)
-        try:
-            answer = compile_step(config, FLAGS.compile, chip)
-        except OutOfMemoryError as error:
-            print(f'compiled for {FLAGS.compile}: {error}')
-            return result | {'compiled': {'topology': FLAGS.compile, 'out_of_memory': str(error)}}
-        print(compiled_text(e, answer))
-        result['compiled'] = compiled_record(answer)
-    return result
+    print(report.table(config, name, e))
+    compiled = compile_for(config, FLAGS.compile, e) if FLAGS.compile else {}
+    return report.record(config, e) | compiled
+
+
+def compile_for(config: ConfigDict, topology: str, e: Estimate) -> dict[str, Any]:
+    """Compiles the training step, prints the compiler's figures, and returns them as a record."""
+    print(flush=True)  # the table above is read while the compiler works
+    try:
+        answer = compile_step(config, topology, e.chip)
+    except OutOfMemoryError as error:
+        print(report.out_of_memory_text(topology, error))
+        return report.out_of_memory_record(topology, error)
+    print(report.compiled_text(e, answer))
+    return report.compiled_record(answer)
 
 
 def main(_: Sequence[str]) -> None:
-    jax.config.update('jax_platforms', 'cpu')  # no accelerator is taken from a run
+    jax.config.update('jax_platforms', 'cpu')  # leaves accelerators to the runs that use them
     try:
         result = plan(FLAGS.config, config_flags.get_config_filename(FLAGS['config']))
-    except ValueError as error:
+    except ConfigError as error:
         sys.exit(str(error))
     if FLAGS.json:
         print(json.dumps(result))
 
 
+def define_flags(values: flags.FlagValues) -> None:
+    """Defines the command's flags in `values`."""
+    config_flags.DEFINE_config_file(
+        'config', None, 'A file of configs/.', lock_config=True, flag_values=values
+    )
+    flags.DEFINE_string('chip', '', f'cpu, {", ".join(CHIPS)}; config.chip by default.', values)
+    flags.DEFINE_boolean('search', False, 'Try other layouts and print the best.', values)
+    flags.DEFINE_integer(
+        'devices', 0, 'How many devices to search for; as many as the mesh by default.',
+        flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_integer('best', 5, 'How many layouts to print.', flag_values=values)
+    flags.DEFINE_string(
+        'compile', '', f'The topology to compile for: {TPU_NAMES}, {GPU_NAMES}.', values
+    )
+    flags.DEFINE_boolean('json', False, 'The figures as one JSON object on the last line.', values)
+    flags.mark_flag_as_required('config', values)
+
+
 if __name__ == '__main__':
-    config_flags.DEFINE_config_file('config', None, 'A file of configs/.', lock_config=True)
-    flags.DEFINE_string('chip', '', f'cpu, {", ".join(CHIPS)}; config.chip by default.')
-    flags.DEFINE_boolean('search', False, 'Try other layouts and print the best.')
-    flags.DEFINE_integer('devices', 0, 'For how many to search; as many as the mesh by default.')
-    flags.DEFINE_integer('best', 5, 'How many layouts to print.')
-    flags.DEFINE_string('compile', '', f'What to compile for: {TPU_NAMES}, {GPU_NAMES}.')
-    flags.DEFINE_boolean('json', False, 'The figures as one JSON object on the last line.')
-    flags.mark_flag_as_required('config')
+    define_flags(FLAGS)
     app.run(main)

@@ -1,4 +1,4 @@
-"""Tokenizers: tiktoken encodings by name, and a command that trains a vocabulary of your own.
+"""Tokenizers: tiktoken encodings by name, and a command that trains a vocabulary.
 
     enc = get_encoding('cl100k_base')                   # any name that tiktoken knows
     enc = get_encoding('bytes')                         # the 256 bytes and <|endoftext|>
@@ -6,9 +6,9 @@
 
     python tokenizer.py --input='corpus/**/*.txt' --vocab_size=4096 --output=NAME.tiktoken
 
-A vocabulary of your own is two files: NAME.tiktoken, a line `base64(token) rank` for each token,
-and NAME.json with the pattern that splits text into pieces, the special tokens, and the number
-of lines, by which a file that was cut short is known.
+A trained vocabulary is two files: NAME.tiktoken with a line `base64(token) rank` for each token,
+and NAME.json, its sidecar, with the pattern that splits text into pieces, the special tokens, and
+the number of lines, which tells when NAME.tiktoken was cut short.
 """
 
 import base64
@@ -25,14 +25,15 @@ import numpy as np
 import tiktoken
 from absl import app, flags
 
+from config import ConfigError
+
 if TYPE_CHECKING:
     import tokenizers
 
-
 END_OF_TEXT = '<|endoftext|>'
 
-# cl100k's pattern, without possessive quantifiers, which the trainer's regex engine reads
-# differently, and without the rule for contractions, which tears 'self' into 's and elf.
+# cl100k's pattern without its possessive quantifiers, which the trainer's regex engine reads
+# differently, and without its rule for contractions, which splits 'self' into 's and elf.
 PATTERN = r'[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
 
 _SIDECAR_HELP = (
@@ -43,10 +44,10 @@ _SIDECAR_HELP = (
 
 
 def get_encoding(name: str) -> tiktoken.Encoding:
-    """The encoding called `name`: 'bytes', a path to a .tiktoken file, or a name of tiktoken's.
+    """Returns the encoding `name`: 'bytes', the path of a .tiktoken file, or one of tiktoken's.
 
-    A relative path is looked up from the working directory, then beside this file.
-    Raises ValueError if there is no such encoding, or if its files are missing or corrupt.
+    A relative path is looked up from the working directory, then from the folder of this file.
+    Raises ConfigError if there is no such encoding, or if its files are missing or corrupt.
     """
     if name == 'bytes':
         return tiktoken.Encoding(
@@ -59,14 +60,14 @@ def get_encoding(name: str) -> tiktoken.Encoding:
         return _local_encoding(name)
     if name not in tiktoken.list_encoding_names():
         known = ', '.join(sorted(tiktoken.list_encoding_names()))
-        raise ValueError(
+        raise ConfigError(
             f'no encoding is called {name!r}: use bytes, the path of a .tiktoken file, '
             f'or one of {known}'
         )
     try:
         return tiktoken.get_encoding(name)
     except (OSError, ValueError) as error:  # no network, or a download with a wrong checksum
-        raise ValueError(
+        raise ConfigError(
             f'tiktoken could not fetch the vocabulary of {name!r} ({type(error).__name__}: '
             f'{error}). Without network, set TIKTOKEN_CACHE_DIR to a cache folder of tiktoken '
             'that holds it, filled on a machine with network, or name a local .tiktoken file'
@@ -74,7 +75,10 @@ def get_encoding(name: str) -> tiktoken.Encoding:
 
 
 def token_bytes(enc: tiktoken.Encoding) -> np.ndarray:
-    """int32 [n_vocab]: the bytes of text that each id stands for; 0 for special and unused ids."""
+    """Returns how many bytes of text each id stands for, int32 [n_vocab].
+
+    Special and unused ids stand for 0.
+    """
     out = np.zeros(enc.n_vocab, np.int32)
     for i, token in _tokens(enc):
         out[i] = len(token)
@@ -82,7 +86,7 @@ def token_bytes(enc: tiktoken.Encoding) -> np.ndarray:
 
 
 def fingerprint(enc: tiktoken.Encoding) -> str:
-    """32 hex digits over all that determines the ids: pattern, tokens and special tokens."""
+    """Returns 32 hex digits over all that decides the ids: pattern, tokens, special tokens."""
     special = sorted((enc.encode_single_token(s), s) for s in enc.special_tokens_set)
     tokens = [(i, token.hex()) for i, token in _tokens(enc)]
     content = json.dumps([enc._pat_str, special, tokens])
@@ -90,15 +94,16 @@ def fingerprint(enc: tiktoken.Encoding) -> str:
 
 
 def _tokens(enc: tiktoken.Encoding) -> list[tuple[int, bytes]]:
-    """Id and bytes of every token that is not special, by id; ids in use may have gaps."""
+    """Returns (id, bytes) of each token that is not special, ordered by id; ids may have gaps."""
     return sorted((enc.encode_single_token(token), token) for token in enc.token_byte_values())
 
 
 def _local_encoding(name: str) -> tiktoken.Encoding:
+    """Returns the encoding of a .tiktoken file and its sidecar. Raises as `get_encoding`."""
     beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), name)
     path = name if os.path.exists(name) else beside
     if not os.path.exists(path):
-        raise ValueError(
+        raise ConfigError(
             f'there is no vocabulary {name!r}, neither in {os.getcwd()} nor in '
             f'{os.path.dirname(os.path.abspath(__file__))}: give the path of a .tiktoken file, '
             'or train one with python tokenizer.py'
@@ -106,13 +111,13 @@ def _local_encoding(name: str) -> tiktoken.Encoding:
     pattern, special_tokens, n_tokens = _read_sidecar(path)
     ranks = _read_ranks(path)
     if n_tokens is not None and len(ranks) != n_tokens:
-        raise ValueError(
+        raise ConfigError(
             f'{path} ends at line {len(ranks)}, but its sidecar counts {n_tokens} tokens: fetch '
             'or write both files again'
         )
     ids = [*ranks.values(), *special_tokens.values()]
     if len(set(ids)) < len(ids):
-        raise ValueError(
+        raise ConfigError(
             f'{path}: special tokens need ids of their own, but {special_tokens} repeats an id '
             f'or takes one of the vocabulary: use ids from {max(ranks.values()) + 1} up'
         )
@@ -120,12 +125,12 @@ def _local_encoding(name: str) -> tiktoken.Encoding:
         return tiktoken.Encoding(
             name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens
         )
-    except ValueError as error:  # what the regex engine says of a bad pattern
-        raise ValueError(f'{path}: tiktoken refuses the vocabulary: {error}') from error
+    except ValueError as error:  # the regex engine rejects the pattern
+        raise ConfigError(f'{path}: tiktoken refuses the vocabulary: {error}') from error
 
 
 def _read_sidecar(path: str) -> tuple[str, dict[str, int], int | None]:
-    """Pattern, special tokens, and the number of other tokens if the sidecar gives it."""
+    """Returns pattern, special tokens, and the number of other tokens if the sidecar has it."""
     sidecar = path.removesuffix('.tiktoken') + '.json'
     try:
         with open(sidecar, encoding='utf-8') as f:
@@ -137,15 +142,16 @@ def _read_sidecar(path: str) -> tuple[str, dict[str, int], int | None]:
         ):
             raise TypeError('the pattern is a string, the ids are integers from 0 up')
     except FileNotFoundError as error:
-        raise ValueError(f'{path} needs {sidecar} beside it, {_SIDECAR_HELP}') from error
+        raise ConfigError(f'{path} needs {sidecar} beside it, {_SIDECAR_HELP}') from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
+        raise ConfigError(
             f'{sidecar} is not valid ({type(error).__name__}: {error}): write {_SIDECAR_HELP}'
         ) from error
     return pattern, special_tokens, n_tokens
 
 
 def _read_ranks(path: str) -> dict[bytes, int]:
+    """Returns {token: id} of a .tiktoken file. Raises ConfigError, with the line, if it is bad."""
     ranks: dict[bytes, int] = {}
     taken: set[int] = set()
     with open(path, 'rb') as f:
@@ -156,12 +162,12 @@ def _read_ranks(path: str) -> dict[bytes, int]:
                 encoded, digits = line.split()
                 token, rank = base64.b64decode(encoded, validate=True), int(digits)
             except ValueError as error:
-                raise ValueError(
+                raise ConfigError(
                     f'{path}, line {number}: a line is `base64(token) rank`, not {line!r}: '
                     'fetch or write the file again'
                 ) from error
             if token in ranks or rank in taken or rank < 0:
-                raise ValueError(
+                raise ConfigError(
                     f'{path}, line {number}: tokens and ranks (from 0 up) are distinct, but '
                     f'{line!r} is not: fetch or write the file again'
                 )
@@ -169,7 +175,7 @@ def _read_ranks(path: str) -> dict[bytes, int]:
             taken.add(rank)
     missing = [i for i in range(256) if bytes([i]) not in ranks]
     if missing:
-        raise ValueError(
+        raise ConfigError(
             f'{path}: a byte-level vocabulary holds all 256 single bytes, here {len(missing)} are '
             f'missing, first {missing[0]:#04x}: the file is cut short or of another kind'
         )
@@ -182,11 +188,11 @@ def _read_ranks(path: str) -> dict[bytes, int]:
 
 
 def stdlib_files() -> tuple[list[tuple[str, str]], int]:
-    """The source of the running Python's standard library, without its tests and without what
-    differs between machines.
+    """Returns (name, path) of the source files of the running Python's standard library.
 
-    Returns (name, path) pairs in the order of their names, which are paths relative to the
-    library with '/', and the number of files left out because they are not UTF-8.
+    A name is the path relative to the library, with '/'; the files are ordered by name. Leaves out
+    tests, and files that differ between machines. Also returns the number of files left out because
+    they are not UTF-8. Raises ConfigError if this Python has no source.
     """
     root = sysconfig.get_path('stdlib')
     skip = {'test', 'tests', 'idle_test', 'site-packages', 'dist-packages', '__pycache__'}
@@ -200,28 +206,33 @@ def stdlib_files() -> tuple[list[tuple[str, str]], int]:
                 continue
             try:
                 _read_text(path)
-            except ValueError:
+            except ConfigError:
                 skipped += 1
                 continue
             found.append((os.path.relpath(path, root).replace(os.sep, '/'), path))
     if not found:
-        raise ValueError(f'this Python has no source of its standard library in {root}')
+        raise ConfigError(
+            f'this Python has no source of its standard library in {root}: use one that has'
+        )
     return sorted(found), skipped
 
 
 def train(texts: Iterable[str], vocab_size: int, output: str) -> tiktoken.Encoding:
     """Trains a byte-level BPE of `vocab_size` ids (with <|endoftext|>) and writes `output`.
 
-    tiktoken merges any neighbours that together are a token, the trainer only the pairs that it
-    learned. The two agree all the same: when a token was learned, its text stood split in just
-    that pair after all earlier merges, and merges inside a stretch of text do not depend on what
-    lies outside, so no other split of it ever occurs. This holds for merges and ranks as the
-    trainer orders them, unfiltered; the end of this function checks it on the texts.
+    Returns its encoding. Raises ConfigError for a bad output, size or text, and ValueError if
+    tiktoken and the trainer encode one of the texts differently.
+
+    tiktoken merges any two neighbours that together are a token; the trainer merges only the pairs
+    that it learned. They give the same ids: when a token was learned, its text was split into
+    exactly that pair after all earlier merges, and merges inside a stretch of text do not depend on
+    its surroundings, so no other split of it occurs. This assumes the trainer's merges and ranks,
+    complete and in their order. The end of this function checks it on the texts.
     """
     if not output.endswith('.tiktoken'):
-        raise ValueError(f'the output ends in .tiktoken, but is {output!r}')
+        raise ConfigError(f'the output ends in .tiktoken, but is {output!r}')
     if os.path.exists(output):
-        raise ValueError(f'{output} exists: remove it or choose another name')
+        raise ConfigError(f'{output} exists: remove it or choose another name')
     texts = list(texts)
     trained = learn_merges(texts, vocab_size)
     byte_of = _byte_of_character()
@@ -239,13 +250,18 @@ def train(texts: Iterable[str], vocab_size: int, output: str) -> tiktoken.Encodi
 
 
 def learn_merges(texts: list[str], vocab_size: int) -> 'tokenizers.Tokenizer':
-    """The trainer's own tokenizer, with vocab_size - 1 ids: the bytes and the merges in order."""
+    """Trains the trainer's own tokenizer: vocab_size - 1 ids, the bytes and then the merges.
+
+    Raises ConfigError if there is too little text, or if `tokenizers` is not installed.
+    """
     if vocab_size < 257:
-        raise ValueError(f'vocab_size holds 256 bytes and {END_OF_TEXT}: {vocab_size} is below 257')
+        raise ConfigError(
+            f'vocab_size={vocab_size} is below 257, the 256 bytes and {END_OF_TEXT}: use more'
+        )
     try:
         from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
     except ImportError as error:
-        raise ImportError(
+        raise ConfigError(
             'training a vocabulary needs tokenizers: pip install -r requirements/tokenizer.txt'
         ) from error
 
@@ -263,7 +279,7 @@ def learn_merges(texts: list[str], vocab_size: int) -> 'tokenizers.Tokenizer':
     )
     tokenizer.train_from_iterator(texts, trainer)
     if tokenizer.get_vocab_size() < vocab_size - 1:
-        raise ValueError(
+        raise ConfigError(
             f'the text has no more pairs to merge after {tokenizer.get_vocab_size() + 1} of '
             f'{vocab_size} tokens: give more text or a smaller vocab_size'
         )
@@ -271,9 +287,10 @@ def learn_merges(texts: list[str], vocab_size: int) -> 'tokenizers.Tokenizer':
 
 
 def _byte_of_character() -> dict[str, int]:
-    """The byte behind each character that byte-level BPE writes it as.
+    """Returns the byte that each character of the trainer's byte-level alphabet stands for.
 
-    Printable Latin-1 stands for itself; the other bytes, in order, for the characters from 256.
+    Printable Latin-1 characters stand for themselves, the characters from 256 on for the other
+    bytes in order.
     """
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = [byte for byte in range(256) if byte not in printable]
@@ -281,6 +298,7 @@ def _byte_of_character() -> dict[str, int]:
 
 
 def _write_vocabulary(path: str, ranks: dict[bytes, int], special_tokens: dict[str, int]) -> None:
+    """Writes the sidecar and then the .tiktoken file."""
     os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
     with open(path.removesuffix('.tiktoken') + '.json', 'w', encoding='utf-8') as f:
         sidecar = {
@@ -296,39 +314,53 @@ def _write_vocabulary(path: str, ranks: dict[bytes, int], special_tokens: dict[s
 
 
 def _read_text(path: str) -> str:
+    """Returns the content of a text file. Raises ConfigError if it is not UTF-8."""
     with open(path, 'rb') as f:
         content = f.read()
     try:
         return content.decode('utf-8')
     except UnicodeDecodeError as error:
-        raise ValueError(f'{path} is not UTF-8 text: {error}') from error
+        raise ConfigError(f'{path} is not UTF-8 text: {error}') from error
+
+
+# ---------------------------------------------------------------------------------------------
+# The command
+# ---------------------------------------------------------------------------------------------
 
 
 def _define_flags() -> None:
     flags.DEFINE_list('input', None, "globs of text files, or 'stdlib' for Python's own source")
-    flags.DEFINE_integer('vocab_size', 4096, f'ids in all, with the 256 bytes and {END_OF_TEXT}')
+    flags.DEFINE_integer('vocab_size', 4096, f'number of ids, with 256 bytes and {END_OF_TEXT}')
     flags.DEFINE_string('output', None, 'the .tiktoken file to write; its sidecar goes beside it')
     flags.mark_flags_as_required(['input', 'output'])
 
 
-def main(_: list[str]) -> None:
-    args = flags.FLAGS
+def _input_files(patterns: Iterable[str]) -> list[str]:
+    """Returns the paths that the globs match, each once; 'stdlib' means the standard library."""
     paths: dict[str, None] = {}
-    for pattern in args.input:
+    for pattern in patterns:
         if pattern == 'stdlib':
             matches = [path for _, path in stdlib_files()[0]]
         else:
             matches = [p for p in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(p)]
         if not matches:
-            raise ValueError(f'no file matches --input={pattern}: check the pattern')
+            raise ConfigError(f'no file matches --input={pattern}: check the pattern')
         paths.update(dict.fromkeys(matches))
-    texts = [_read_text(path) for path in paths]
-    enc = train(texts, args.vocab_size, args.output)
+    return list(paths)
+
+
+def main(_: list[str]) -> None:
+    args = flags.FLAGS
+    try:
+        texts = [_read_text(path) for path in _input_files(args.input)]
+        enc = train(texts, args.vocab_size, args.output)
+    except (ConfigError, OSError) as error:
+        sys.exit(str(error))
     size = sum(len(text.encode()) for text in texts)
     tokens = sum(len(enc.encode_ordinary(text)) for text in texts)
     print(
         f'{args.output}: {enc.n_vocab} ids from {len(texts)} files, {size / 1e6:.1f} MB, '
-        f'{size / tokens:.2f} bytes a token',
+        f'{size / tokens:.2f} bytes per token',
         file=sys.stderr,
     )
 

@@ -4,7 +4,7 @@
     python train.py --config=configs/tiny.py --config.optimizer.peak_lr=1e-3
     python train.py --config=configs/tiny.py --cpu_devices=8 --config.mesh.fsdp=4 --config.mesh.tp=2
 
-The workdir receives config.json, metrics.jsonl, one object a logged step, and checkpoints/. The
+The workdir receives config.json, metrics.jsonl, one object per logged step, and checkpoints/. The
 same command goes on from the newest checkpoint there, however the run ended before; SIGTERM or
 Ctrl-C save one first. --init_from=WORKDIR starts a new run from another one's parameters.
 
@@ -16,6 +16,7 @@ The exit code is 0 if the run is complete, or stopped by a signal and saved; 75 
 is to be given again, because the watchdog ended the process or another one was lost; otherwise 1.
 """
 
+import dataclasses
 import functools
 import os
 import shlex
@@ -23,20 +24,18 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 from absl import app, flags
-from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-import data
 from checkpoint import Checkpointer, CheckpointError
-from data import open_data
+from config import ConfigError
+from data import open_data, prefetch
 from machine import processes
 from machine.memory import OutOfMemoryError, keep_freed_memory, out_of_memory_explained
 from machine.profiler import Tracer, parse_steps
-from model import declared_params
 from parallel import Tree, count, make_mesh
 from runtime.config_checks import validate
 from runtime.evaluation import checkpoint_config, make_evaluation, over_sources, zlib_bits_per_byte
@@ -46,23 +45,153 @@ from runtime.plot import need_matplotlib, plot
 from runtime.resume import first_step, load_params, restore_state
 from runtime.sampling import make_sampler
 from runtime.terminal import Terminal
-from runtime.workdir import TOKENIZER, append_evaluation, start_entry, tokenizer_record
-from train_step import abstract_state, init_state, lower_train_step, put_batch
+from runtime.workdir import (
+    CHECKPOINTS,
+    PROFILE,
+    TOKENIZER,
+    append_evaluation,
+    check_shared,
+    new_workdir,
+    start_entry,
+    tokenizer_record,
+)  # fmt: skip
+from train_step import Setup, abstract_state, init_state, lower_train_step, put_batch, setup
 
 T = TypeVar('T')
 
+# ---------------------------------------------------------------------------------------------
+# The run
+# ---------------------------------------------------------------------------------------------
 
-def start_state(
-    config: ConfigDict, mesh: Mesh, checkpoints: Checkpointer, start: int, init_from: str
-) -> Tree:
-    """The state after step `start`; at 0 a new one, with the parameters of the run `init_from`."""
-    if start:
-        return restore_state(checkpoints, start, abstract_state(config, mesh))
-    state = init_state(config, mesh)
-    if init_from:
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run that is about to take the steps after `start`, and all that surrounds them."""
+
+    config: ConfigDict
+    start: int
+    init_from: str  # another run's workdir or checkpoint, '' for none
+    writer: Writer
+    checkpoints: Checkpointer
+    stop: StopSignals
+    watchdog: Watchdog
+    tracer: Tracer
+
+
+class Due(NamedTuple):
+    """The tasks after a step."""
+
+    log: bool
+    evaluate: bool
+    sample: bool
+    save: bool
+    stop: bool  # a signal ends the run early
+
+
+def due(step: int, config: ConfigDict, asked_to_stop: bool) -> Due:
+    """Returns the tasks after this step. An `every` of 0 switches a task off."""
+
+    def multiple(every: int) -> bool:
+        return bool(every) and step % every == 0
+
+    last = step == config.steps
+    stop = asked_to_stop and not last
+    return Due(
+        log=multiple(config.log.every) or (last and bool(config.log.every)),
+        evaluate=not stop and (multiple(config.eval.every) or (last and bool(config.eval.every))),
+        sample=not stop and multiple(config.log.sample_every),
+        save=last or stop or multiple(config.checkpoint.every),
+        stop=stop,
+    )
+
+
+def run(r: Run) -> dict[str, Any]:
+    """Takes the steps; returns the summary."""
+    config, writer, started = r.config, r.writer, time.perf_counter()
+    r.checkpoints.clean()
+    loader, sources, encoding = open_data(config)
+    s = setup(config, make_mesh(config.mesh), encoding.eot_token)
+    sample = make_sampler(s, encoding) if config.log.sample_every else None
+    writer.keep(TOKENIZER, tokenizer_record(encoding))
+    writer.record_start(start_entry(config, s.mesh, r.start))
+    writer.say(
+        f'{count(s.declared):,} parameters · {loader.n_tokens:,} tokens · workdir {writer.workdir}'
+    )
+    progress = Progress(s, writer)
+    state = start_state(s, r)
+    train_step = compiled_step(s, r)
+    evaluate, evaluation = make_evaluation(s, encoding), {}
+
+    progress.start(r.start)
+    batches = prefetch(functools.partial(put_batch, loader.batch_at, s=s), r.start, config.steps)
+    for step, batch in enumerate(batches, start=r.start + 1):
+        r.tracer.before(step, state)
+        state, metrics = train_step(state, batch)
+        writer.terminal.follow(step, metrics['loss'])
+        progress.log()  # the step before, while this one runs
+        if r.tracer.after(step, state):
+            writer.say(f'steps {r.tracer.first} to {r.tracer.last} are traced in {r.tracer.folder}')
+        r.watchdog.follow(step, metrics)
+        now = due(step, config, r.stop.asked())
+        if now.log:
+            progress.keep(step, metrics)
+        if now.evaluate or now.sample or now.save:
+            progress.log()  # before the checkpoint that includes it
+            jax.block_until_ready(state)
+        if now.evaluate:
+            r.watchdog.during(f'evaluating after step {step}')
+            measure = functools.partial(evaluate, state['params'])
+            evaluation, seconds = timed(over_sources, sources, measure)
+            progress.log_evaluation(step, evaluation, seconds)
+        if now.sample:
+            r.watchdog.during(f'sampling after step {step}')
+            progress.log_samples(step, *timed(sample, state['params'], step))
+        if now.save:
+            r.watchdog.during(f'saving step {step}')
+            writer.flush()
+            r.checkpoints.save(step, state, config.to_dict())
+        if now.stop:
+            break
+    batches.close()
+    progress.log()
+    r.tracer.close(state)
+    r.checkpoints.wait()
+    if now.stop:
+        writer.say(f'stopped by a signal: step {step} is saved, of {config.steps}')
+    elif evaluation and writer.active:
+        evaluation |= over_sources(sources, functools.partial(zlib_bits_per_byte, encoding))
+    return {
+        'parameters': count(s.declared),
+        'active_parameters': count(s.declared, active=True),
+        'tokens': (step - r.start) * progress.step_tokens,
+        'seconds': time.perf_counter() - started,
+        **evaluation,
+    }
+
+
+def start_state(s: Setup, r: Run) -> Tree:
+    """Returns the state after step `r.start`; at 0 a new one, with parameters of `r.init_from`."""
+    if r.start:
+        return restore_state(r.checkpoints, r.start, abstract_state(s))
+    state = init_state(s)
+    if r.init_from:
         del state['params']  # make room
-        state['params'] = load_params(init_from, abstract_state(config, mesh)['params'])
+        state['params'] = load_params(r.init_from, abstract_state(s)['params'])
     return state
+
+
+def compiled_step(s: Setup, r: Run) -> Callable[[Tree, jax.Array], tuple[Tree, dict]]:
+    """Compiles the step, (state, batch) -> (state, metrics), and says how long that took."""
+    r.watchdog.during('compiling')
+    train_step, seconds = timed(lambda: lower_train_step(s).compile())
+    r.writer.say(f'compiled in {seconds:.1f} s')
+    return train_step
+
+
+def timed(f: Callable[..., T], *args: Any) -> tuple[T, float]:
+    """Returns the result of f, and the seconds that it took."""
+    start = time.perf_counter()
+    return f(*args), time.perf_counter() - start
 
 
 def train(
@@ -71,11 +200,11 @@ def train(
     init_from: str = '',
     traced_steps: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
-    """The whole run, or what is left of it in the workdir; returns the summary of what was done."""
+    """Runs a config in a workdir, or the rest of its run there; returns the summary."""
     validate(config, jax.device_count(), jax.process_count())
-    processes.check_shared(workdir)
+    check_shared(workdir)
     processes.use_cache(config)
-    path, c = os.path.join(workdir, 'checkpoints'), config.checkpoint
+    path, c = os.path.join(workdir, CHECKPOINTS), config.checkpoint
     with (
         out_of_memory_explained(config),
         Watchdog(config.guard, config.steps) as watchdog,
@@ -92,126 +221,42 @@ def train(
                 writer.say(where)
             if config.log.plot:
                 need_matplotlib()
-            tracer = Tracer(traced_steps, workdir)
-            summary = run(config, start, writer, checkpoints, stop, watchdog, tracer, init_from)
+            tracer = Tracer(traced_steps, os.path.join(workdir, PROFILE))
+            r = Run(config, start, init_from, writer, checkpoints, stop, watchdog, tracer)
+            summary = run(r)
             writer.say('\n'.join(f'{name:>22}  {number(x)}' for name, x in summary.items()))
             if config.log.plot and writer.active:
                 writer.say(f'{"plot":>22}  {plot([workdir])}')
             return summary
 
 
-def run(
-    config: ConfigDict,
-    start: int,
-    writer: Writer,
-    checkpoints: Checkpointer,
-    stop: StopSignals,
-    watchdog: Watchdog,
-    tracer: Tracer,
-    init_from: str,
-) -> dict[str, Any]:
-    """The steps after `start`; returns the summary."""
-    started = time.perf_counter()
-    checkpoints.clean()
-    loader, sources, encoding = open_data(config)
-    writer.keep(TOKENIZER, tokenizer_record(encoding))
-    sample = make_sampler(config, encoding) if config.log.sample_every else None
-    mesh = make_mesh(config.mesh)
-    n_params = count(declared_params(config))
-    writer.say(f'{n_params:,} parameters · {loader.n_tokens:,} tokens · workdir {writer.workdir}')
-    progress = Progress(config, mesh, writer)
-    writer.record_start(start_entry(config, mesh, start))
-
-    put = functools.partial(put_batch, config=config, mesh=mesh)
-    state = start_state(config, mesh, checkpoints, start, init_from)
-    watchdog.during('compiling')
-    train_step, seconds = timed(lambda: lower_train_step(config, mesh).compile())
-    writer.say(f'compiled in {seconds:.1f} s')
-    evaluate = make_evaluation(config, mesh, encoding)
-
-    evaluation: dict[str, float] = {}
-    pending = None  # the metrics of the step before, fetched while the present one runs
-    progress.start(start)
-    batches = data.prefetch(lambda i: put(loader.batch_at, i), start, config.steps)
-    for step, batch in enumerate(batches, start=start + 1):
-        tracer.before(step, state)
-        state, metrics = train_step(state, batch)
-        writer.terminal.follow(step, metrics['loss'])
-        if pending:
-            progress.log(*pending)
-        if tracer.after(step, state):
-            writer.say(f'steps {tracer.first} to {tracer.last} are traced in {tracer.folder}')
-        watchdog.follow(step, metrics)
-        pending = (step, metrics) if progress.logs(step) else None
-        stopping = stop.asked() and step < config.steps
-        pauses = progress.evaluates(step) or progress.samples(step) or progress.saves(step)
-        if pending and (pauses or stopping):
-            progress.log(*pending)  # what a checkpoint includes is logged before it
-            pending = None
-        if progress.evaluates(step) and not stopping:
-            jax.block_until_ready(state)
-            watchdog.during(f'evaluating after step {step}')
-            measure = functools.partial(evaluate, state['params'])
-            evaluation, seconds = timed(over_sources, sources, measure)
-            progress.log_evaluation(step, evaluation, seconds)
-        if sample and progress.samples(step) and not stopping:
-            jax.block_until_ready(state)
-            watchdog.during(f'sampling after step {step}')
-            progress.log_samples(step, *timed(sample, state['params'], step))
-        if progress.saves(step) or stopping:
-            watchdog.during(f'saving step {step}')
-            writer.flush()
-            checkpoints.save(step, state, config.to_dict())
-        if stopping:
-            break
-    batches.close()
-    if pending:
-        progress.log(*pending)
-    tracer.close(state)
-    jax.block_until_ready(state)
-    checkpoints.wait()
-    if stopping:
-        writer.say(f'stopped by a signal: step {step} is saved, of {config.steps}')
-    summary = {
-        'parameters': n_params,
-        'active_parameters': count(declared_params(config), active=True),
-        'tokens': (step - start) * progress.step_tokens,
-        'seconds': time.perf_counter() - started,
-        **evaluation,
-    }
-    if evaluation and writer.active and not stopping:
-        summary |= over_sources(
-            sources, lambda batches: {'zlib_bits_per_byte': zlib_bits_per_byte(batches, encoding)}
-        )
-    return summary
-
-
 def number(x: float) -> str:
+    """Writes a whole number in full, another one with four digits."""
     return f'{x:,}' if isinstance(x, int) else f'{x:,.4g}'
 
 
-def timed(f: Callable[..., T], *args: Any) -> tuple[T, float]:
-    """What f returns, and the seconds that it took."""
-    start = time.perf_counter()
-    return f(*args), time.perf_counter() - start
-
-
 def evaluate_only(config: ConfigDict, workdir: str, step: int) -> dict[str, float]:
-    """Loss and bits a byte of a checkpoint's parameters, which is all that is read of it; in
-    eval.jsonl, too. The run itself, which may be going on, is left alone."""
+    """Evaluates the parameters of a checkpoint, which are all that is read of it.
+
+    Adds loss and bits per byte to eval.jsonl. The run itself, which may be going on, is left alone.
+    """
     validate(config, jax.device_count())
     _, sources, encoding = open_data(config)
-    mesh = make_mesh(config.mesh)
-    path = os.path.join(workdir, 'checkpoints', str(step))
-    params = load_params(path, abstract_state(config, mesh)['params'])
-    evaluate = make_evaluation(config, mesh, encoding)
-    result = over_sources(sources, functools.partial(evaluate, params))
-    file = append_evaluation(workdir, step, result, mesh)
+    s = setup(config, make_mesh(config.mesh), encoding.eot_token)
+    path = os.path.join(workdir, CHECKPOINTS, str(step))
+    params = load_params(path, abstract_state(s)['params'])
+    measure = functools.partial(make_evaluation(s, encoding), params)
+    result = over_sources(sources, measure)
+    file = append_evaluation(workdir, step, result, s.mesh)
     terminal = Terminal(config.steps, jax.process_index() == 0)
     terminal.say(f'step {step} of {workdir}, added to {file}')
     terminal.say('\n'.join(f'{name:>22}  {value:.4f}' for name, value in result.items()))
     return result
 
+
+# ---------------------------------------------------------------------------------------------
+# The command
+# ---------------------------------------------------------------------------------------------
 
 FLAGS = flags.FLAGS
 
@@ -220,7 +265,7 @@ NEWEST = 'newest'
 
 
 class StepParser(flags.ArgumentParser):
-    """Of --eval_only: a step, or nothing, which stands for the newest one."""
+    """Parses --eval_only: a step, or nothing, which stands for the newest one."""
 
     syntactic_help = 'a step; without one, the newest'
 
@@ -233,7 +278,7 @@ class StepParser(flags.ArgumentParser):
 
 
 def say_next(workdir: str) -> None:
-    """Where to go from here, in commands to copy."""
+    """Prints the commands that one may want next."""
     named = [] if FLAGS.workdir else [f'--workdir={workdir}']
     commands = {
         'go on': shlex.join(['python', *sys.argv, *named]),
@@ -249,13 +294,11 @@ def main(arguments: list[str]) -> None:
     processes.choose_platform(FLAGS.cpu_devices)
     try:
         command(arguments[1:])
-    except (CheckpointError, TrainingError) as error:
+    except (ConfigError, CheckpointError, TrainingError) as error:
         sys.exit(str(error))
     except OutOfMemoryError as error:
         processes.fail(str(error))
-    except Exception as error:
-        if str(error).startswith('the config cannot run'):
-            sys.exit(str(error))
+    except Exception:
         if jax.process_count() == 1:
             raise
         traceback.print_exc()
@@ -267,11 +310,12 @@ def main(arguments: list[str]) -> None:
 
 
 def command(arguments: list[str]) -> None:
+    """Draws, evaluates or trains, as the flags say."""
     if FLAGS.plot:
         print(plot([*FLAGS.plot, *arguments], FLAGS.plot_output or ''))
         return
     if arguments:
-        raise ValueError(
+        raise ConfigError(
             f'the config cannot run: {" ".join(arguments)} is no flag; flags are --name=value, '
             f'and fields of the config --config.name=value'
         )
@@ -284,7 +328,7 @@ def command(arguments: list[str]) -> None:
         step, config = checkpoint_config(FLAGS.workdir, step, FLAGS.config)
         evaluate_only(config, FLAGS.workdir, step)
         return
-    workdir = FLAGS.workdir or processes.new_workdir()
+    workdir = FLAGS.workdir or new_workdir()
     train(FLAGS.config, workdir, FLAGS.init_from or '', parse_steps(FLAGS.profile or ''))
     if jax.process_index() == 0:
         say_next(workdir)

@@ -1,7 +1,12 @@
-"""One optimizer step: gradients with and without a pipeline, the update, evaluation, batches.
+"""One optimizer step of a training run, read from the top: the step, its gradients, its state.
 
-Without a pipeline the microbatches are a scan of value_and_grad; with one, pipeline/executor.py runs them
-through the stages by a schedule. Both return the gradient of the same loss.
+    s = setup(config, mesh)
+    state, step = init_state(s), make_train_step(s)
+    state, metrics = step(state, put_batch(batch_at, 0, s))
+
+The step runs inside one shard_map, on each device's own shards. Without a pipeline the microbatches
+are a scan of value_and_grad; with one, pipeline/executor.py runs them through the stages by a
+schedule. Both compute the gradient of the same loss.
 """
 
 import dataclasses
@@ -15,7 +20,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from config import ModelConfig, optimizer_config
+from config import ModelConfig, OptimizerConfig, optimizer_config
 from layers.attention import positions
 from layers.dense import linear_weight_gradient
 from layers.moe import update_biases
@@ -24,20 +29,12 @@ from model import (
     declared_params,
     first_layers,
     loss,
-    model_config,
+    model_for,
     run_blocks,
     split_router_loss,
     token_loss,
-)
-from optimizer import (
-    adamw,
-    adamw_init,
-    clip_by_global_norm,
-    init_history,
-    judge,
-    learning_rate,
-    select,
-)
+)  # fmt: skip
+from optimizer import OPTIMIZERS, clip_by_global_norm, init_history, judge, learning_rate, select
 from parallel import (
     BATCH,
     PP,
@@ -55,66 +52,102 @@ from parallel import (
     psum,
     replicate,
     scatter_gradients,
+    shardings,
     specs,
     sum_gradients,
     varying,
-)
+)  # fmt: skip
 from pipeline.executor import Functions, Sums, run_pipeline
-from pipeline.schedules import Schedule, make_schedule
-
-# Options of the compiler for the train step, by platform; config.compiler_options overrides each
-# by name, and the compiler refuses names that it does not know. They let weights be gathered while
-# matmuls run. (The collective fusions of v5e would do more, but v4 refuses them.) On TPU (libtpu
-# 0.0.52) the pass that moves all-reduces out of loops fails an assertion of its own where gradients
-# are accumulated; there is nothing for it to move.
-COMPILER_OPTIONS = {
-    'tpu': {
-        'xla_enable_async_all_gather': True,
-        'xla_enable_async_collective_permute': True,
-        'xla_disable_hlo_passes': 'while-loop-all-reduce-code-motion',
-    },
-    'gpu': {'xla_gpu_enable_latency_hiding_scheduler': True},
-}
+from pipeline.schedules import make_schedule
+from pipeline.tables import Schedule
 
 
-def compiler_options(overrides: str, platform: str) -> dict[str, str | bool]:
-    """The table's for this platform, overridden by 'name=value name=value'. A value of true or
-    false is handed over as a bool, since the compiler for GPUs refuses the words."""
-    options = dict(COMPILER_OPTIONS.get(platform, {}))
-    for entry in overrides.split():
-        name, value = entry.split('=', 1)
-        options[name] = {'true': True, 'false': False}.get(value.lower(), value)
-    return options
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """One config on one mesh, with all that follows from them: made once by `setup`, handed on."""
+
+    config: ConfigDict
+    mesh: Mesh
+    platform: str  # of the mesh's devices, as jax names it
+    model: ModelConfig
+    optimizer: OptimizerConfig
+    declared: Tree  # every parameter
+    slots: dict[str, Tree]  # what the optimizer keeps beside them, declared
+    schedule: Schedule | None  # of the pipeline; None without one
 
 
-def state_specs(declared: Tree) -> Tree:
-    p = specs(declared)
-    numbers = jax.tree.map(lambda _: P(), jax.eval_shape(init_numbers))
-    return {'params': p, 'moments': {'m': p, 'v': p}, **numbers}
+def setup(config: ConfigDict, mesh: Mesh, end_of_text: int = -1) -> Setup:
+    """Derives all that a step needs from a config that `config_checks.validate` accepts.
+
+    `end_of_text`, the token that ends a document of the data, counts with data.isolate_documents.
+    """
+    platform = mesh.devices.flat[0].platform
+    model = model_for(config, platform, end_of_text)
+    declared, optimizer = declared_params(config), optimizer_config(config)
+    slots = OPTIMIZERS[optimizer.name].slots(declared)
+    schedule = train_schedule(config) if config.mesh.pp > 1 else None
+    return Setup(config, mesh, platform, model, optimizer, declared, slots, schedule)
 
 
-def init_state(config: ConfigDict, mesh: Mesh) -> Tree:
-    """Parameters, moments, the step number and the guards' history, on their devices."""
-    params = init_params(jax.random.key(config.seed), declared_params(config), mesh)
-    numbers = jax.jit(init_numbers, out_shardings=NamedSharding(mesh, P()))()
-    return {'params': params, 'moments': adamw_init(params), **numbers}
+# ---------------------------------------------------------------------------------------------
+# The step
+# ---------------------------------------------------------------------------------------------
 
 
-def init_numbers() -> Tree:
-    """What of the state is alike on all devices."""
-    return {'step': jnp.zeros((), jnp.int32), 'history': init_history()}
+def train_step(state: Tree, tokens_MBT: Array, s: Setup) -> tuple[Tree, dict[str, Array]]:
+    """Makes one update on one device of the mesh: gradients, clipping, optimizer, expert biases.
+
+    tokens_MBT: int32 [M, B, T + 1], this device's rows of each microbatch. Returns the new state,
+    and metrics that all devices hold alike. A step that `judge` skips advances `step` and
+    `history` alone.
+    """
+    key = jax.random.fold_in(jax.random.key(s.config.seed), state['step'])
+    grads, metrics = gradients(state['params'], tokens_MBT, key, s)
+    with jax.named_scope('optimizer'):
+        grads, norm = clip_by_global_norm(grads, s.declared, s.optimizer.clip_norm)
+        params, slots = OPTIMIZERS[s.optimizer.name].update(
+            state['params'], grads, state['moments'], state['step'], s.declared, s.optimizer
+        )
+    params['blocks'] = update_biases(params['blocks'], metrics['router'], s.model.bias_rate)
+    apply, history = judge(norm, state['history'], s.config.guard)
+    updated = {'params': params, 'moments': slots}
+    updated = select(apply, updated, {name: state[name] for name in updated})
+    metrics |= {
+        'router': whole_router_statistics(metrics['router'], s),
+        'grad_norm': norm,
+        'grad_norm_mean': jnp.exp(history['log_norm']),
+        'lr': learning_rate(state['step'], s.optimizer),
+        'skipped': history['skipped'],
+        'skips_in_a_row': history['in_a_row'],
+    }
+    return updated | {'step': state['step'] + 1, 'history': history}, metrics
 
 
-def abstract_state(config: ConfigDict, mesh: Mesh) -> Tree:
-    """Shapes, types and shardings of `init_state`; nothing is computed."""
+def whole_router_statistics(stats: Tree, s: Setup) -> Tree:
+    """Brings the statistics of all stages' layers to all devices: [(chunks,) blocks, ...]."""
+    stage_dim = 0 if s.config.pipeline.chunks == 1 else 1
+    return jax.tree.map(lambda x: replicate(x, PP, stage_dim), stats)
 
-    def like(p: Param) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=NamedSharding(mesh, p.spec))
 
-    params = map_params(like, declared_params(config))
-    sharding = NamedSharding(mesh, P())
-    numbers = jax.tree.map(lambda x: x.update(sharding=sharding), jax.eval_shape(init_numbers))
-    return {'params': params, 'moments': {'m': params, 'v': params}, **numbers}
+def make_train_step(s: Setup) -> Callable[[Tree, Array], tuple[Tree, dict]]:
+    """Returns the jitted step, (state, tokens_MBT) -> (state, metrics); the state is donated."""
+    sharded = jax.shard_map(
+        functools.partial(train_step, s=s),
+        mesh=s.mesh,
+        in_specs=(state_specs(s), P(None, BATCH)),
+        out_specs=(state_specs(s), P()),
+        check_vma=s.config.check_vma,
+    )
+    options = compiler_options(s.config.compiler_options, s.platform)
+    return jax.jit(sharded, donate_argnums=0, compiler_options=options)
+
+
+def lower_train_step(s: Setup) -> jax.stages.Lowered:
+    """Lowers the step, for a mesh whose devices need not be there."""
+    M, B = s.config.microbatches, s.config.batch_size // s.config.microbatches
+    sharding = NamedSharding(s.mesh, P(None, BATCH))
+    tokens = jax.ShapeDtypeStruct((M, B, s.config.seq_len + 1), jnp.int32, sharding=sharding)
+    return make_train_step(s).lower(abstract_state(s), tokens)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -122,11 +155,42 @@ def abstract_state(config: ConfigDict, mesh: Mesh) -> Tree:
 # ---------------------------------------------------------------------------------------------
 
 
+def gradients(params: Tree, tokens_MBT: Array, key: Array, s: Setup) -> tuple[Tree, dict]:
+    """Computes the gradient of the mean loss over all valid targets of the step's global batch.
+
+    Returns gradients, float32, summed over the axes that do not shard their parameter, and metrics:
+    the loss, and the routers' statistics of this stage's layers. Runs inside shard_map.
+    """
+    blocks, ahead = s.declared['blocks'], s.config.fsdp_gather == 'step'
+    compute = accumulated
+    if s.schedule is not None:
+        compute = functools.partial(pipelined, schedule=s.schedule)
+    tokens_MBT = varying(tokens_MBT, (PP, TP))
+    params = varying_params(params, s.declared)
+    n_targets = psum(jnp.sum(tokens_MBT[..., 1:] >= 0), BATCH).astype(jnp.float32)
+    if ahead:
+        dtype = jnp.dtype(s.model.compute_dtype)
+        params['blocks'] = gather_ahead(params['blocks'], blocks, dtype)
+    grads, nll, stats = compute(params, tokens_MBT, key, n_targets, s.model)
+    if ahead:
+        grads['blocks'] = scatter_gradients(grads['blocks'], blocks)
+    stats = jax.tree.map(lambda x: lax.psum(x, (*BATCH, TP)), stats)
+    return sum_gradients(grads, s.declared), {'loss': global_sum(nll), 'router': stats}
+
+
+def varying_params(params: Tree, declared: Tree) -> Tree:
+    """Lets parameters count as different on all devices, as all values do inside the step."""
+    return map_params(lambda p, x: varying(x, free_axes(p.spec)), declared, params)
+
+
 def accumulated(
     params: Tree, tokens_MBT: Array, key: Array, n_targets: Array, cfg: ModelConfig
 ) -> tuple[Tree, Array, Tree]:
-    """Microbatches one after the other: gradients, added up in float32; this device's share of
-    the mean cross-entropy; statistics of the routers, [blocks, ...] a layer of the block."""
+    """Computes microbatches one after the other.
+
+    Returns gradients, added up in float32; this device's share of the mean cross-entropy; and
+    statistics of the routers, [blocks, ...] per layer of the block.
+    """
     n_microbatches = tokens_MBT.shape[0]
 
     def loss_share(params: Tree, tokens_BT: Array, i: Array) -> tuple[Array, tuple]:
@@ -152,7 +216,7 @@ def pipelined(
     cfg: ModelConfig,
     schedule: Schedule,
 ) -> tuple[Tree, Array, Tree]:
-    """`accumulated` where layers are spread over pp, and microbatches follow a schedule."""
+    """Computes the results of `accumulated` by a schedule, where layers are spread over pp."""
     grads, sums = run_stages(params, tokens_MBT, key, n_targets, cfg, schedule)
     stats = sums.stage
     if schedule.chunks == 1:
@@ -168,7 +232,7 @@ def run_stages(
     cfg: ModelConfig,
     schedule: Schedule,
 ) -> tuple[Tree, Sums]:
-    """The model, cut into the functions that pipeline/executor.py runs."""
+    """Cuts the model into the functions of a stage, and runs them by the schedule."""
 
     def ids(i: Array) -> Array:
         return jnp.maximum(tokens_MBT[i, :, :-1], 0)
@@ -176,19 +240,18 @@ def run_stages(
     def first(shared: Tree, i: Array) -> Array:
         return first_layers(shared, ids(i), cfg, jax.random.fold_in(key, i))
 
-    def stage(blocks: Tree, x_BTD: Array, virtual: Array, i: Array) -> tuple[Array, Array, Tree]:
+    def stage(blocks: Tree, x_BtD: Array, virtual: Array, i: Array) -> tuple[Array, Array, Tree]:
         n_layers = jax.tree.leaves(blocks)[0].shape[0] * len(cfg.block)
         start = cfg.first_dense + virtual * n_layers
         x_key = jax.random.fold_in(key, i)
         table = positions(ids(i), cfg)
-        x_BTD, stats = run_blocks(blocks, x_BTD, table, x_key, cfg, cfg.block, start)
+        x_BtD, stats = run_blocks(blocks, x_BtD, table, x_key, cfg, cfg.block, start)
         router, stats = split_router_loss(stats)
-        return x_BTD, jnp.zeros_like(n_targets) + router / schedule.microbatches, stats
+        return x_BtD, jnp.zeros_like(n_targets) + router / schedule.microbatches, stats
 
-    def last(shared: Tree, x_TD: Array, i: Array) -> tuple[Array, Tree]:
-        labels_T = local_slice(tokens_MBT[i, :, 1:], TP, 1).reshape(-1)  # B T -> B T/tp
-        labels_T = local_slice(labels_T, PP, 0)
-        total, nll = token_loss(shared, x_TD, labels_T, cfg)
+    def last(shared: Tree, x_tD: Array, i: Array) -> tuple[Array, Tree]:
+        labels_t = local_slice(tokens_MBT[i, :, 1:], TP, 1).reshape(-1)
+        total, nll = token_loss(shared, x_tD, local_slice(labels_t, PP, 0), cfg)
         return total / n_targets, {'nll': nll / n_targets}
 
     if schedule.chunks == 1:
@@ -197,148 +260,152 @@ def run_stages(
     return run_pipeline(schedule, functions, params, block_params(cfg, cfg.block))
 
 
-def make_gradients(
-    config: ConfigDict, platform: str = 'cpu'
-) -> Callable[[Tree, Array, Array], tuple[Tree, dict]]:
-    """(parameters, tokens_MBT, key) -> gradients and metrics, for use inside shard_map on devices
-    of this platform.
-
-    The gradient of the mean loss over all valid targets of the step's global batch; tokens_MBT:
-    int32, this device's rows of each microbatch.
-    """
-    cfg, declared = model_config(config, platform), declared_params(config)
-    dtype, ahead = jnp.dtype(cfg.compute_dtype), config.fsdp_gather == 'step'
-    compute = accumulated
-    if config.mesh.pp > 1:
-        compute = functools.partial(pipelined, schedule=train_schedule(config))
-
-    def gradients(params: Tree, tokens_MBT: Array, key: Array) -> tuple[Tree, dict]:
-        tokens_MBT = varying(tokens_MBT, (PP, TP))
-        params = map_params(lambda p, x: varying(x, free_axes(p.spec)), declared, params)
-        n_targets = psum(jnp.sum(tokens_MBT[..., 1:] >= 0), BATCH).astype(jnp.float32)
-        if ahead:
-            params['blocks'] = gather_ahead(params['blocks'], declared['blocks'], dtype)
-        grads, nll, stats = compute(params, tokens_MBT, key, n_targets, cfg)
-        if ahead:
-            grads['blocks'] = scatter_gradients(grads['blocks'], declared['blocks'])
-        stats = jax.tree.map(lambda x: lax.psum(x, (*BATCH, TP)), stats)
-        return sum_gradients(grads, declared), {'loss': global_sum(nll), 'router': stats}
-
-    return gradients
-
-
 def pipeline_costs(remat: str) -> tuple[float, float, float]:
-    """Relative times of F, B and W, for which zero_bubble is laid out. B runs the stage's forward
-    again, from its stashed input; with remat='full' it then runs that of each layer once more."""
+    """Returns the relative times of F, B and W, for which zero_bubble is laid out.
+
+    B runs the stage's forward again, from its stashed input; with remat='full' it then runs that of
+    each layer once more.
+    """
     return 1.0, 2.0 + (remat == 'full'), 1.0
 
 
 def train_schedule(config: ConfigDict) -> Schedule:
+    """Returns the pipeline schedule of a config."""
     p, costs = config.pipeline, pipeline_costs(config.model.remat)
     return make_schedule(p.schedule, config.mesh.pp, config.microbatches, p.chunks, costs)
 
 
 # ---------------------------------------------------------------------------------------------
-# The compiled steps
+# The state
 # ---------------------------------------------------------------------------------------------
 
 
-def make_train_step(config: ConfigDict, mesh: Mesh) -> Callable[[Tree, Array], tuple[Tree, dict]]:
-    """jitted (state, tokens_MBT) -> (state, metrics); the state's buffers are donated.
+def init_state(s: Setup) -> Tree:
+    """Makes parameters, optimizer slots, the step number and the history, on their devices."""
+    params = init_params(jax.random.key(s.config.seed), s.declared, s.mesh)
+    slots = init_slots(s)
+    numbers = jax.jit(init_numbers, out_shardings=NamedSharding(s.mesh, P()))()
+    return {'params': params, 'moments': slots, **numbers}
 
-    A step that the guards skip advances `step` and `history` alone.
+
+def init_slots(s: Setup) -> dict[str, Tree]:
+    """Makes the optimizer's slots, each as its declaration says."""
+
+    def init() -> dict[str, Tree]:
+        key = jax.random.key(s.config.seed)
+        return map_params(lambda p: p.init(key, p.shape), s.slots)
+
+    return jax.jit(init, out_shardings=shardings(s.slots, s.mesh))()
+
+
+def init_numbers() -> Tree:
+    """Makes the part of the state that is alike on all devices."""
+    return {'step': jnp.zeros((), jnp.int32), 'history': init_history()}
+
+
+def state_specs(s: Setup) -> Tree:
+    """Returns the PartitionSpecs of the state."""
+    numbers = jax.tree.map(lambda _: P(), jax.eval_shape(init_numbers))
+    return {'params': specs(s.declared), 'moments': specs(s.slots), **numbers}
+
+
+def abstract_state(s: Setup) -> Tree:
+    """Returns shapes, types and shardings of `init_state`; nothing is computed."""
+
+    def like(p: Param) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=NamedSharding(s.mesh, p.spec))
+
+    sharding = NamedSharding(s.mesh, P())
+    numbers = jax.tree.map(lambda x: x.update(sharding=sharding), jax.eval_shape(init_numbers))
+    return {
+        'params': map_params(like, s.declared),
+        'moments': map_params(like, s.slots),
+        **numbers,
+    }
+
+
+# ---------------------------------------------------------------------------------------------
+# Options of the compiler, evaluation, batches
+# ---------------------------------------------------------------------------------------------
+
+# By platform; config.compiler_options overrides each by name, and the compiler refuses names that
+# it does not know. They let weights be gathered while matmuls run. (The collective fusions of v5e
+# would do more, but v4 refuses them.) On TPU (libtpu 0.0.52) the pass that moves all-reduces out of
+# loops fails an assertion of its own where gradients are accumulated; there is nothing for it to
+# move.
+COMPILER_OPTIONS = {
+    'tpu': {
+        'xla_enable_async_all_gather': True,
+        'xla_enable_async_collective_permute': True,
+        'xla_disable_hlo_passes': 'while-loop-all-reduce-code-motion',
+    },
+    'gpu': {'xla_gpu_enable_latency_hiding_scheduler': True},
+}
+
+
+def compiler_options(overrides: str, platform: str) -> dict[str, str | bool]:
+    """Returns the table's options for this platform, overridden by 'name=value name=value'.
+
+    A value of true or false is handed over as a bool, since the compiler for GPUs refuses the
+    words.
     """
-    cfg, optimizer = model_config(config), optimizer_config(config)
-    platform = mesh.devices.flat[0].platform
-    declared, gradients = declared_params(config), make_gradients(config, platform)
-    stage_dim = 0 if config.pipeline.chunks == 1 else 1
+    options = dict(COMPILER_OPTIONS.get(platform, {}))
+    for entry in overrides.split():
+        name, value = entry.split('=', 1)
+        options[name] = {'true': True, 'false': False}.get(value.lower(), value)
+    return options
 
-    def train_step(state: Tree, tokens_MBT: Array) -> tuple[Tree, dict[str, Array]]:
-        key = jax.random.fold_in(jax.random.key(config.seed), state['step'])
-        grads, metrics = gradients(state['params'], tokens_MBT, key)
-        with jax.named_scope('optimizer'):
-            grads, norm = clip_by_global_norm(grads, declared, optimizer.clip_norm)
-            params, moments = adamw(
-                state['params'], grads, state['moments'], state['step'], declared, optimizer
-            )
-        params['blocks'] = update_biases(params['blocks'], metrics['router'], cfg.bias_rate)
-        apply, history = judge(norm, state['history'], config.guard)
-        updated = {'params': params, 'moments': moments}
-        updated = select(apply, updated, {name: state[name] for name in updated})
-        metrics['router'] = jax.tree.map(lambda x: replicate(x, PP, stage_dim), metrics['router'])
-        metrics |= {'grad_norm': norm, 'lr': learning_rate(state['step'], optimizer)}
-        metrics |= {'skipped': history['skipped'], 'skips_in_a_row': history['in_a_row']}
-        metrics['grad_norm_mean'] = jnp.exp(history['log_norm'])
-        return updated | {'step': state['step'] + 1, 'history': history}, metrics
 
+def make_eval_step(s: Setup) -> Callable[[Tree, Array, Array], dict[str, Array]]:
+    """Returns the jitted (params, tokens_MBT, token_bytes_V) -> sums of nats, targets and bytes."""
     sharded = jax.shard_map(
-        train_step,
-        mesh=mesh,
-        in_specs=(state_specs(declared), P(None, BATCH)),
-        out_specs=(state_specs(declared), P()),
-        check_vma=config.check_vma,
-    )
-    options = compiler_options(config.compiler_options, platform)
-    return jax.jit(sharded, donate_argnums=0, compiler_options=options)
-
-
-def lower_train_step(config: ConfigDict, mesh: Mesh) -> jax.stages.Lowered:
-    """The step, lowered for a mesh whose devices need not be there."""
-    M, B = config.microbatches, config.batch_size // config.microbatches
-    sharding = NamedSharding(mesh, P(None, BATCH))
-    tokens = jax.ShapeDtypeStruct((M, B, config.seq_len + 1), jnp.int32, sharding=sharding)
-    return make_train_step(config, mesh).lower(abstract_state(config, mesh), tokens)
-
-
-def make_eval_step(config: ConfigDict, mesh: Mesh) -> Callable[[Tree, Array, Array], dict]:
-    """jitted (params, tokens_MBT, token_bytes_V) -> sums of nats, targets and text bytes."""
-    platform = mesh.devices.flat[0].platform
-    cfg = dataclasses.replace(model_config(config, platform), dropout=0.0)
-    declared, chunks = declared_params(config), config.pipeline.chunks
-
-    def nats_share(params: Tree, tokens_MBT: Array) -> Array:
-        key, one = jax.random.key(0), jnp.ones_like(tokens_MBT, shape=(), dtype=jnp.float32)
-        if config.mesh.pp > 1:
-            schedule = make_schedule('forward', config.mesh.pp, config.microbatches, chunks)
-            return run_stages(params, tokens_MBT, key, one, cfg, schedule)[1].last['nll']
-        return jnp.sum(lax.map(lambda x: loss(params, x, cfg, key)[1][0], tokens_MBT))
-
-    def eval_step(params: Tree, tokens_MBT: Array, token_bytes_V: Array) -> dict[str, Array]:
-        tokens_MBT = varying(tokens_MBT, (PP, TP))
-        params = map_params(lambda p, x: varying(x, free_axes(p.spec)), declared, params)
-        labels = tokens_MBT[..., 1:]
-        n_bytes = jnp.where(labels >= 0, token_bytes_V[jnp.maximum(labels, 0)], 0)
-        alike = lax.axis_size((PP, TP))  # devices that hold the same rows
-        return {
-            'nats': global_sum(nats_share(params, tokens_MBT)),
-            'targets': global_sum(jnp.sum(labels >= 0)) // alike,
-            'bytes': global_sum(jnp.sum(n_bytes)) // alike,
-        }
-
-    sharded = jax.shard_map(
-        eval_step,
-        mesh=mesh,
-        in_specs=(specs(declared), P(None, BATCH), P()),
+        functools.partial(eval_step, s=s),
+        mesh=s.mesh,
+        in_specs=(specs(s.declared), P(None, BATCH), P()),
         out_specs=P(),
-        check_vma=config.check_vma,
+        check_vma=s.config.check_vma,
     )
     return jax.jit(sharded)
 
 
-def put_batch(
-    batch_at: Callable[[int, slice], np.ndarray], i: int, config: ConfigDict, mesh: Mesh
-) -> Array:
-    """Batch i on the mesh: int32 [microbatches, batch_size / microbatches, seq_len + 1].
+def eval_step(params: Tree, tokens_MBT: Array, token_bytes_V: Array, s: Setup) -> dict[str, Array]:
+    """Sums nats, targets and bytes of text over a batch, on one device of the mesh."""
+    tokens_MBT = varying(tokens_MBT, (PP, TP))
+    params = varying_params(params, s.declared)
+    labels = tokens_MBT[..., 1:]
+    n_bytes = jnp.where(labels >= 0, token_bytes_V[jnp.maximum(labels, 0)], 0)
+    alike = lax.axis_size((PP, TP))  # devices that hold the same rows
+    return {
+        'nats': global_sum(nats_share(params, tokens_MBT, s)),
+        'targets': global_sum(jnp.sum(labels >= 0)) // alike,
+        'bytes': global_sum(jnp.sum(n_bytes)) // alike,
+    }
+
+
+def nats_share(params: Tree, tokens_MBT: Array, s: Setup) -> Array:
+    """Returns this device's share of the summed cross-entropy of a batch, without dropout."""
+    cfg = dataclasses.replace(s.model, dropout=0.0)
+    key, one = jax.random.key(0), jnp.ones_like(tokens_MBT, shape=(), dtype=jnp.float32)
+    if s.schedule is not None:
+        forward = make_schedule(
+            'forward', s.schedule.stages, s.schedule.microbatches, s.schedule.chunks
+        )
+        return run_stages(params, tokens_MBT, key, one, cfg, forward)[1].last['nll']
+    return jnp.sum(lax.map(lambda x: loss(params, x, cfg, key)[1][0], tokens_MBT))
+
+
+def put_batch(batch_at: Callable[[int, slice], np.ndarray], i: int, s: Setup) -> Array:
+    """Puts batch i on the mesh: int32 [microbatches, batch_size / microbatches, seq_len + 1].
 
     A process reads only the rows of its own devices, and each of them once.
     """
-    M, B = config.microbatches, config.batch_size // config.microbatches
+    M, B = s.config.microbatches, s.config.batch_size // s.config.microbatches
 
     @functools.cache
     def read(start: int, stop: int) -> np.ndarray:
         return np.stack([batch_at(i, slice(m * B + start, m * B + stop)) for m in range(M)])
 
-    sharding = NamedSharding(mesh, P(None, BATCH))
+    sharding = NamedSharding(s.mesh, P(None, BATCH))
     return jax.make_array_from_callback(
-        (M, B, config.seq_len + 1), sharding, lambda index: read(*index[1].indices(B)[:2])
+        (M, B, s.config.seq_len + 1), sharding, lambda index: read(*index[1].indices(B)[:2])
     )

@@ -20,26 +20,33 @@ import os
 import random
 import resource
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
+import common
 import numpy as np
 import tiktoken
-from absl import app, flags
+from absl import flags
 
-from data import Job, Loader, Split, find_files, prepare
+from corpus.documents import cut_into_parts, documents
+from corpus.files import find_files
+from corpus.prepare import Job, prepare
+from corpus.shards import Split
+from data import Loader
 from tokenizer import get_encoding, stdlib_files
 
 FLAGS = flags.FLAGS
 
+# ---------------------------------------------------------------------------------------------
+# The corpus
+# ---------------------------------------------------------------------------------------------
+
 
 def make_texts(megabytes: float) -> list[str]:
+    """Returns documents of 3,000 characters at most, this many million characters together."""
     pieces = []
     for _, path in stdlib_files()[0]:
         with open(path, encoding='utf-8') as f:
@@ -57,7 +64,7 @@ def make_texts(megabytes: float) -> list[str]:
 
 
 def write_corpus(folder: str, texts: list[str]) -> None:
-    """Writes the texts in 4 files."""
+    """Writes the texts to 4 files of a new folder."""
     os.mkdir(folder)
     parquet = importlib.util.find_spec('pyarrow')
     for i in range(4):
@@ -73,73 +80,116 @@ def write_corpus(folder: str, texts: list[str]) -> None:
                 f.writelines(json.dumps({'text': text}) + '\n' for text in mine)
 
 
+# ---------------------------------------------------------------------------------------------
+# Time used
+# ---------------------------------------------------------------------------------------------
+
+
 class Used(NamedTuple):
-    """What something took for its tokens: seconds of the clock, and of CPU time, in which child
-    processes count that have ended."""
+    """The tokens that a call made, and the seconds that it took: of the clock, and of CPU time,
+    including that of child processes that have ended."""
 
     tokens: int
     wall: float
     cpu: float
 
     def beyond(self, other: 'Used') -> 'Used':
+        """Returns what this call made and took more than another one."""
         return Used(*(mine - its for mine, its in zip(self, other, strict=True)))
 
     @property
     def rate(self) -> float:
+        """Tokens per second."""
         return self.tokens / self.wall
 
     @property
     def cpu_rate(self) -> float:
+        """Tokens per second of CPU time."""
         return self.tokens / self.cpu
 
 
-def measured(fn: Callable[[], int]) -> Used:
-    """Of fn, which returns the number of tokens."""
-    used, started = cpu_seconds(), time.perf_counter()
-    tokens = fn()
-    return Used(tokens, time.perf_counter() - started, cpu_seconds() - used)
+def measured(f: Callable[..., int], *args: Any) -> Used:
+    """Calls f(*args), which returns the number of its tokens, and returns what it used."""
+    used = cpu_seconds()
+    wall, tokens = common.timed(f, *args)
+    return Used(tokens, wall, cpu_seconds() - used)
 
 
 def cpu_seconds() -> float:
+    """Returns the CPU time of this process and of its children that have ended."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
+def tokenizing_seconds(f: Callable[..., int], *args: Any) -> tuple[Used, float]:
+    """Returns what f(*args) used, and the seconds of it that tiktoken took: both are of the same
+    moments, so their ratio does not depend on the drift of the clock."""
+    original, seconds = tiktoken.Encoding.encode_to_numpy, []
+
+    def encode_timed(*args: Any, **kwargs: Any) -> np.ndarray:
+        started = time.perf_counter()
+        try:
+            return original(*args, **kwargs)
+        finally:
+            seconds.append(time.perf_counter() - started)
+
+    tiktoken.Encoding.encode_to_numpy = encode_timed
+    try:
+        return measured(f, *args), sum(seconds)
+    finally:
+        tiktoken.Encoding.encode_to_numpy = original
+
+
+# ---------------------------------------------------------------------------------------------
+# Ways to tokenize
+# ---------------------------------------------------------------------------------------------
+
+
 def raw(enc: tiktoken.Encoding, texts: list[str], to_numpy: bool) -> int:
+    """Tokenizes texts by tiktoken alone and returns the number of tokens."""
     if to_numpy:
         return sum(len(enc.encode_to_numpy(text, disallowed_special=())) for text in texts)
     return sum(len(enc.encode_ordinary(text)) for text in texts)
 
 
-def raw_seconds(tokenizer: str, texts: list[str]) -> tuple[float, int]:
-    enc = get_encoding(tokenizer)
-    started = time.perf_counter()
-    n = raw(enc, texts, to_numpy=True)
-    return time.perf_counter() - started, n
+def faster_raw(texts: list[str]) -> Used:
+    """Returns what the faster of tiktoken's two calls used."""
+    enc = get_encoding(FLAGS.tokenizer)
+    both = [measured(raw, enc, texts, to_numpy) for to_numpy in (True, False)]
+    return max(both, key=lambda used: used.rate)
+
+
+def raw_rate(tokenizer: str, texts: list[str]) -> float:
+    """Returns tiktoken's tokens per second, for a process of its own."""
+    seconds, n_tokens = common.timed(raw, get_encoding(tokenizer), texts, True)
+    return n_tokens / seconds
 
 
 def job(folder: str, output: str, workers: int, part_bytes: int = 8 << 20) -> int:
+    """Prepares the files of a folder anew, as `python data.py` does, and returns the number of
+    tokens."""
     shutil.rmtree(output, ignore_errors=True)
     files = find_files([f'{folder}/*'])
     manifest = prepare(files, Job(output, FLAGS.tokenizer), workers, part_bytes)
     return sum(split['tokens'] for split in manifest['splits'].values())
 
 
-_naive: dict = {}
+_naive: dict[str, tiktoken.Encoding] = {}  # of a worker process
 
 
 def naive_start(tokenizer: str) -> None:
+    """Opens the vocabulary of a worker process."""
     _naive['encoding'] = get_encoding(tokenizer)
 
 
 def naive_encode(text: str) -> list[int]:
+    """Returns the tokens of a document and its end."""
     return [*_naive['encoding'].encode_ordinary(text), _naive['encoding'].eot_token]
 
 
 def naive(folder: str, output: str, workers: int) -> int:
-    """A pool, a document at a time, a Python list that becomes an array."""
-    from corpus.documents import cut_into_parts, documents
-
+    """Prepares a folder with a pool that gets one document at a time and returns Python lists,
+    which become an array. Returns the number of tokens."""
     parts = cut_into_parts(find_files([f'{folder}/*']), 1 << 40)
     texts = (d.text for part in parts for piece in part for d in documents(piece))
     ids: list[int] = []
@@ -152,102 +202,48 @@ def naive(folder: str, output: str, workers: int) -> int:
     return len(ids)
 
 
-def loader_seconds(path: str, batch_size: int, seq_len: int) -> float:
-    """Seconds a batch over 300 of them, after the data has been read once."""
-    loader = Loader(Split(path, 'train'), batch_size, seq_len, seed=0)
-    best = float('inf')
-    for _ in range(4):
-        started = time.perf_counter()
-        for step in range(300):
-            loader.batch_at(step)
-        best = min(best, (time.perf_counter() - started) / 300)
-    return best
-
-
-def tiny_step() -> tuple[float, int, int]:
-    """Seconds a training step of configs/tiny.py, and its batch size and sequence length."""
-    import jax
-
-    import train_step
-    from configs import tiny
-    from machine.memory import keep_freed_memory
-    from parallel import make_mesh
-
-    keep_freed_memory()
-    config = tiny.get_config()
-    mesh = make_mesh(config.mesh)
-    tokens = np.random.default_rng(0).integers(0, 4096, (config.batch_size, config.seq_len + 1))
-    batch = train_step.put_batch(lambda _, rows: tokens[rows].astype(np.int32), 0, config, mesh)
-    state, step = train_step.init_state(config, mesh), train_step.make_train_step(config, mesh)
-    seconds = []
-    for _ in range(8):
-        started = time.perf_counter()
-        state, metrics = step(state, batch)
-        jax.block_until_ready(metrics)
-        seconds.append(time.perf_counter() - started)
-    return min(seconds), config.batch_size, config.seq_len
-
-
-def tokenizing_seconds(fn: Callable[[], int]) -> tuple[Used, float]:
-    """What fn takes, and how much of it tiktoken takes, which no drift of the clock touches."""
-    original, seconds = tiktoken.Encoding.encode_to_numpy, 0.0
-
-    def timed(*args, **kwargs) -> np.ndarray:
-        nonlocal seconds
-        started = time.perf_counter()
-        try:
-            return original(*args, **kwargs)
-        finally:
-            seconds += time.perf_counter() - started
-
-    tiktoken.Encoding.encode_to_numpy = timed
-    try:
-        return measured(fn), seconds
-    finally:
-        tiktoken.Encoding.encode_to_numpy = original
+# ---------------------------------------------------------------------------------------------
+# Preparation
+# ---------------------------------------------------------------------------------------------
 
 
 def one_round(folder: str, sample: list[str], pool: ProcessPoolExecutor) -> dict[str, float]:
-    """Every figure of the preparation once; the faster of tiktoken's calls on both sides."""
-    enc = get_encoding(FLAGS.tokenizer)
-    faster = lambda: max(  # noqa: E731
-        (measured(lambda n=n: raw(enc, sample, n)) for n in (True, False)), key=lambda u: u.rate
-    )
-    raws = [faster()]
-    one, tokenizing = tokenizing_seconds(lambda: job(f'{folder}/text', f'{folder}/1', 1))
-    raws.append(faster())
-    two = measured(lambda: job(f'{folder}/text', f'{folder}/2', 2))
-    start = measured(lambda: job(f'{folder}/crumbs', f'{folder}/0', 2, part_bytes=1))
-    raws.append(faster())
-    pool_of_two = measured(lambda: naive(f'{folder}/text', folder, 2))
-    runs = [pool.submit(raw_seconds, FLAGS.tokenizer, sample) for _ in range(2)]
-    pair = sum(n / seconds for seconds, n in (run.result() for run in runs))
-    raw_rate = float(np.mean([used.rate for used in raws]))
-    raw_cpu_rate = float(np.mean([used.cpu_rate for used in raws]))
+    """Returns all figures of the preparation, measured once."""
+    raws = [faster_raw(sample)]
+    one, tokenizing = tokenizing_seconds(job, f'{folder}/text', f'{folder}/1', 1)
+    raws.append(faster_raw(sample))
+    two = measured(job, f'{folder}/text', f'{folder}/2', 2)
+    start = measured(job, f'{folder}/crumbs', f'{folder}/0', 2, 1)
+    raws.append(faster_raw(sample))
+    pool_of_two = measured(naive, f'{folder}/text', folder, 2)
+    runs = [pool.submit(raw_rate, FLAGS.tokenizer, sample) for _ in range(2)]
+    pair = sum(run.result() for run in runs)
+    alone = float(np.mean([used.rate for used in raws]))
+    cpu_alone = float(np.mean([used.cpu_rate for used in raws]))
     running = two.beyond(start)
     return {
-        'raw_tokens_per_second': raw_rate,
+        'raw_tokens_per_second': alone,
         'raw_tokens_per_second_2_processes': pair,
         'job_tokens_per_second_1_worker': one.rate,
         'job_tokens_per_second_2_workers': two.rate,
         'naive_tokens_per_second_2_workers': pool_of_two.rate,
         'start_seconds_2_workers': start.wall,
-        'job_share_of_raw_1_worker': one.rate / raw_rate,
+        'job_share_of_raw_1_worker': one.rate / alone,
         'tokenizing_share_of_job_1_worker': tokenizing / one.wall,
-        'job_share_of_raw_per_worker_2_workers': two.rate / raw_rate / 2,
-        'beyond_start_share_of_raw_per_worker_2_workers': running.rate / raw_rate / 2,
+        'job_share_of_raw_per_worker_2_workers': two.rate / alone / 2,
+        'beyond_start_share_of_raw_per_worker_2_workers': running.rate / alone / 2,
         'beyond_start_share_of_raw_2_processes': running.rate / pair,
         'job_2_workers_over_1': two.rate / one.rate,
         'beyond_start_2_workers_over_1': running.rate / one.rate,
         'job_over_naive_2_workers': two.rate / pool_of_two.rate,
-        'cpu_time_job_share_of_raw_1_worker': one.cpu_rate / raw_cpu_rate,
-        'cpu_time_job_share_of_raw_2_workers': two.cpu_rate / raw_cpu_rate,
+        'cpu_time_job_share_of_raw_1_worker': one.cpu_rate / cpu_alone,
+        'cpu_time_job_share_of_raw_2_workers': two.cpu_rate / cpu_alone,
         'cpu_time_job_over_naive_2_workers': two.cpu_rate / pool_of_two.cpu_rate,
     }
 
 
 def preparation(folder: str) -> dict[str, float]:
-    """The medians over the rounds, of ratios too."""
+    """Returns the medians over the rounds, of ratios too, and leaves a split in `folder`/1."""
     texts = make_texts(FLAGS.megabytes)
     write_corpus(f'{folder}/text', texts)
     write_corpus(f'{folder}/crumbs', texts[:8])
@@ -255,29 +251,60 @@ def preparation(folder: str) -> dict[str, float]:
     sample = [text.encode().decode() for text in texts[: len(texts) // 4]]
     with ProcessPoolExecutor(2, multiprocessing.get_context('spawn')) as pool:
         rounds = [one_round(folder, sample, pool) for _ in range(FLAGS.repeats)]
-    return {name: float(np.median([r[name] for r in rounds])) for name in rounds[0]}
+    return common.medians(rounds)
 
 
-def main(_: list[str]) -> None:
+# ---------------------------------------------------------------------------------------------
+# Reading batches
+# ---------------------------------------------------------------------------------------------
+
+
+def loader_seconds(path: str, batch_size: int, seq_len: int) -> float:
+    """Returns the seconds per batch over 300 of them, after the data has been read once."""
+    loader = Loader(Split(path, 'train'), batch_size, seq_len, seed=0)
+
+    def read() -> None:
+        for step in range(300):
+            loader.batch_at(step)
+
+    return common.best_seconds({'read': read}, rounds=3)['read'] / 300
+
+
+def tiny_step() -> tuple[float, int, int]:
+    """Returns the seconds of a training step of configs/tiny.py, its batch size and sequence
+    length."""
+    # Imported here, since the workers of a job import this file.
+    from configs import tiny
+    from parallel import make_mesh
+    from train_step import init_state, make_train_step, put_batch, setup
+
+    common.prepare_devices()
+    config = tiny.get_config()
+    s = setup(config, make_mesh(config.mesh))
+    shape = config.batch_size, config.seq_len + 1
+    tokens = np.random.default_rng(0).integers(0, 4096, shape).astype(np.int32)
+    batch = put_batch(lambda _, rows: tokens[rows], 0, s)
+    state, step, seconds = init_state(s), make_train_step(s), []
+    for _ in range(8):
+        taken, (state, _) = common.timed_until_ready(step, state, batch)
+        seconds.append(taken)
+    return min(seconds), config.batch_size, config.seq_len
+
+
+def main() -> common.Figures:
     with tempfile.TemporaryDirectory() as folder:
-        result = preparation(folder)
+        figures: common.Figures = dict(preparation(folder))
         step, batch_size, seq_len = tiny_step()
         batch = loader_seconds(f'{folder}/1', batch_size, seq_len)
-    result |= {
+    return figures | {
         'loader_tokens_per_second': batch_size * seq_len / batch,
         'tiny_step_seconds': step,
         'loader_share_of_tiny_step': batch / step,
     }
-    for name, value in result.items():
-        shown = f'{value:,.0f}' if value > 1000 else f'{value:.4g}'
-        print(f'{name:>46}  {shown}')
-    if FLAGS.json:
-        print(json.dumps(result))
 
 
 if __name__ == '__main__':
     flags.DEFINE_string('tokenizer', 'vocab/stdlib-4096.tiktoken', 'As for data.py.')
-    flags.DEFINE_float('megabytes', 100.0, 'Text of the corpus.')
-    flags.DEFINE_integer('repeats', 3, 'Rounds of all measurements.')
-    flags.DEFINE_boolean('json', False, 'The figures as one JSON object on the last line.')
-    app.run(main)
+    flags.DEFINE_float('megabytes', 100.0, 'Text of the corpus, in millions of characters.')
+    flags.DEFINE_integer('repeats', 3, 'Rounds of all measurements.', lower_bound=1)
+    common.run(main)

@@ -1,4 +1,4 @@
-"""Time of a decoded token: by its position, and beside recomputing; bytes of the cache a token.
+"""Time of a decoded token by its position, beside recomputing; bytes of the cache per token.
 
     python benchmarks/generate_speed.py
     python benchmarks/generate_speed.py --cpu_devices=2 --tp=2 --json
@@ -8,24 +8,19 @@ One prompt, a cache of 2,048 positions whatever is in it. Recomputing is one run
 nothing else; each has the default config's width, layers and vocabulary.
 """
 
-import json
-import os
-import sys
-import time
+import functools
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
+import common
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 from ml_collections import ConfigDict
 
 import decoding
 from config import ModelConfig
 from configs import default
-from machine.memory import keep_freed_memory
-from model import model_config, model_params
-from parallel import TP, Tree, init_params, make_mesh
+from model import model_for, model_params
+from parallel import TP, Array, Tree, init_params, make_mesh
 
 FLAGS = flags.FLAGS
 CONTEXT, CHUNK = 2048, 16
@@ -47,79 +42,84 @@ def configure(kind: str) -> ConfigDict:
 
 
 def formula_bytes(cfg: ModelConfig) -> int:
-    """Of a token in the cache, over all layers and tp devices."""
+    """Returns the bytes of a token in the cache, over all layers and tp devices."""
     numbers = 2 * cfg.n_kv_heads * cfg.head_dim
     if cfg.attention == 'mla':
         numbers = FLAGS.tp * (cfg.kv_rank + cfg.rope_dim)  # each tp device has the latent
     return cfg.n_layers * numbers * np.dtype(cfg.compute_dtype).itemsize
 
 
-def timed(f) -> tuple[float, Tree]:
-    start = time.perf_counter()
-    out = jax.block_until_ready(f())
-    return time.perf_counter() - start, out
+class Decoder:
+    """A model of one kind with a request at each of POSITIONS."""
 
-
-def measure(kind: str) -> dict[str, float]:
-    """The best of some rounds; in each, the things compared run one after the other."""
-    cfg = decoding.decoding_config(model_config(configure(kind)))
-    mesh = make_mesh({TP: FLAGS.tp})
-    params = init_params(jax.random.key(0), model_params(cfg), mesh)
-    params = decoding.cast_weights(params, cfg)
-    prefill, decode = decoding.programs(cfg, 1, mesh, decoding.Sampling(), CONTEXT, CHUNK)
-    rules = {'seed': np.uint32(0), 'stop': np.int32(-1), 'allowed': np.ones(cfg.vocab_size, bool)}
-    states, seconds = {}, {}
-    for position in POSITIONS:
-        prompt = np.arange(position) % cfg.vocab_size
-        rows, on_mesh = decoding.put_request([prompt], CONTEXT, CONTEXT, mesh, rules)
-        states[position] = prefill(params, *rows, on_mesh)[0]
-        if position == 512:
-            recompute = rows
-    cache_bytes = sum(x.nbytes for x in jax.tree.leaves(states[64]['cache'])) / CONTEXT
-    for i in range(FLAGS.rounds + 1):
-        results = {'recompute': timed(lambda: prefill(params, *recompute, on_mesh)[1])[0]}
+    def __init__(self, kind: str):
+        cfg = model_for(configure(kind), jax.default_backend())
+        self.cfg = cfg = decoding.decoding_config(cfg)
+        mesh = make_mesh({TP: FLAGS.tp})
+        params = init_params(jax.random.key(0), model_params(cfg), mesh)
+        self.params = decoding.cast_weights(params, cfg)
+        self.prefill, self.decode = decoding.programs(
+            cfg, 1, mesh, decoding.Sampling(), CONTEXT, CHUNK
+        )
+        rules = {
+            'seed': np.uint32(0),
+            'stop': np.int32(-1),
+            'allowed': np.ones(cfg.vocab_size, bool),
+        }
+        self.requests, self.states = {}, {}
         for position in POSITIONS:
-            state = states[position]
-            results[position], (states[position], _) = timed(
-                lambda state=state: decode(params, state, on_mesh)
-            )
-            results[position] /= CHUNK
-        if i:  # the first round compiles
-            seconds = {k: min(v, seconds.get(k, v)) for k, v in results.items()}
+            prompt = np.arange(position) % cfg.vocab_size
+            rows, self.rules = decoding.put_request([prompt], CONTEXT, CONTEXT, mesh, rules)
+            self.requests[position] = rows
+            self.states[position] = self.prefill(self.params, *rows, self.rules)[0]
+
+    def recompute(self, position: int) -> Array:
+        """Returns the token after the request's prompt, from a run over the whole prompt."""
+        return self.prefill(self.params, *self.requests[position], self.rules)[1]
+
+    def advance(self, position: int) -> Tree:
+        """Decodes CHUNK more tokens of a request and returns its state."""
+        state, _ = self.decode(self.params, self.states[position], self.rules)
+        self.states[position] = state
+        return state
+
+
+def measure(kind: str) -> common.Figures:
+    """Returns the figures of one kind, the best of some rounds in turns."""
+    decoder = Decoder(kind)
+    cache_bytes = sum(x.nbytes for x in jax.tree.leaves(decoder.states[64]['cache'])) / CONTEXT
+    runs = {'recompute': functools.partial(decoder.recompute, 512)}
+    runs |= {p: functools.partial(decoder.advance, p) for p in POSITIONS}
+    seconds = common.best_seconds(runs, FLAGS.rounds)
+    per_token = {p: seconds[p] / CHUNK for p in POSITIONS}
     return {
-        **{f'{kind}_ms_at_{p}': 1e3 * seconds[p] for p in POSITIONS},
-        f'{kind}_slowest_over_fastest': max(seconds[p] for p in POSITIONS)
-        / min(seconds[p] for p in POSITIONS),
+        **{f'{kind}_ms_at_{p}': 1e3 * per_token[p] for p in POSITIONS},
+        f'{kind}_slowest_over_fastest': max(per_token.values()) / min(per_token.values()),
         f'{kind}_ms_recomputing_512': 1e3 * seconds['recompute'],
-        f'{kind}_times_faster_at_512': seconds['recompute'] / seconds[512],
-        f'{kind}_cache_bytes_a_token': cache_bytes,
-        f'{kind}_formula_bytes_a_token': formula_bytes(cfg),
+        f'{kind}_times_faster_at_512': seconds['recompute'] / per_token[512],
+        f'{kind}_cache_bytes_per_token': cache_bytes,
+        f'{kind}_formula_bytes_per_token': formula_bytes(decoder.cfg),
     }
 
 
-def main(_):
-    keep_freed_memory()
-    if FLAGS.cpu_devices:
-        jax.config.update('jax_num_cpu_devices', FLAGS.cpu_devices)
-    result: dict[str, float] = {}
+def main() -> common.Figures:
+    common.prepare_devices(FLAGS.cpu_devices)
+    figures: common.Figures = {}
     for kind in FLAGS.kinds:
-        result |= measure(kind)
-    mla, mha = (result.get(f'{kind}_cache_bytes_a_token') for kind in ('mla', 'mha'))
+        figures |= measure(kind)
+    mla, mha = (figures.get(f'{kind}_cache_bytes_per_token') for kind in ('mla', 'mha'))
     if mla and mha:
-        result['mha_over_mla_cache'] = mha / mla
-    for name, value in result.items():
-        print(f'{name:>30}  {value:,.3f}' if isinstance(value, float) else f'{name:>30}  {value:,}')
-    if FLAGS.json:
-        print(json.dumps(result))
+        figures['mha_over_mla_cache'] = mha / mla
+    return figures
 
 
 if __name__ == '__main__':
-    flags.DEFINE_list('kinds', list(KINDS), 'Of attention; moe is mla with experts.')
+    flags.DEFINE_list('kinds', list(KINDS), 'Kinds of attention; moe is mla with experts.')
+    flags.register_validator('kinds', lambda kinds: {*kinds} <= {*KINDS}, f'choose of {[*KINDS]}')
     flags.DEFINE_string('dtype', 'float32', 'Compute type, of weights and cache too.')
     flags.DEFINE_integer('n_layers', 4, 'Layers.')
     flags.DEFINE_integer('d_model', 256, 'Width; the feed-forward is three times as wide.')
     flags.DEFINE_integer('tp', 1, 'Shards of heads, feed-forward and vocabulary.')
     flags.DEFINE_integer('cpu_devices', 0, 'Simulated devices.')
-    flags.DEFINE_integer('rounds', 20, 'Rounds of which the best counts.')
-    flags.DEFINE_boolean('json', False, 'The figures as one JSON object on the last line.')
-    app.run(main)
+    flags.DEFINE_integer('rounds', 20, 'Rounds of which the best counts.', lower_bound=1)
+    common.run(main)

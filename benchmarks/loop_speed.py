@@ -1,4 +1,4 @@
-"""What the training loop costs beside its compiled step: data, logging, watching.
+"""The training loop's cost beside its compiled step: data, logging, watching.
 
     python benchmarks/loop_speed.py
     python benchmarks/loop_speed.py --writers=tensorboard --json
@@ -11,26 +11,24 @@ sequences x 128 tokens, a step of a fraction of a second: the loop's cost does n
 model, its share of the step falls.
 """
 
-import json
-import os
-import sys
 import tempfile
 import time
+from typing import Any
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
+import common
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
+from ml_collections import ConfigDict
 
 import train
 from configs import tiny
-from machine.memory import keep_freed_memory
+from train_step import Setup
 
 FLAGS = flags.FLAGS
 
 
-def configure():
+def configure() -> ConfigDict:
     c = tiny.get_config()
     c.batch_size, c.seq_len, c.steps = 16, 128, FLAGS.steps
     c.model.update(n_layers=2, d_model=128, d_expert=128, d_ff=384)
@@ -39,49 +37,53 @@ def configure():
     return c
 
 
-class WaitedFor:
-    """Stands for the lowered step; its compiled one returns when it is done, and notes when."""
+class TimedStep:
+    """The lowered and then the compiled step of a run. A call returns when its results are
+    computed, and adds its start and end to `times`."""
 
     def __init__(self, lowered: jax.stages.Lowered):
-        self.lowered, self.times = lowered, []
+        self.lowered = lowered
+        self.times: list[tuple[float, float]] = []
 
-    def compile(self):
-        step = self.lowered.compile()
+    def compile(self, *args: Any, **kwargs: Any) -> 'TimedStep':
+        self.compiled = self.lowered.compile(*args, **kwargs)
+        return self
 
-        def waited_for(state, batch):
-            start = time.perf_counter()
-            done = jax.block_until_ready(step(state, batch))
-            self.times.append((start, time.perf_counter()))
-            return done
-
-        return waited_for
+    def __call__(self, *args: Any) -> Any:
+        start = time.perf_counter()
+        done = jax.block_until_ready(self.compiled(*args))
+        self.times.append((start, time.perf_counter()))
+        return done
 
 
-def main(_) -> None:
-    keep_freed_memory()
-    steps_seen: list[WaitedFor] = []
+def step_times() -> np.ndarray:
+    """Trains and returns the start and end of each step, in seconds: [steps, 2]."""
+    steps: list[TimedStep] = []
     lower = train.lower_train_step
 
-    def lower_and_note(*args) -> WaitedFor:
-        steps_seen.append(WaitedFor(lower(*args)))
-        return steps_seen[-1]
+    def lower_timed(s: Setup) -> TimedStep:
+        steps.append(TimedStep(lower(s)))
+        return steps[-1]
 
-    train.lower_train_step = lower_and_note
-    with tempfile.TemporaryDirectory() as folder:
-        train.train(configure(), folder)
-    times = np.array(steps_seen[0].times[FLAGS.warmup :])
-    step_s = float(np.mean(times[:, 1] - times[:, 0]))
-    loop_s = float(np.mean(times[1:, 0] - times[:-1, 1]))
-    result = {'step_ms': 1e3 * step_s, 'loop_ms': 1e3 * loop_s, 'share': loop_s / step_s}
-    for name, value in result.items():
-        print(f'{name:>30}  {value:,.4f}')
-    if FLAGS.json:
-        print(json.dumps(result))
+    train.lower_train_step = lower_timed
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            train.train(configure(), folder)
+    finally:
+        train.lower_train_step = lower
+    return np.array(steps[0].times)
+
+
+def main() -> common.Figures:
+    common.prepare_devices()
+    times = step_times()[FLAGS.warmup :]
+    step = float(np.mean(times[:, 1] - times[:, 0]))
+    loop = float(np.mean(times[1:, 0] - times[:-1, 1]))
+    return {'step_ms': 1e3 * step, 'loop_ms': 1e3 * loop, 'share': loop / step}
 
 
 if __name__ == '__main__':
     flags.DEFINE_integer('steps', 120, 'Steps of the run.')
     flags.DEFINE_integer('warmup', 10, 'The first of them, which do not count.')
     flags.DEFINE_list('writers', [], 'log.writers.')
-    flags.DEFINE_bool('json', False, 'Print one JSON object last.')
-    app.run(main)
+    common.run(main)

@@ -1,4 +1,4 @@
-"""What a pipeline costs: temporary memory, program size and FLOPs against the microbatches.
+"""The cost of a pipeline: temporary memory, program size and FLOPs, by number of microbatches.
 
     python benchmarks/pipeline_speed.py
     python benchmarks/pipeline_speed.py --pp=2 --schedules=zero_bubble --json
@@ -6,92 +6,78 @@
 Compiles the training step on simulated devices and runs nothing. Each microbatch has the same
 size, so the batch grows with their number. `temp_mb` is that of one device, without what the batch
 itself takes; `bubble` is the schedule's idle share if F, B and W cost 1, 2 and 1; `flops` is the
-compiler's count of a full tick, of one block a stage and loops that run once, over the useful
-FLOPs of a microbatch on a stage: 4/3 is the recomputation of F in B.
+compiler's count of a full tick, of one block per stage and loops that run once, over the useful
+FLOPs of a microbatch on a stage: 4/3 is the recomputation of F in B. The JSON object has the rows
+as a list, `rows`.
 """
 
-import json
-import os
-import sys
-
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
+import common
 import jax
-from absl import app, flags
+from absl import flags
+from ml_collections import ConfigDict
 
 from configs import default
-from machine.memory import keep_freed_memory
-from model import flops_per_token, model_config
+from model import flops_per_token
 from parallel import make_mesh
 from pipeline.schedules import ideal, lock_step
 from runtime.config_checks import validate
-from train_step import lower_train_step, pipeline_costs, train_schedule
+from train_step import lower_train_step, pipeline_costs, setup
 
 FLAGS = flags.FLAGS
-ROWS = 4  # sequences of a microbatch
+ROWS, T = 4, 256  # sequences of a microbatch, and their tokens
 
 
-def configure(schedule: str, pp: int, microbatches: int, n_layers: int):
+def configure(schedule: str, pp: int, microbatches: int, n_layers: int) -> ConfigDict:
     c = default.get_config()
-    c.batch_size, c.seq_len, c.microbatches, c.data.path = (
-        ROWS * microbatches,
-        256,
-        microbatches,
-        'x',
-    )
+    c.batch_size, c.seq_len, c.microbatches = ROWS * microbatches, T, microbatches
     c.model.update(attention='gqa', n_layers=n_layers)
     c.mesh.pp = pp
     c.pipeline.update(schedule=schedule, chunks=2 if schedule == 'interleaved' else 1)
-    validate(c, jax.device_count())
+    validate(c, jax.device_count(), needs_data=False)
     return c
 
 
 def tick_flops(schedule: str, pp: int, microbatches: int) -> float:
+    """Returns the FLOPs of a full tick over the useful ones of a microbatch on a stage."""
     n_layers = pp * (2 if schedule == 'interleaved' else 1)
     config = configure(schedule, pp, microbatches, n_layers)
-    config.model.update(attention_block=256, loss_chunk=ROWS * 256)
-    cost = lower_train_step(config, make_mesh(config.mesh)).compile().cost_analysis()
-    useful = ROWS * 256 * flops_per_token(model_config(config), 256) / n_layers
-    return cost['flops'] / useful
+    config.model.update(attention_block=T, loss_chunk=ROWS * T)
+    s = setup(config, make_mesh(config.mesh))
+    cost = lower_train_step(s).compile().cost_analysis()
+    return cost['flops'] / (ROWS * T * flops_per_token(s.model, T) / n_layers)
 
 
-def measure(schedule: str, pp: int, microbatches: int, n_layers: int) -> dict:
+def measure(schedule: str, pp: int, microbatches: int, n_layers: int) -> common.Figures:
+    """Returns a row of the table."""
     config = configure(schedule, pp, microbatches, n_layers)
-    lowered = lower_train_step(config, make_mesh(config.mesh))
-    compiled = lowered.compile()
-    table, costs = train_schedule(config), pipeline_costs(config.model.remat)
-    batch_bytes = 4 * ROWS * microbatches * 257
-    ideal_time, time = ideal(table, costs), lock_step(table, costs)
+    s = setup(config, make_mesh(config.mesh))
+    lowered = lower_train_step(s)
+    memory = lowered.compile().memory_analysis()
+    costs = pipeline_costs(config.model.remat)
+    batch_bytes = 4 * ROWS * microbatches * (T + 1)
     return {
         'schedule': schedule,
         'microbatches': microbatches,
         'layers': n_layers,
-        'ticks': table.ticks,
-        'bubble': 1 - ideal_time / time,
-        'temp_mb': (compiled.memory_analysis().temp_size_in_bytes - batch_bytes) / 1e6,
+        'ticks': s.schedule.ticks,
+        'bubble': 1 - ideal(s.schedule, costs) / lock_step(s.schedule, costs),
+        'temp_mb': (memory.temp_size_in_bytes - batch_bytes) / 1e6,
         'program_lines': lowered.as_text().count('\n'),
         'flops': tick_flops(schedule, pp, microbatches),
     }
 
 
-def main(_):
-    jax.config.update('jax_platforms', 'cpu')
-    jax.config.update('jax_num_cpu_devices', FLAGS.pp)
-    keep_freed_memory()
+def main() -> list[common.Figures]:
+    common.prepare_devices(FLAGS.pp)
     counts = [int(m) for m in FLAGS.microbatches]
-    rows = [measure(s, FLAGS.pp, m, 8) for s in FLAGS.schedules for m in counts]
-    rows += [measure(s, FLAGS.pp, counts[0], 16) for s in FLAGS.schedules]
-    print('  '.join(f'{name:>13}' for name in rows[0]))
-    for row in rows:
-        cells = (f'{v:13.3f}' if isinstance(v, float) else f'{v:>13}' for v in row.values())
-        print('  '.join(cells))
-    if FLAGS.json:
-        print(json.dumps(rows))
+    rows = [measure(name, FLAGS.pp, m, 8) for name in FLAGS.schedules for m in counts]
+    return rows + [measure(name, FLAGS.pp, counts[0], 16) for name in FLAGS.schedules]
 
 
 if __name__ == '__main__':
-    flags.DEFINE_integer('pp', 4, 'Stages.')
+    flags.DEFINE_integer('pp', 4, 'Stages.', lower_bound=2)
     flags.DEFINE_list('microbatches', ['4', '8', '16', '32'], 'Numbers of microbatches.')
-    flags.DEFINE_list('schedules', ['1f1b', 'gpipe', 'interleaved', 'zero_bubble'], 'Which.')
-    flags.DEFINE_boolean('json', False, 'The rows as one JSON list on the last line.')
-    app.run(main)
+    flags.DEFINE_list(
+        'schedules', ['1f1b', 'gpipe', 'interleaved', 'zero_bubble'], 'pipeline.schedule of each.'
+    )
+    common.run(main)

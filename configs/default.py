@@ -84,6 +84,7 @@ def get_config() -> ConfigDict:
     d.tokenizer = 'vocab/stdlib-4096.tiktoken'  # for 'stdlib'; a folder brings its own
 
     c.optimizer = o = ConfigDict()
+    o.name = 'adamw'  # optimizer.OPTIMIZERS
     o.schedule = 'cosine'  # 'cosine' | 'wsd'
     o.peak_lr = 1e-3
     o.final_lr = 1e-4

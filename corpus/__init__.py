@@ -1,1 +1,1 @@
-"""From text files anywhere to token shards."""
+"""Reads text files from anywhere and writes token shards."""

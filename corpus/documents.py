@@ -1,15 +1,15 @@
-"""Documents of text files anywhere, cut into parts that can be addressed.
+"""Reads the documents of text files, cut into parts that processes can read on their own.
 
-A file lies in a local folder or in a file system of fsspec's (gs://, s3://, hf://, https://). It
-is cut into pieces: row groups of a Parquet file, a byte range of a large .jsonl file, or the whole
-of any other. A part is a list of consecutive pieces. The cut depends on the files alone, and a
-part gives the same documents wherever and how often it is read, so parts can be shared out among
-processes and machines, and read again after a failure.
+A file is cut into pieces: row groups of a Parquet file, byte ranges of a large .jsonl file, the
+whole of any other file. A part is a list of consecutive pieces. The cut depends on the files alone,
+and a part holds the same documents wherever and however often it is read, so parts can be spread
+over processes and machines, and read again after a failure.
 
 A record that cannot be read is a `Bad` among the documents, not an exception.
 """
 
 import dataclasses
+import functools
 import gzip
 import io
 import json
@@ -18,44 +18,56 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
-from corpus.files import _PIP, FILE_KINDS, READ_BYTES, ROW_KINDS, File, _with_size, open_file, retry
+from config import ConfigError
+from corpus.files import (
+    FILE_KINDS,
+    INSTALL,
+    READ_BYTES,
+    ROW_KINDS,
+    File,
+    open_file,
+    retry,
+    with_size,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-ROWS = 256  # of a row group in memory at a time
+ROWS = 256  # rows of a Parquet file in memory at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """What a part holds of one file."""
+    """Consecutive records of one file, which belong to one part."""
 
     file: File
-    start: int  # row group, or byte
-    stop: int | None  # where the next piece starts; None: to the end of the file
+    start: int  # the first row group or byte
+    stop: int | None  # the first row group or byte after the piece; None: the end of the file
     first: int  # number of the first record in its file, from 1 up
-    size: int  # bytes to read, the measure of the work
+    size: int  # bytes to read
 
 
 class Document(NamedTuple):
+    """The text of one document, and the id that decides its split."""
+
     id: str  # the file's name and, in files of many documents, the number of the line or row
     text: str
-    n_bytes: int  # of the text as UTF-8
+    n_bytes: int  # length of the text in UTF-8
 
 
 class Bad(NamedTuple):
-    """A record that cannot be read, or several."""
+    """A record that cannot be read, or several consecutive ones."""
 
     file: str  # its name
-    place: str  # 'line 3' or 'row 3'; '' is the file as a whole
+    place: str  # 'line 3' or 'row 3'; '': the file as a whole
     error: str
-    count: int = 1  # of the records that are lost, as far as they can be counted
-    broken: bool = False  # not one record, but all that follows
-    lost_bytes: int = 0  # of the input, where the records that are lost cannot be counted
+    count: int = 1  # lost records, as far as they can be counted
+    broken: bool = False  # True: nothing after `place` can be read
+    lost_bytes: int = 0  # bytes of input whose records cannot be counted
 
     def message(self, path: str) -> str:
-        """What is wrong with the file at this path."""
+        """Returns a line for the user: the file at `path`, the place, the error, the remedy."""
         if self.broken:
             after = f' after {self.place}' if self.place else ''
             return f'{path} is broken{after} ({self.error}): fetch it again'
@@ -70,12 +82,14 @@ class Bad(NamedTuple):
 def cut_into_parts(
     files: Sequence[File], part_bytes: int, text_field: str = 'text'
 ) -> list[list[Piece]]:
-    """Parts of consecutive pieces, of about `part_bytes` each; the cut depends on the files alone.
+    """Cuts the files into parts of consecutive pieces, of about `part_bytes` each.
 
     Reads the footers of Parquet files and counts the lines of .jsonl files above `part_bytes`.
+    Raises RemoteError if a remote file system fails.
     """
+    pieces_of = functools.partial(_pieces, part_bytes=part_bytes, text_field=text_field)
     with ThreadPoolExecutor(16, 'cut') as threads:
-        cut = list(threads.map(lambda file: retry(_pieces, file, part_bytes, text_field), files))
+        cut = list(threads.map(functools.partial(retry, pieces_of), files))
     parts: list[list[Piece]] = []
     room = 0
     for piece in (piece for pieces in cut for piece in pieces):
@@ -93,7 +107,8 @@ def cut_into_parts(
 
 
 def _pieces(file: File, part_bytes: int, text_field: str) -> list[Piece]:
-    file = _with_size(file)
+    """Cuts one file into the smallest pieces that parts can be made of."""
+    file = with_size(file)
     if file.name.endswith(ROW_KINDS):
         return _row_groups(file, text_field)
     if file.name.endswith('.jsonl') and (file.size or 0) > part_bytes:
@@ -102,13 +117,16 @@ def _pieces(file: File, part_bytes: int, text_field: str) -> list[Piece]:
 
 
 def _byte_ranges(file: File, part_bytes: int) -> list[Piece]:
-    """Ranges of `part_bytes`; a line belongs to the range in which it starts."""
-    pieces, breaks, last = [], 0, b''  # line breaks before the range, and the byte before it
+    """Cuts a .jsonl file into ranges of `part_bytes`.
+
+    A line belongs to the range in which it starts.
+    """
+    pieces, breaks, last = [], 0, b''  # `breaks` line breaks and the byte `last` precede the range
     with open_file(file) as f:
         for start in range(0, file.size, part_bytes):
             stop = min(start + part_bytes, file.size)
-            # Lines start at byte 0 and after each break, so the one after a break at start - 1
-            # is the first of this range.
+            # The line at `start` is number 1 + breaks. It is the range's first line if it starts
+            # there, after a break; else the next one is.
             first = 2 + breaks - (last == b'\n') if start else 1
             pieces.append(Piece(file, start, stop, first, stop - start))
             remaining = stop - start
@@ -120,7 +138,10 @@ def _byte_ranges(file: File, part_bytes: int) -> list[Piece]:
 
 
 def _row_groups(file: File, text_field: str) -> list[Piece]:
-    """A piece a row group; if the footer cannot be read, the whole file, which is then Bad."""
+    """Cuts a Parquet file into its row groups.
+
+    If its footer cannot be read, returns the whole file, which `documents` then finds Bad.
+    """
     with open_file(file) as f:
         try:
             metadata = _parquet(f).metadata
@@ -144,9 +165,9 @@ def _row_groups(file: File, text_field: str) -> list[Piece]:
 
 
 def documents(piece: Piece, text_field: str = 'text') -> Iterator[Document | Bad]:
-    """The documents of a piece in order, also empty ones; blank lines are no documents.
+    """Yields the documents of a piece in order, empty ones too; blank lines are skipped.
 
-    Raises RemoteError if a remote file system fails.
+    Raises RemoteError if a remote file system fails, ConfigError if a package is missing.
     """
     if piece.file.name.endswith(FILE_KINDS):
         yield _whole_file(piece.file)
@@ -157,6 +178,7 @@ def documents(piece: Piece, text_field: str = 'text') -> Iterator[Document | Bad
 
 
 def _whole_file(file: File) -> Document | Bad:
+    """Returns the content of a text file as one document."""
     with open_file(file) as f:
         content = f.read()
     try:
@@ -166,13 +188,14 @@ def _whole_file(file: File) -> Document | Bad:
 
 
 def _lines(piece: Piece, text_field: str) -> Iterator[Document | Bad]:
+    """Yields the documents of the lines of a .jsonl file that start within the piece."""
     name = piece.file.name
-    prefix = name.removesuffix('.gz').removesuffix('.zst')  # packing a file moves no document
+    prefix = name.removesuffix('.gz').removesuffix('.zst')  # compression does not change the ids
     number, position = piece.first - 1, piece.start
     with open_file(piece.file) as raw:
         if piece.start:
             raw.seek(piece.start - 1)
-            position += len(raw.readline()) - 1  # the rest of a line of the piece before
+            position += len(raw.readline()) - 1  # skip a line that started in the piece before
         lines, errors = _decompressed(raw, name)
         while piece.stop is None or position < piece.stop:
             try:
@@ -188,42 +211,45 @@ def _lines(piece: Piece, text_field: str) -> Iterator[Document | Bad]:
             if line.strip():
                 try:
                     yield _record(f'{prefix}:{number}', line, text_field)
-                except (ValueError, RecursionError) as error:  # UTF-8, JSON, the record
+                except (ValueError, RecursionError) as error:  # bad UTF-8, JSON or record
                     yield Bad(name, f'line {number}', str(error))
 
 
 def _record(document: str, line: bytes, text_field: str) -> Document:
+    """Parses a line of a .jsonl file. Raises ValueError or RecursionError if it is bad."""
     record = json.loads(line.decode())
     if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
         raise ValueError(f'no text in a field {text_field!r} (--text_field) of {line[:60]!r}')
     text = record[text_field]
-    # encode() refuses half a surrogate pair, which JSON can write and UTF-8 cannot.
+    # encode() raises for half a surrogate pair, which JSON can express and UTF-8 cannot.
     return Document(document, text, len(text.encode()))
 
 
 def _decompressed(raw: BinaryIO, name: str) -> tuple[BinaryIO, tuple[type[Exception], ...]]:
-    """The content of a .jsonl file, and what is raised where it is broken."""
+    """Returns the content of a .jsonl file, and the exceptions that broken compression raises."""
     if name.endswith('.gz'):
         return gzip.open(raw), (EOFError, gzip.BadGzipFile, zlib.error)
     if name.endswith('.zst'):
         try:
             import zstandard
         except ImportError as error:
-            raise ImportError(f'reading {name} needs zstandard: {_PIP}') from error
+            raise ConfigError(f'reading {name} needs zstandard: {INSTALL}') from error
         return io.BufferedReader(_Zstandard(raw), READ_BYTES), (EOFError, zstandard.ZstdError)
     return raw, ()
 
 
 class _Zstandard(io.RawIOBase):
-    """The content of zstd frames. Unlike zstandard's own reader, it raises EOFError for a frame
-    that is cut short."""
+    """The content of consecutive zstd frames.
+
+    Unlike zstandard's own reader, raises EOFError for a frame that is cut short.
+    """
 
     def __init__(self, raw: BinaryIO):
         super().__init__()
         self._raw = raw
-        self._frame = None  # the decompressor of the frame that has begun
-        self._ready = memoryview(b'')
-        self._rest = b''  # read, not decompressed
+        self._frame = None  # decompressor of the current frame; None between frames
+        self._ready = memoryview(b'')  # decompressed, not yet returned
+        self._rest = b''  # compressed, read beyond the end of the last frame
 
     def readable(self) -> bool:
         return True
@@ -249,6 +275,7 @@ class _Zstandard(io.RawIOBase):
 
 
 def _rows(piece: Piece, text_field: str) -> Iterator[Document | Bad]:
+    """Yields the documents of the rows of a Parquet file's row groups."""
     with open_file(piece.file) as f:
         try:
             table = _parquet(f)
@@ -267,7 +294,7 @@ def _rows(piece: Piece, text_field: str) -> Iterator[Document | Bad]:
 def _row_group(
     table: 'pq.ParquetFile', piece: Piece, group: int, first: int, n_rows: int, text_field: str
 ) -> Iterator[Document | Bad]:
-    """The documents of one row group, whose first row has the number `first` in the file."""
+    """Yields the documents of one row group, whose first row is row `first` of the file."""
     import pyarrow as pa
 
     name, number = piece.file.name, first - 1
@@ -280,7 +307,7 @@ def _row_group(
             column = batch.column(0)
             if pa.types.is_dictionary(column.type):
                 column = column.dictionary_decode()
-            # As bytes, since as text one invalid row would fail the batch.
+            # Cast to bytes, because a cast to text fails for the whole batch if one row is invalid.
             for content in column.cast(pa.large_binary()).to_pylist():
                 number += 1
                 try:
@@ -297,6 +324,7 @@ def _row_group(
 
 
 def _column_problem(schema: 'pa.Schema', text_field: str) -> str | None:
+    """Returns why the column holds no text, or None if it does."""
     import pyarrow as pa
 
     if text_field not in schema.names:
@@ -311,20 +339,25 @@ def _column_problem(schema: 'pa.Schema', text_field: str) -> str | None:
 
 
 def _parquet(f: BinaryIO) -> 'pq.ParquetFile':
+    """Opens a Parquet file, whose checksums will be verified."""
     import pyarrow.parquet as pq
 
     return pq.ParquetFile(f, pre_buffer=True, page_checksum_verification=True)
 
 
 def _arrow_errors() -> tuple[type[Exception], ...]:
+    """Returns the exceptions of pyarrow. Raises ConfigError if it is not installed."""
     try:
         import pyarrow as pa
     except ImportError as error:
-        raise ImportError(f'reading Parquet needs pyarrow: {_PIP}') from error
+        raise ConfigError(f'reading Parquet needs pyarrow: {INSTALL}') from error
     return (pa.ArrowException, OSError)
 
 
 def _raise_unless_content(error: Exception) -> None:
-    """Raises what the file system says. Arrow's plain OSError without a number is the content's."""
+    """Raises the error again if the file system caused it, and not the file's content.
+
+    For broken content pyarrow raises a plain OSError without an error number.
+    """
     if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
         raise error

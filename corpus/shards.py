@@ -1,10 +1,11 @@
 """Token shards: zarr3 arrays of token ids and the manifest that lists them.
 
-DIR/train/00000 and so on hold the documents of one part of the input each, one after the other,
-every one ended by the end-of-text token. DIR is a local folder or a tensorstore URL. Chunks carry
-a crc32c, and the manifest a digest of each shard.
+Each array DIR/train/00000 and so on holds the documents of one part of the input, one after the
+other, each followed by the end-of-text token. DIR is a local folder or a tensorstore URL. Each
+chunk has a crc32c checksum, and the manifest holds a digest of each shard.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -15,43 +16,55 @@ import numpy as np
 import tensorstore as ts
 import tiktoken
 
+from config import ConfigError
 from storage.stores import open_store
 from tokenizer import fingerprint, get_encoding
 
 VERSION = 1  # of the manifest and the arrays
-
-
 MANIFEST = 'manifest.json'
-
-
 SPLITS = ('train', 'validation')
 
-CHUNK_TOKENS = 1 << 15  # what one small read fetches and checks
-
-
+CHUNK_TOKENS = 1 << 15  # tokens that the smallest read fetches and checks
 OBJECT_TOKENS = 1 << 24  # tokens in one file or object of an array, a multiple of CHUNK_TOKENS
+CACHE_BYTES = 256 << 20  # decoded chunks that a split keeps in memory
+SAMPLE_TOKENS = 200  # at most, of a document that --inspect shows
 
 
-CACHE_BYTES = 256 << 20  # of decoded chunks kept in memory by a split
+@contextlib.contextmanager
+def store_errors(action: str) -> Iterator[None]:
+    """Raises tensorstore's errors, which are plain ValueErrors, as ConfigError('action: error').
+
+    The body holds calls of tensorstore alone.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f'{action}: {error}') from error
 
 
-SAMPLE_TOKENS = 200  # of a document that is shown
+def open_folder(path: str) -> ts.KvStore:
+    """Opens a folder or URL of prepared data. Raises ConfigError if tensorstore cannot."""
+    with store_errors(f'{path} cannot be opened'):
+        return open_store(path)
 
 
 def array_spec(store: ts.KvStore, path: str) -> dict[str, Any]:
-    """The tensorstore spec of the token array at `path`."""
+    """Returns the tensorstore spec of the token array at `path`."""
     return {
         'driver': 'zarr3',
         'kvstore': (store / f'{path}/').spec().to_json(),
-        # A lost chunk must not read as a run of token 0: all are written, all must be there.
+        # By default zarr leaves out chunks that hold only the fill value, so that a lost chunk
+        # would read as token 0. Here every chunk is written, and a missing one is an error.
         'store_data_equal_to_fill_value': True,
         'fill_missing_data_reads': False,
     }
 
 
 def split_of(document: str, validation_share: float) -> str:
-    """The split of the document with this id, whatever other documents there are."""
-    name = document.encode('utf-8', 'surrogateescape')  # what Linux allows in a file's name
+    """Returns the split of the document with this id. It does not depend on other documents."""
+    name = document.encode('utf-8', 'surrogateescape')  # Linux allows any bytes in a file's name
     digest = hashlib.blake2b(name, digest_size=8).digest()
     return 'validation' if int.from_bytes(digest, 'big') < validation_share * 2**64 else 'train'
 
@@ -62,12 +75,16 @@ def split_of(document: str, validation_share: float) -> str:
 
 
 class ArrayWriter:
-    """A zarr3 array of tokens that grows by documents and is written object by object, so that no
-    more than OBJECT_TOKENS wait in memory."""
+    """A zarr3 array of tokens that grows by documents.
 
-    def __init__(self, store: ts.KvStore, path: str, dtype: np.dtype, end_of_text: int):
+    It is written object by object, so that at most OBJECT_TOKENS are held in memory.
+    """
+
+    def __init__(self, folder: str, path: str, dtype: np.dtype, end_of_text: int):
+        """Starts the array at `path` below `folder`, a local one or a tensorstore URL."""
         self.documents = self._bytes = 0
-        self._store, self._path, self._dtype = store, path, dtype
+        self._store, self._path, self._dtype = open_folder(folder), path, dtype
+        self._name = f'{folder}/{path}'
         self._end = np.array([end_of_text], dtype)
         self._waiting = np.empty(OBJECT_TOKENS, dtype)
         self._n_waiting = self._n_written = 0
@@ -75,9 +92,9 @@ class ArrayWriter:
         self._hash = hashlib.blake2b(digest_size=16)
 
     def append(self, ids: np.ndarray, n_bytes: int) -> None:
-        """Adds a document: the ids and the bytes of its text.
+        """Adds a document: its ids, and the number of bytes of its text.
 
-        Raises OSError if what was written reads back otherwise.
+        Raises ConfigError if an object cannot be written, OSError if it reads back otherwise.
         """
         self._put(ids)
         self._put(self._end)
@@ -85,6 +102,7 @@ class ArrayWriter:
         self._bytes += n_bytes
 
     def _put(self, ids: np.ndarray) -> None:
+        """Adds ids, and writes an object whenever one is full."""
         while len(ids):
             start = self._n_waiting
             taken = ids[: OBJECT_TOKENS - start]
@@ -95,7 +113,7 @@ class ArrayWriter:
                 self._flush()
 
     def finish(self) -> dict[str, Any]:
-        """The record of the shard, all of it written. Raises OSError as `append` does."""
+        """Writes the rest and returns the shard's entry of the manifest. Raises as `append`."""
         if self._n_waiting:
             self._flush()
         return {
@@ -107,26 +125,29 @@ class ArrayWriter:
         }
 
     def _flush(self) -> None:
-        """Writes what waits, and reads it back from where it now lies."""
+        """Writes the waiting tokens as an object, reads them back from the store and compares."""
         tokens = self._waiting[: self._n_waiting]
         start, stop = self._n_written, self._n_written + len(tokens)
-        if self._array is None:
-            self._array = self._create(len(tokens))
-        elif stop > self._array.shape[0]:
-            self._array = self._array.resize(
-                exclusive_max=[stop], resize_metadata_only=True
-            ).result()
-        self._array[start:stop].write(tokens).result()
-        self._hash.update(tokens.astype(tokens.dtype.newbyteorder('<'), copy=False))
-        written = ts.open(array_spec(self._store, self._path), read=True).result()
-        if not np.array_equal(written[start:stop].read().result(), tokens):
+        with store_errors(f'{self._name} cannot be written and read back'):
+            if self._array is None:
+                self._array = self._create(len(tokens))
+            elif stop > self._array.shape[0]:
+                self._array = self._array.resize(
+                    exclusive_max=[stop], resize_metadata_only=True
+                ).result()
+            self._array[start:stop].write(tokens).result()
+            written = ts.open(array_spec(self._store, self._path), read=True).result()
+            same = np.array_equal(written[start:stop].read().result(), tokens)
+        if not same:
             raise OSError(
-                f'{self._store.url}{self._path} reads back otherwise than it was written: check '
-                'the storage and start again'
+                f'{self._name} reads back otherwise than it was written: check the storage and '
+                'start again'
             )
+        self._hash.update(tokens.astype(tokens.dtype.newbyteorder('<'), copy=False))
         self._n_written, self._n_waiting = stop, 0
 
     def _create(self, length: int) -> ts.TensorStore:
+        """Creates the array with `length` tokens; `resize` makes room for more."""
         per_object = min(OBJECT_TOKENS, math.ceil(length / CHUNK_TOKENS) * CHUNK_TOKENS)
         little_endian = {'name': 'bytes', 'configuration': {'endian': 'little'}}
         sharding = {
@@ -141,13 +162,13 @@ class ArrayWriter:
             'chunk_grid': {'name': 'regular', 'configuration': {'chunk_shape': [per_object]}},
             'codecs': [{'name': 'sharding_indexed', 'configuration': sharding}],
         }
-        # What an interrupted run left there, which no record names, makes room.
+        # Replaces what an interrupted job left there, which no record names.
         spec = {**array_spec(self._store, self._path), 'metadata': metadata}
         return ts.open(spec, create=True, delete_existing=True).result()
 
 
 def read_blocks(store: ts.KvStore, path: str) -> Iterator[np.ndarray]:
-    """The token ids of an array as they lie in the store, OBJECT_TOKENS at a time."""
+    """Yields the token ids of an array, OBJECT_TOKENS at a time, in the type they are stored in."""
     array = ts.open(array_spec(store, path), read=True).result()
     n = array.shape[0]
     for start in range(0, n, OBJECT_TOKENS):
@@ -155,7 +176,7 @@ def read_blocks(store: ts.KvStore, path: str) -> Iterator[np.ndarray]:
 
 
 def digest_of(blocks: Iterable[np.ndarray]) -> str:
-    """32 hex digits over token ids, however they are cut into blocks."""
+    """Returns 32 hex digits over token ids. They do not depend on the cut into blocks."""
     digest = hashlib.blake2b(digest_size=16)
     for tokens in blocks:
         digest.update(tokens.astype(tokens.dtype.newbyteorder('<'), copy=False))
@@ -168,10 +189,14 @@ def digest_of(blocks: Iterable[np.ndarray]) -> str:
 
 
 def read_manifest(store: ts.KvStore, path: str) -> dict[str, Any]:
-    """The manifest of the prepared data that lies in the store under `path`."""
-    found = store.read(MANIFEST).result()
+    """Returns the manifest of the prepared data in `store`, which `path` names in messages.
+
+    Raises ConfigError if there is none, or one that this code cannot read.
+    """
+    with store_errors(f'{path}/{MANIFEST} cannot be read'):
+        found = store.read(MANIFEST).result()
     if found.state != 'value':
-        raise ValueError(
+        raise ConfigError(
             f'{path} holds no {MANIFEST}, so no prepared data: run python data.py '
             f'--input=... --tokenizer=... --output={path}'
         )
@@ -179,11 +204,11 @@ def read_manifest(store: ts.KvStore, path: str) -> dict[str, Any]:
         manifest = json.loads(found.value)
         version = manifest['version']
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
+        raise ConfigError(
             f'{path}/{MANIFEST} is not a manifest ({error!r}): prepare again'
         ) from error
     if version != VERSION:
-        raise ValueError(
+        raise ConfigError(
             f'{path} has format version {version}, this code reads {VERSION}: prepare again'
         )
     return manifest
@@ -192,20 +217,23 @@ def read_manifest(store: ts.KvStore, path: str) -> dict[str, Any]:
 class Split:
     """The token stream of one split: the shards of the manifest, end to end.
 
-    Attributes: name; n_tokens, n_documents, n_bytes (of text); tokenizer, a name for
-    `get_encoding`; fingerprint, of the vocabulary it was prepared with; end_of_text, an id.
+    Attributes: name; n_tokens, n_documents, n_bytes (of text); tokenizer, a name that
+    `get_encoding` takes; fingerprint of the vocabulary the data was prepared with; end_of_text, the
+    id that ends each document.
     """
 
     def __init__(self, path: str, name: str, cache_bytes: int = CACHE_BYTES):
-        """Opens split `name` ('train' or 'validation') of a prepared folder or tensorstore URL, and
-        keeps at most `cache_bytes` of it in memory."""
+        """Opens split `name` ('train' or 'validation') of a prepared folder or tensorstore URL.
+
+        Keeps at most `cache_bytes` of it in memory. Raises ConfigError if there is no such data.
+        """
         if name not in SPLITS:
             raise ValueError(f'a split is one of {", ".join(SPLITS)}, not {name!r}')
-        self._store = open_store(path)
+        self._path, self._store = path, open_folder(path)
         manifest = read_manifest(self._store, path)
         split = manifest['splits'][name]
         if not split['tokens']:
-            raise ValueError(
+            raise ConfigError(
                 f'{path} has no document in its {name} split at validation_share='
                 f'{manifest["validation_share"]}: prepare it again with another share or more text'
             )
@@ -222,23 +250,27 @@ class Split:
         self._arrays: dict[int, ts.Future] = {}
 
     def encoding(self) -> tiktoken.Encoding:
-        """The tokenizer; ValueError if its name now stands for another vocabulary."""
+        """Returns the tokenizer. Raises ConfigError if its name now means another vocabulary."""
         enc = get_encoding(self.tokenizer)
         if fingerprint(enc) != self.fingerprint:
-            raise ValueError(
+            raise ConfigError(
                 f'the data was prepared with another vocabulary than {self.tokenizer} is now: '
                 'restore that one, or prepare the data again'
             )
         return enc
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """int32 [stop - start]: tokens start..stop-1 of the stream."""
+        """Returns tokens start..stop-1 of the stream, int32 [stop - start]."""
         if not 0 <= start <= stop <= self.n_tokens:
             raise ValueError(f'[{start}, {stop}) is no range of the {self.n_tokens} tokens')
         return self.read_windows([start], stop - start)[0]
 
     def read_windows(self, starts: Sequence[int] | np.ndarray, length: int) -> np.ndarray:
-        """int32 [len(starts), length]: the tokens from each start on; -1 beyond the last one."""
+        """Returns `length` tokens from each start on, int32 [len(starts), length].
+
+        Beyond the last token of the stream the rows hold -1. Raises ConfigError if a shard is
+        damaged or cannot be read.
+        """
         out = np.full((len(starts), length), -1, np.int32)
         pieces = []
         for row, origin in enumerate(map(int, starts)):
@@ -250,18 +282,21 @@ class Split:
                 target = out[row, start - origin : end - origin]
                 pieces.append((target, shard, start - first, end - first))
                 start, shard = end, shard + 1
-        # All arrays open at once, then all reads run at once.
-        opened = [self._array(shard) for _, shard, _, _ in pieces]
-        reads = [
-            future.result()[a:b].read() for future, (_, _, a, b) in zip(opened, pieces, strict=True)
-        ]
-        for (target, *_), read in zip(pieces, reads, strict=True):
-            target[:] = read.result()
+        with store_errors(f'{self._path} cannot be read (--inspect verifies it)'):
+            # Starts to open all arrays before it waits for one, and then the reads likewise.
+            opened = [self._array(shard) for _, shard, _, _ in pieces]
+            reads = [
+                future.result()[a:b].read()
+                for future, (_, _, a, b) in zip(opened, pieces, strict=True)
+            ]
+            for (target, *_), read in zip(pieces, reads, strict=True):
+                target[:] = read.result()
         return out
 
     def _array(self, shard: int) -> ts.Future:
+        """Returns the opened array of a shard, as a future."""
         if shard not in self._arrays:
-            # Shards never change, so what is cached need not be asked for again.
+            # Shards never change, so cached chunks are not checked against the store again.
             self._arrays[shard] = ts.open(
                 array_spec(self._store, self._paths[shard]),
                 context=self._context,
@@ -277,11 +312,11 @@ class Split:
 
 
 def inspect(path: str, n_samples: int = 3) -> list[str]:
-    """Prints the manifest, the tokens' statistics, and documents; reads and checks all shards.
+    """Reads and checks all shards; returns a line for each damaged one.
 
-    Returns a line for each damaged shard.
+    Prints the manifest, statistics of the tokens, and `n_samples` documents of each split.
     """
-    store = open_store(path)
+    store = open_folder(path)
     manifest = read_manifest(store, path)
     summary = json.loads(json.dumps(manifest))
     for split in summary['splits'].values():
@@ -318,11 +353,12 @@ def _check_shard(
 ) -> None:
     """Adds the shard's ids to `counts` [n_vocab] and the lengths of its documents to `lengths`.
 
-    Raises ValueError or OSError if it is not what the manifest says.
+    Raises ValueError or OSError if the shard is not as the manifest says.
     """
     ends, n = [], 0
 
     def blocks() -> Iterator[np.ndarray]:
+        """Yields the shard's tokens, counted."""
         nonlocal counts, n
         for tokens in read_blocks(store, shard['path']):
             new = np.bincount(tokens, minlength=len(counts))
@@ -346,11 +382,12 @@ def _check_shard(
 
 
 def _print_statistics(split: Split, counts: np.ndarray, lengths: np.ndarray) -> None:
+    """Prints totals, lengths of documents and the most frequent ids of a split."""
     quantiles = np.quantile(lengths, [0, 0.1, 0.5, 0.9, 1]).astype(int)
     print(
         f'\n{split.name}: {split.n_documents:,} documents, {split.n_tokens:,} tokens, '
-        f'{split.n_bytes:,} bytes, {split.n_bytes / split.n_tokens:.3f} bytes a token\n'
-        f'  tokens a document: mean {lengths.mean():,.0f}; least, tenth, half, nine tenths, most: '
+        f'{split.n_bytes:,} bytes, {split.n_bytes / split.n_tokens:.3f} bytes per token\n'
+        f'  tokens per document: mean {lengths.mean():,.0f}; minimum, 10 %, median, 90 %, maximum: '
         f'{", ".join(f"{q:,}" for q in quantiles)}\n'
         f'  {np.count_nonzero(counts):,} of {len(counts):,} ids occur; the most frequent:'
     )
@@ -360,7 +397,7 @@ def _print_statistics(split: Split, counts: np.ndarray, lengths: np.ndarray) -> 
 
 
 def _print_samples(split: Split, lengths: np.ndarray, n: int) -> None:
-    """Documents at even distances, the first SAMPLE_TOKENS of each."""
+    """Prints n documents at even distances, the first SAMPLE_TOKENS tokens of each."""
     enc = split.encoding()
     starts = np.cumsum(lengths) - lengths
     for i in np.unique(np.linspace(0, len(lengths) - 1, n).astype(int)) if n else ():

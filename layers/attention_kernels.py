@@ -1,12 +1,13 @@
-"""Causal attention by the kernels that ship in jax: splash attention on TPU, cuDNN's on GPU.
+"""Causal attention for one device's heads: blockwise on any platform, and the kernels that ship in
+jax, splash attention on TPU and cuDNN's on GPU. ATTENTION_KERNELS lists them.
 
-Both take and return what `attention.causal_attention` does, which is the blockwise form for any
-platform and needs no kernel. They carry no replication types, so shard_map must not check them
-(check_vma off). Dimension letters as in layers/dense.py.
+All take (q_BkGTH, k_BkSH, v_BkSH, documents_BT or None, scale, block) and return [B, K, G, T, value
+head size].
 """
 
 import functools
 import math
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -16,137 +17,19 @@ from jax.ad_checkpoint import checkpoint_name
 from ml_collections import ConfigDict
 
 from config import ATTENTION_OUTPUT, QKV, ModelConfig
+from layers.kernels import Kernel
 from parallel import Array
 
-AUTO = {'tpu': 'splash', 'gpu': 'cudnn'}
+# ---------------------------------------------------------------------------------------------
+# Blockwise, on any platform
+# ---------------------------------------------------------------------------------------------
 
-
-KERNELS = ('blockwise', 'splash', 'cudnn')
-
-
-CUDNN_FORWARD = 'dot_product_attention_fwd_wrapper'  # the primitive: jax names none of its results
-
-
-CUDNN_HEAD = 128  # the largest head size that it takes on every GPU; on Hopper and later 256
-
-
-SPLASH_LANES = 128  # splash attention works on blocks whose sides are multiples of this
-
-
-def choose_kernel(
-    name: str, platform: str, check_vma: bool, compute_dtype: str, head_size: int
-) -> str:
-    """The kernel that model.attention_kernel means on devices of this platform.
-
-    'auto' is the platform's own kernel, and blockwise where there is none, where shard_map checks
-    replication types, or where cuDNN would have to take what it does not: float32, or heads (of
-    queries and keys) that are wide or no multiple of 8. Splash on another platform than TPU is
-    interpreted: exact and slow, for tests.
-    """
-    if name == 'auto':
-        name = AUTO.get(platform, 'blockwise')
-        fits = compute_dtype == 'bfloat16' and head_size % 8 == 0 and head_size <= CUDNN_HEAD
-        if check_vma or (name == 'cudnn' and not fits):
-            name = 'blockwise'
-    return 'splash_interpreted' if name == 'splash' and platform != 'tpu' else name
-
-
-def splash_attention(
-    q_BKGTH: Array,
-    k_BKSH: Array,
-    v_BKSH: Array,
-    documents_BT: Array | None,
-    scale: float,
-    block: int,
-    saved_name: str,
-    interpret: bool,
-) -> Array:
-    """FlashAttention as a Pallas kernel for TPU, forward and backward (jax's splash attention).
-
-    Blocks above the diagonal are skipped. Backward is one kernel of five matmuls, which leaves a
-    dq for each block of keys to be added up. Heads of 64 fill half of a matrix unit's 128 lanes,
-    so MLA's values of 64 cost as much as 128 would; queries and keys may be wider than values.
-    What backward needs of the result (output and log-sum-exp) is named `saved_name` for remat.
-    """
-    # Importing Pallas takes a second, which runs without it need not spend.
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-
-    B, K, G, T, H = q_BKGTH.shape
-    size = min(block, T)
-    keys = 2 * size if T % (2 * size) == 0 else size  # fewer partial dq, some blocks in vain
-    kernel = splash.make_splash_mha(
-        masks.MultiHeadMask([masks.CausalMask((T, T))] * (K * G)),
-        block_sizes=splash.BlockSizes(
-            block_q=size,
-            block_kv=size,
-            block_q_dkv=size,
-            block_kv_dkv=keys,
-            block_kv_dkv_compute=size,
-            use_fused_bwd_kernel=True,
-        ),
-        head_shards=1,
-        q_seq_shards=1,
-        residual_checkpoint_name=saved_name,
-        interpret=interpret,
-    )
-    q_BNTH = (q_BKGTH * scale).astype(q_BKGTH.dtype).reshape(B, K * G, T, H)
-    if documents_BT is None:
-        out_BNTH = jax.vmap(kernel)(q_BNTH, k_BKSH, v_BKSH)
-    else:
-        segments = splash.SegmentIds(documents_BT, documents_BT)
-        out_BNTH = jax.vmap(kernel)(q_BNTH, k_BKSH, v_BKSH, segments)
-    return out_BNTH.reshape(B, K, G, T, v_BKSH.shape[-1])
-
-
-def cudnn_attention(
-    q_BKGTH: Array,
-    k_BKSH: Array,
-    v_BKSH: Array,
-    documents_BT: Array | None,
-    scale: float,
-    implementation: str = 'cudnn',
-) -> Array:
-    """cuDNN's fused attention, in bfloat16 (`jax.nn.dot_product_attention`).
-
-    Takes one head size only: values narrower than keys are padded with zeros, which for MLA costs
-    the matmuls with values as much as those with keys. Documents become a mask of [B, 1, T, T],
-    which cuDNN reads as a bias: B·T² numbers more, where blockwise and splash hold none. What
-    backward needs of the result is kept by `model.remat_policy`, which knows `CUDNN_FORWARD`.
-    """
-    B, K, G, T, H = q_BKGTH.shape
-    v_dim, mask = v_BKSH.shape[-1], None
-    v_BKSH = jnp.pad(v_BKSH, ((0, 0), (0, 0), (0, 0), (0, H - v_dim)))
-    if documents_BT is not None:
-        mask = (documents_BT[:, :, None] == documents_BT[:, None, :])[:, None]
-    out_BTNH = jax.nn.dot_product_attention(
-        q_BKGTH.reshape(B, K * G, T, H).swapaxes(1, 2),
-        k_BKSH.swapaxes(1, 2),
-        v_BKSH.swapaxes(1, 2),
-        mask=mask,
-        scale=scale,
-        is_causal=True,
-        implementation=implementation,
-    )
-    return out_BTNH.swapaxes(1, 2)[..., :v_dim].reshape(B, K, G, T, v_dim)
-
-
-def key_size(cfg: ModelConfig | ConfigDict) -> int:
-    """The head size of queries and keys, of a model's config in either form."""
-    return cfg.nope_dim + cfg.rope_dim if cfg.attention == 'mla' else cfg.head_dim
-
-
-def attention_scale(cfg: ModelConfig) -> float:
-    """1/√H; YaRN sharpens it by (0.1·ln(factor) + 1)² (Peng et al. 2023, section 3.4)."""
-    sharpen = 0.1 * math.log(cfg.rope_factor) + 1 if cfg.rope_scaling == 'yarn' else 1.0
-    return sharpen**2 / math.sqrt(key_size(cfg))
-
-
-_MASKED = -1e30  # finite, so that a row without a visible key in one block yields no NaN
+MASKED = -1e30  # finite, so that a row without a visible key in one block yields no NaN
 
 
 def _lower_triangle(T: int, block: int) -> tuple[int, np.ndarray]:
-    """The pairs (query block, key block) on and below the diagonal: int32 [n(n+1)/2, 2]."""
+    """Returns the block's size, at most T, and the pairs (query block, key block) on and below the
+    diagonal: int32 [n(n+1)/2, 2]."""
     block = min(block, T)
     if T % block:
         raise ValueError(
@@ -166,7 +49,7 @@ def _put(x: Array, i: Array, value: Array) -> Array:
 
 
 def _scores(q: Array, k: Array, documents: Array | None, i: Array, j: Array, scale: float) -> Array:
-    """Masked scores of one pair of blocks, float32 [B, K, G, block, block]."""
+    """Returns masked scores of query block i and key block j: float32 [B, K, G, block, block]."""
     block = q.shape[-2]
     within = jnp.arange(block)
     visible = (i * block + within)[:, None] >= j * block + within
@@ -174,31 +57,32 @@ def _scores(q: Array, k: Array, documents: Array | None, i: Array, j: Array, sca
         of_q, of_k = (lax.dynamic_slice_in_dim(documents, n * block, block, 1) for n in (i, j))
         visible &= (of_q[:, :, None] == of_k[:, None, :])[:, None, None]
     scores = jnp.einsum('bkgth,bksh->bkgts', q, k, preferred_element_type=jnp.float32)
-    return jnp.where(visible, scores * scale, _MASKED)
+    return jnp.where(visible, scores * scale, MASKED)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def causal_attention(
-    q_BKGTH: Array,
-    k_BKSH: Array,
-    v_BKSH: Array,
+    q_BkGTH: Array,
+    k_BkSH: Array,
+    v_BkSH: Array,
     documents_BT: Array | None,
     scale: float,
     block: int,
 ) -> Array:
-    """softmax(scale · q kᵀ + mask) v -> [B, K, G, T, value head size]; the mask shows what is not
-    later and, where documents are numbered, in the same one.
+    """Computes softmax(scale · q kᵀ + mask) v: [B, K, G, T, value head size].
 
-    Blockwise with a running maximum and sum (FlashAttention-2, Dao 2023): one scan over the pairs
-    of blocks on and below the diagonal, so the program does not grow with T, blocks above the
-    diagonal cost nothing, and no score array exceeds B·N·block². The backward pass recomputes the
-    scores from the saved log-sum-exp. Scores and softmax are float32 whatever the inputs are.
+    A query sees the keys that are not later, and those of its own document where documents are
+    numbered. Blockwise with a running maximum and sum (FlashAttention-2, Dao 2023): one scan over
+    the pairs of blocks on and below the diagonal, so the program does not grow with T, blocks above
+    the diagonal cost nothing, and no score array exceeds B·N·block². The backward pass recomputes
+    the scores from the saved log-sum-exp. Scores and softmax are float32 whatever the inputs are.
     """
-    return _attention_forward(q_BKGTH, k_BKSH, v_BKSH, documents_BT, scale, block)[0]
+    return _attention_forward(q_BkGTH, k_BkSH, v_BkSH, documents_BT, scale, block)[0]
 
 
 def _attention_forward(q, k, v, documents: Array | None, scale: float, block: int):
     block, pairs = _lower_triangle(q.shape[-2], block)
+    f32 = {'preferred_element_type': jnp.float32}
 
     def step(carry: tuple, pair: Array):
         out, top, total = carry
@@ -208,19 +92,15 @@ def _attention_forward(q, k, v, documents: Array | None, scale: float, block: in
         new_top = jnp.maximum(old_top, jnp.max(scores, axis=-1, keepdims=True))
         p = jnp.exp(scores - new_top)
         shrink = jnp.exp(old_top - new_top)
-        pv = jnp.einsum(
-            'bkgts,bksh->bkgth',
-            p.astype(v.dtype),
-            _block(v, j, block),
-            preferred_element_type=jnp.float32,
-        )
+        v_j = _block(v, j, block)
+        pv = jnp.einsum('bkgts,bksh->bkgth', p.astype(v.dtype), v_j, **f32)
         out = _put(out, i, _block(out, i, block) * shrink + pv)
         total = _put(total, i, _block(total, i, block) * shrink + jnp.sum(p, -1, keepdims=True))
         return (out, _put(top, i, new_top), total), None
 
     rows = q.shape[:-1]
     zeros = functools.partial(jnp.zeros_like, q, dtype=jnp.float32)
-    start = (zeros(shape=(*rows, v.shape[-1])), zeros(shape=(*rows, 1)) + _MASKED)
+    start = (zeros(shape=(*rows, v.shape[-1])), zeros(shape=(*rows, 1)) + MASKED)
     (out, top, total), _ = lax.scan(step, (*start, zeros(shape=(*rows, 1))), pairs)
     out = checkpoint_name((out / total).astype(q.dtype), ATTENTION_OUTPUT)
     logsumexp = checkpoint_name(top + jnp.log(total), ATTENTION_OUTPUT)
@@ -258,15 +138,170 @@ def _attention_backward(scale: float, block: int, saved: tuple, d_out: Array):
 causal_attention.defvjp(_attention_forward, _attention_backward)
 
 
-def attention(
-    q_BKGTH: Array, k_BKSH: Array, v_BKSH: Array, documents_BT: Array | None, cfg: ModelConfig
+# ---------------------------------------------------------------------------------------------
+# Splash attention, on TPU
+# ---------------------------------------------------------------------------------------------
+
+SPLASH_LANES = 128  # the sides of its blocks are multiples of this
+
+
+def splash_attention(
+    q_BkGTH: Array,
+    k_BkSH: Array,
+    v_BkSH: Array,
+    documents_BT: Array | None,
+    scale: float,
+    block: int,
+    interpret: bool = False,
 ) -> Array:
-    """`causal_attention`, by the kernel that the config chooses."""
-    qkv = checkpoint_name((q_BKGTH, k_BKSH, v_BKSH), QKV)
-    inputs = (*qkv, documents_BT, attention_scale(cfg))
-    if cfg.attention_kernel == 'blockwise':
-        return causal_attention(*inputs, cfg.attention_block)
-    if cfg.attention_kernel == 'cudnn':
-        return cudnn_attention(*inputs)
-    interpret = cfg.attention_kernel == 'splash_interpreted'
-    return splash_attention(*inputs, cfg.attention_block, ATTENTION_OUTPUT, interpret)
+    """Computes `causal_attention` by a Pallas kernel for TPU (jax's splash attention).
+
+    Skips the blocks above the diagonal. Backward is one kernel of five matmuls, which leaves a dq
+    per block of keys to be added up. Heads of 64 fill half of a matrix unit's 128 lanes, so MLA's
+    values of 64 cost as much as 128 would; queries and keys may be wider than values. Output and
+    log-sum-exp, which backward needs, are named ATTENTION_OUTPUT for rematerialization.
+    """
+    # Importing Pallas takes a second, which runs without it need not spend.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    B, K, G, T, H = q_BkGTH.shape
+    size = min(block, T)
+    keys = 2 * size if T % (2 * size) == 0 else size  # fewer partial dq, some blocks in vain
+    kernel = splash.make_splash_mha(
+        masks.MultiHeadMask([masks.CausalMask((T, T))] * (K * G)),
+        block_sizes=splash.BlockSizes(
+            block_q=size,
+            block_kv=size,
+            block_q_dkv=size,
+            block_kv_dkv=keys,
+            block_kv_dkv_compute=size,
+            use_fused_bwd_kernel=True,
+        ),
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name=ATTENTION_OUTPUT,
+        interpret=interpret,
+    )
+    q_BnTH = (q_BkGTH * scale).astype(q_BkGTH.dtype).reshape(B, K * G, T, H)
+    if documents_BT is None:
+        out_BnTH = jax.vmap(kernel)(q_BnTH, k_BkSH, v_BkSH)
+    else:
+        segments = splash.SegmentIds(documents_BT, documents_BT)
+        out_BnTH = jax.vmap(kernel)(q_BnTH, k_BkSH, v_BkSH, segments)
+    return out_BnTH.reshape(B, K, G, T, v_BkSH.shape[-1])
+
+
+def splash_rules(config: ConfigDict, _: int) -> Iterator[str]:
+    """Yields an error for blocks that splash attention does not take."""
+    block = min(config.model.attention_block, config.seq_len)
+    if block % SPLASH_LANES:
+        yield (
+            f'model.attention_block={config.model.attention_block} with seq_len={config.seq_len} '
+            f'makes blocks of {block}, and splash takes multiples of {SPLASH_LANES}; use a '
+            f'multiple of it that divides seq_len'
+        )
+
+
+# ---------------------------------------------------------------------------------------------
+# cuDNN, on GPU
+# ---------------------------------------------------------------------------------------------
+
+CUDNN_FORWARD = 'dot_product_attention_fwd_wrapper'  # its primitive
+CUDNN_HEAD = 128  # the largest head size that it takes on every GPU; on Hopper and later 256
+
+
+def cudnn_attention(
+    q_BkGTH: Array,
+    k_BkSH: Array,
+    v_BkSH: Array,
+    documents_BT: Array | None,
+    scale: float,
+    block: int = 0,
+    implementation: str = 'cudnn',
+) -> Array:
+    """Computes `causal_attention` by cuDNN, in bfloat16 (`jax.nn.dot_product_attention`).
+
+    Chooses blocks itself. Takes one head size only: values narrower than keys are padded with
+    zeros, which for MLA costs the matmuls with values as much as those with keys. Documents become
+    a mask of [B, 1, T, T], which cuDNN reads as a bias: B·T² numbers more, where blockwise and
+    splash hold none. jax names no result of it, so what backward needs is kept by its primitive.
+    """
+    del block
+    B, K, G, T, H = q_BkGTH.shape
+    v_dim, mask = v_BkSH.shape[-1], None
+    v_BkSH = jnp.pad(v_BkSH, ((0, 0), (0, 0), (0, 0), (0, H - v_dim)))
+    if documents_BT is not None:
+        mask = (documents_BT[:, :, None] == documents_BT[:, None, :])[:, None]
+    out_BTnH = jax.nn.dot_product_attention(
+        q_BkGTH.reshape(B, K * G, T, H).swapaxes(1, 2),
+        k_BkSH.swapaxes(1, 2),
+        v_BkSH.swapaxes(1, 2),
+        mask=mask,
+        scale=scale,
+        is_causal=True,
+        implementation=implementation,
+    )
+    return out_BTnH.swapaxes(1, 2)[..., :v_dim].reshape(B, K, G, T, v_dim)
+
+
+def cudnn_rules(config: ConfigDict, head: int) -> Iterator[str]:
+    """Yields errors for the types and head sizes that cuDNN does not take."""
+    if config.compute_dtype != 'bfloat16':
+        yield (
+            f"model.attention_kernel='cudnn' does not take compute_dtype={config.compute_dtype!r}; "
+            f"use 'bfloat16', or the kernel 'blockwise'"
+        )
+    if head % 8 or head > 2 * CUDNN_HEAD:
+        yield (
+            f"model.attention_kernel='cudnn' does not take heads of {head} for queries and keys; "
+            f'use a multiple of 8 up to {CUDNN_HEAD} ({2 * CUDNN_HEAD} on Hopper and later), or '
+            f"the kernel 'blockwise'"
+        )
+    if ATTENTION_OUTPUT in config.model.remat_offload:
+        yield (
+            f"model.remat_offload={config.model.remat_offload} has 'attention', and cuDNN's can be "
+            f'kept but not offloaded; name it in model.remat_keep, or use '
+            f"model.attention_kernel='blockwise'"
+        )
+
+
+def cudnn_chosen(_: ConfigDict, head: int) -> bool:
+    """Returns whether every GPU's cuDNN takes heads of this size."""
+    return head <= CUDNN_HEAD
+
+
+# ---------------------------------------------------------------------------------------------
+# The table
+# ---------------------------------------------------------------------------------------------
+
+ATTENTION_KERNELS: dict[str, Kernel] = {
+    'splash': Kernel(
+        splash_attention, ('tpu',), checked=False, rules=splash_rules,
+        elsewhere='splash_interpreted',
+    ),
+    'splash_interpreted': Kernel(  # exact and slow, for tests
+        functools.partial(splash_attention, interpret=True), (), checked=False, rules=splash_rules
+    ),
+    'cudnn': Kernel(
+        cudnn_attention, ('gpu',), checked=False, rules=cudnn_rules, chosen=cudnn_chosen,
+        keeps=CUDNN_FORWARD,
+    ),
+    'blockwise': Kernel(causal_attention, scores=True),
+}  # fmt: skip
+
+
+def attention_scale(cfg: ModelConfig, key_size: int) -> float:
+    """Returns 1/√H, which YaRN sharpens by (0.1·ln(factor) + 1)² (Peng et al. 2023, 3.4)."""
+    sharpen = 0.1 * math.log(cfg.rope_factor) + 1 if cfg.rope_scaling == 'yarn' else 1.0
+    return sharpen**2 / math.sqrt(key_size)
+
+
+def attention(
+    q_BkGTH: Array, k_BkSH: Array, v_BkSH: Array, documents_BT: Array | None, cfg: ModelConfig
+) -> Array:
+    """Computes `causal_attention` by the kernel that the config names."""
+    q_BkGTH, k_BkSH, v_BkSH = checkpoint_name((q_BkGTH, k_BkSH, v_BkSH), QKV)
+    scale = attention_scale(cfg, q_BkGTH.shape[-1])
+    run = ATTENTION_KERNELS[cfg.attention_kernel].run
+    return run(q_BkGTH, k_BkSH, v_BkSH, documents_BT, scale, cfg.attention_block)

@@ -1,20 +1,19 @@
-"""What every part of the model is made of: its sizes, norms, linear layers, SwiGLU.
+"""The parts that all layers are made of: gains, weights, norms, linear layers, dropout, SwiGLU.
 
-Dimensions, as suffixes of array names and in einsums. Inside shard_map they are one device's:
-    B batch    T position (query)    S position (key)    D model    V vocabulary
-    N query heads    K key/value heads    G query heads a key/value head (N = K·G)    H head size
-    R latent rank    F feed-forward    L layers    M microbatches
-The residual stream is sharded over positions: x_BTD is [B, T/tp, D].
+FeedForward is the record of a kind of feed-forward; `model.FEED_FORWARD` lists the kinds.
 """
 
 import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from ml_collections import ConfigDict
 
-from config import HIDDEN, ModelConfig
+from config import HIDDEN, ModelConfig, indivisible
 from parallel import (
     BATCH,
     FSDP,
@@ -29,23 +28,52 @@ from parallel import (
     ones,
     reduce_scatter,
     unshard,
-)
+)  # fmt: skip
+
+NEVER = 'never'  # `Param.kept_by` of a weight whose product no backward pass needs
+
+
+class FeedForward(NamedTuple):
+    """One kind of feed-forward.
+
+    params(cfg) declares its parameters. forward(params, x_BtD, cfg) returns what is added to the
+    residual stream, and statistics: none, or those of `moe.route` where it is `routed`. width(m) is
+    the hidden size, for a ModelConfig or the config's own group of fields. rules(config) yields
+    what cannot run.
+    """
+
+    params: Callable[[ModelConfig], Tree]
+    forward: Callable[[Tree, Array, ModelConfig], tuple[Array, dict[str, Array]]]
+    routed: bool
+    width: Callable[[Any], int]
+    rules: Callable[[ConfigDict], Iterator[str]]
+
+
+# ---------------------------------------------------------------------------------------------
+# Parameters
+# ---------------------------------------------------------------------------------------------
 
 
 def gain(size: int) -> Param:
+    """Declares the gain of a norm."""
     return Param((size,), P(None), ones, matrix=False)
 
 
-def weight(shape: tuple[int, ...], spec: P, std: float) -> Param:
-    """The weight of a `linear`."""
-    return Param(shape, spec, normal(std), linear=True)
+def weight(shape: tuple[int, ...], spec: P, std: float, kept_by: str = '') -> Param:
+    """Declares the weight of a `linear`."""
+    return Param(shape, spec, normal(std), linear=True, kept_by=kept_by)
+
+
+# ---------------------------------------------------------------------------------------------
+# Norms, linear layers, dropout
+# ---------------------------------------------------------------------------------------------
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rms_norm(x: Array, gain: Array, eps: float) -> Array:
-    """x / rms(x) · gain over the last dimension, in float32 (Zhang & Sennrich 2019).
+    """Computes x / rms(x) · gain over the last dimension, in float32 (Zhang & Sennrich 2019).
 
-    Saves its input and a number a row; autodiff would save three arrays of the input's size.
+    Saves its input and a number per row; autodiff would save three arrays of the input's size.
     """
     return _rms_norm_forward(x, gain, eps)[0]
 
@@ -69,10 +97,12 @@ rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 @jax.custom_vjp
 def _matmul(x_BTI: Array, w: Array) -> Array:
-    """x w. Its weight gradient is written so that the narrower operand is the one transposed:
-    XLA:CPU would else copy the wide one, a third of a SwiGLU's time. The weight comes in its own
-    shape, so that what it leaves to backward is what was gathered, which no policy of
-    rematerialization saves."""
+    """Computes x w, with a weight gradient that transposes the narrower operand.
+
+    XLA:CPU would copy the wide one, a third of a SwiGLU's time. The weight comes in its own shape,
+    so that backward refers to the array that was gathered, which no policy of rematerialization
+    saves.
+    """
     return jnp.einsum('bti,io->bto', x_BTI, w.reshape(x_BTI.shape[-1], -1))
 
 
@@ -96,7 +126,7 @@ _matmul.defvjp(_matmul_forward, _matmul_backward)
 
 @jax.custom_vjp
 def _deferred_matmul(x_BTI: Array, w_IO: Array, sink: tuple[Array, Array]) -> Array:
-    """x w, where backward leaves what the weight gradient takes in the sink (see `Deferred`)."""
+    """Computes x w; backward leaves the weight gradient's operands in the sink (`Deferred`)."""
     return _matmul(x_BTI, w_IO)
 
 
@@ -109,7 +139,7 @@ _deferred_matmul.defvjp(lambda x, w, _: (_matmul(x, w), (x, w)), _deferred_backw
 
 
 def linear(x_BTI: Array, w: Array | Deferred) -> Array:
-    """x w: [B, T, I] -> [B, T, O]. A weight of more dimensions counts as [I, O]."""
+    """Computes x w: [B, T, I] -> [B, T, O]. A weight of more dimensions counts as [I, O]."""
     if not isinstance(w, Deferred):
         return _matmul(x_BTI, w)
     w_IO = w.array.reshape(x_BTI.shape[-1], -1)
@@ -121,8 +151,11 @@ def linear(x_BTI: Array, w: Array | Deferred) -> Array:
 
 
 def linear_weight_gradient(p: Param, shard: Array, x_BTI: Array, d_BTO: Array) -> Array:
-    """The gradient of a layer's weight from the input and output gradient of its `linear`, with
-    the reduce-scatter over fsdp that is the transpose of `unshard`; shaped like the shard."""
+    """Computes the gradient of a weight from the input and the output gradient of its `linear`.
+
+    Ends with the reduce-scatter over fsdp that is the transpose of `unshard`, so it is shaped like
+    the shard.
+    """
 
     def f(shard: Array) -> Array:
         return linear(x_BTI, unshard({'w': shard}, {'w': p}, x_BTI.dtype)['w'])
@@ -130,26 +163,35 @@ def linear_weight_gradient(p: Param, shard: Array, x_BTI: Array, d_BTO: Array) -
     return jax.vjp(f, shard)[1](d_BTO)[0]
 
 
-def dropout(x_BTD: Array, rate: float, key: Array) -> Array:
-    """Inverted dropout. Every token draws from a key of its own row and position in the global
-    microbatch, so that the mask is the same on every mesh; this costs a hash a token more."""
+def dropout(x_BtD: Array, rate: float, key: Array) -> Array:
+    """Drops numbers at the rate and scales up the rest (inverted dropout).
+
+    Every token draws from a key of its own row and position in the global microbatch, so the mask
+    is the same on every mesh; this costs one hash per token.
+    """
     if rate == 0.0:
-        return x_BTD
-    B, T, D = x_BTD.shape
+        return x_BtD
+    B, t, D = x_BtD.shape
     rows_B = lax.axis_index(BATCH) * B + jnp.arange(B)
-    positions_T = lax.axis_index(TP) * T + jnp.arange(T)
+    positions_t = lax.axis_index(TP) * t + jnp.arange(t)
 
     def keep(row: Array, position: Array) -> Array:
         token_key = jax.random.fold_in(jax.random.fold_in(key, row), position)
         return jax.random.bernoulli(token_key, 1.0 - rate, (D,))
 
-    keep_BTD = jax.vmap(lambda row: jax.vmap(lambda t: keep(row, t))(positions_T))(rows_B)
-    return jnp.where(keep_BTD, x_BTD / (1.0 - rate), 0).astype(x_BTD.dtype)
+    of_row = jax.vmap(keep, in_axes=(None, 0))
+    keep_BtD = jax.vmap(of_row, in_axes=(0, None))(rows_B, positions_t)
+    return jnp.where(keep_BtD, x_BtD / (1.0 - rate), 0).astype(x_BtD.dtype)
+
+
+# ---------------------------------------------------------------------------------------------
+# SwiGLU
+# ---------------------------------------------------------------------------------------------
 
 
 @jax.custom_vjp
 def gated(gate: Array, up: Array) -> Array:
-    """silu(gate) · up. Saves its inputs only; autodiff would save three more arrays like them."""
+    """Computes silu(gate) · up. Saves its inputs; autodiff would save three further arrays."""
     return jax.nn.silu(gate) * up
 
 
@@ -164,24 +206,45 @@ gated.defvjp(lambda gate, up: (gated(gate, up), (gate, up)), _gated_backward)
 
 
 def swiglu_params(cfg: ModelConfig, d_ff: int) -> Tree:
+    """Declares the three matrices of a SwiGLU of this hidden size."""
     D, F = cfg.d_model, d_ff
     return {
-        'w_gate': weight((D, F), P(FSDP, TP), D**-0.5),
-        'w_up': weight((D, F), P(FSDP, TP), D**-0.5),
-        'w_down': weight((F, D), P(TP, FSDP), (2 * cfg.n_layers * F) ** -0.5),
+        'w_gate': weight((D, F), P(FSDP, TP), D**-0.5, HIDDEN),
+        'w_up': weight((D, F), P(FSDP, TP), D**-0.5, HIDDEN),
+        'w_down': weight((F, D), P(TP, FSDP), (2 * cfg.n_layers * F) ** -0.5, NEVER),
     }
 
 
 def swiglu_shards(w: Tree, x_BTD: Array) -> Array:
-    """(silu(x W_gate) · x W_up) W_down (Shazeer 2020) by this device's slice of F: summed over tp,
-    [B, T, D] is the result."""
-    gate_BTF, up_BTF = linear(x_BTD, w['w_gate']), linear(x_BTD, w['w_up'])
-    gate_BTF, up_BTF = checkpoint_name((gate_BTF, up_BTF), HIDDEN)
-    return linear(gated(gate_BTF, up_BTF), w['w_down'])
+    """Computes (silu(x W_gate) · x W_up) W_down (Shazeer 2020) for this device's slice of F.
+
+    The results, [B, T, D], add up over tp.
+    """
+    gate_BTf, up_BTf = linear(x_BTD, w['w_gate']), linear(x_BTD, w['w_up'])
+    gate_BTf, up_BTf = checkpoint_name((gate_BTf, up_BTf), HIDDEN)
+    return linear(gated(gate_BTf, up_BTf), w['w_down'])
 
 
-def swiglu(params: Tree, x_BTD: Array, cfg: ModelConfig) -> tuple[Array, dict[str, Array]]:
-    """The dense feed-forward. x_BTD: [B, T/tp, D] -> the same, and no statistics."""
-    w = unshard(params, swiglu_params(cfg, cfg.d_ff), x_BTD.dtype)
-    x_BTD = all_gather(x_BTD, TP, 1)  # B T/tp D -> B T D
+def dense_params(cfg: ModelConfig) -> Tree:
+    """Declares the parameters of the dense `swiglu`."""
+    return swiglu_params(cfg, cfg.d_ff)
+
+
+def swiglu(params: Tree, x_BtD: Array, cfg: ModelConfig) -> tuple[Array, dict[str, Array]]:
+    """The dense feed-forward: [B, T/tp, D] -> the same, and no statistics."""
+    w = unshard(params, dense_params(cfg), x_BtD.dtype)
+    x_BTD = all_gather(x_BtD, TP, 1)
     return reduce_scatter(swiglu_shards(w, x_BTD), TP, 1), {}
+
+
+def dense_width(m: ModelConfig | ConfigDict) -> int:
+    """Returns the hidden size."""
+    return m.d_ff
+
+
+def dense_rules(config: ConfigDict) -> Iterator[str]:
+    """Yields what of the sizes cannot run."""
+    yield from indivisible(config, TP, ['model.d_ff'])
+
+
+DENSE = FeedForward(dense_params, swiglu, False, dense_width, dense_rules)

@@ -1,23 +1,21 @@
 """Mixture of experts (DeepSeekMoE, Dai et al. 2024; DeepSeek-V3, section 2.1.2): dropless unless a
 capacity is asked for, experts spread over `ep`, their matrices also over `fsdp` and `tp`.
 
-Dimensions as in layers/dense.py, and here:
-    T tokens (all of a device, flattened)    C choices a token    A assignments (T·C)
-    E experts    S slots of the exchange buffers    G rows grouped by expert
-An assignment a is choice a % C of token a // C.
+Assignment a is choice a % C of token a // C; peer p of an ep group holds experts p·E/ep and on.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from ml_collections import ConfigDict
 
-from config import HIDDEN, ModelConfig
-from layers.dense import swiglu_params, swiglu_shards
+from config import HIDDEN, ModelConfig, divisors, indivisible
+from layers.dense import FeedForward, swiglu_params, swiglu_shards
 from layers.expert_kernels import BLOCK, grouped_swiglu
 from parallel import (
     BATCH,
@@ -36,13 +34,14 @@ from parallel import (
     reduce_scatter,
     unshard,
     zeros,
-)
+)  # fmt: skip
 
 
 def moe_params(cfg: ModelConfig) -> Tree:
+    """Declares the router, its biases, the routed experts and the shared ones."""
     D, E, F = cfg.d_model, cfg.n_experts, cfg.d_expert
-    use = cfg.experts_per_token / E
-    down = normal((2 * cfg.n_layers * F) ** -0.5)
+    expert = functools.partial(Param, use=cfg.experts_per_token / E, kept_by=HIDDEN)
+    up, down = normal(D**-0.5), normal((2 * cfg.n_layers * F) ** -0.5)
     shared = {}
     if cfg.n_shared_experts:
         shared = {'shared': swiglu_params(cfg, cfg.n_shared_experts * F)}
@@ -50,46 +49,44 @@ def moe_params(cfg: ModelConfig) -> Tree:
         'router': Param((D, E), P(None, None), normal(D**-0.5)),
         'bias': Param((E,), P(None), zeros, matrix=False, trainable=False),
         'experts': {
-            'w_gate': Param((E, D, F), P(EP, FSDP, TP), normal(D**-0.5), use=use),
-            'w_up': Param((E, D, F), P(EP, FSDP, TP), normal(D**-0.5), use=use),
-            'w_down': Param((E, F, D), P(EP, TP, FSDP), down, use=use),
+            'w_gate': expert((E, D, F), P(EP, FSDP, TP), up),
+            'w_up': expert((E, D, F), P(EP, FSDP, TP), up),
+            'w_down': expert((E, F, D), P(EP, TP, FSDP), down),
         },
     }
 
 
-def moe(params: Tree, x_BTD: Array, cfg: ModelConfig) -> tuple[Array, dict[str, Array]]:
-    """Routed experts plus shared ones. x_BTD: [B, T/tp, D] -> the same, and `route`'s statistics.
+def moe(params: Tree, x_BtD: Array, cfg: ModelConfig) -> tuple[Array, dict[str, Array]]:
+    """Routed experts plus shared ones. x_BtD: [B, T/tp, D] -> the same, and `route`'s statistics.
 
     Each device routes its own positions; tokens and choices are then gathered over tp, rows
     travel over ep to their experts and back, and every tp device adds its slice of F.
     """
     declared = moe_params(cfg)
-    w = unshard(params['experts'], declared['experts'], x_BTD.dtype)
-    expert_BTC, weight_BTC, stats = route(params, x_BTD, cfg)
-    x_BTD, expert_BTC, weight_BTC = (
-        all_gather(y, TP, 1) for y in (x_BTD, expert_BTC, weight_BTC)
-    )  # B T/tp -> B T
+    w = unshard(params['experts'], declared['experts'], x_BtD.dtype)
+    expert_BtC, weight_BtC, stats = route(params, x_BtD, cfg)
+    x_BTD, expert_BTC, weight_BTC = (all_gather(y, TP, 1) for y in (x_BtD, expert_BtC, weight_BtC))
     expert_BTC = keep_within_capacity(expert_BTC, cfg)
     slots, expert_BTC = keep_within_buffers(expert_BTC, cfg)
     x_TD = x_BTD.reshape(-1, cfg.d_model)
 
     with jax.named_scope('dispatch'):
-        x_GD, sizes_E, return_rows = dispatch(x_TD, expert_BTC.reshape(-1), slots, cfg)
+        x_XD, sizes_e, return_rows = dispatch(x_TD, expert_BTC.reshape(-1), slots, cfg)
     with jax.named_scope('experts'):
-        y_GD = grouped_swiglu(x_GD, w, sizes_E, cfg.expert_kernel)
+        y_XD = grouped_swiglu(x_XD, w, sizes_e, cfg.expert_kernel)
     with jax.named_scope('combine'):
-        # By its name: no policy saves what comes out of a loop or a branch, as all of this does.
-        y_AD = checkpoint_name(return_rows(y_GD), HIDDEN)
+        # Named, since no policy saves the results of a loop or a branch, as all of these are.
+        y_AD = checkpoint_name(return_rows(y_XD), HIDDEN)
         choices = (x_TD.shape[0], cfg.experts_per_token)
         out_TD = combine(y_AD.reshape(*choices, -1), weight_BTC.reshape(choices))
-    out_BTD = out_TD.reshape(x_BTD.shape)
+    partial_BTD = out_TD.reshape(x_BTD.shape)
     if cfg.n_shared_experts:
-        shared = unshard(params['shared'], declared['shared'], x_BTD.dtype)
+        shared = unshard(params['shared'], declared['shared'], x_BtD.dtype)
         with jax.named_scope('shared_experts'):
-            out_BTD += swiglu_shards(shared, x_BTD)
+            partial_BTD += swiglu_shards(shared, x_BTD)
     # every tp device counts the same drops
     stats['dropped'] = jnp.sum(expert_BTC == cfg.n_experts, dtype=jnp.float32) / lax.axis_size(TP)
-    return reduce_scatter(out_BTD, TP, 1), stats
+    return reduce_scatter(partial_BTD, TP, 1), stats
 
 
 # ---------------------------------------------------------------------------------------------
@@ -98,66 +95,68 @@ def moe(params: Tree, x_BTD: Array, cfg: ModelConfig) -> tuple[Array, dict[str, 
 
 
 @jax.named_scope('router')
-def route(params: Tree, x_BTD: Array, cfg: ModelConfig) -> tuple[Array, Array, dict[str, Array]]:
-    """The experts of each token, int32 [B, T, C], and their weights, float32; in float32.
+def route(params: Tree, x_BtD: Array, cfg: ModelConfig) -> tuple[Array, Array, dict[str, Array]]:
+    """Chooses the experts of each token, int32 [B, T/tp, C], and their weights, float32.
 
     The bias enters the choice and not the weight (auxiliary-loss-free balancing, Wang et al.
     2024). With groups, only experts of the best `n_top_groups` are eligible, a group's score
-    being the sum of its two best (DeepSeek-V3). Statistics of this device's tokens, as sums:
-    `load` [E] assignments, `entropy` nats, `tokens`; and `loss`, its share of the balance and
-    z-losses' mean over the microbatch.
+    being the sum of its two best (DeepSeek-V3). All in float32. Statistics are sums over this
+    device's tokens: `load` [E] assignments, `entropy` nats, `tokens`; and `loss`, its share of the
+    balance and z-losses' mean over the microbatch.
     """
-    logits_BTE = jnp.einsum(
-        'btd,de->bte', x_BTD.astype(jnp.float32), params['router'], precision='highest'
+    logits_BtE = jnp.einsum(
+        'btd,de->bte', x_BtD.astype(jnp.float32), params['router'], precision='highest'
     )
     if cfg.router == 'sigmoid':
-        scores_BTE = jax.nn.sigmoid(logits_BTE)
-        probs_BTE = scores_BTE / jnp.sum(scores_BTE, axis=-1, keepdims=True)
+        scores_BtE = jax.nn.sigmoid(logits_BtE)
+        probs_BtE = scores_BtE / jnp.sum(scores_BtE, axis=-1, keepdims=True)
     else:
-        scores_BTE = probs_BTE = jax.nn.softmax(logits_BTE, axis=-1)
-    choice_BTE = lax.stop_gradient(scores_BTE) + lax.stop_gradient(params['bias'])
+        scores_BtE = probs_BtE = jax.nn.softmax(logits_BtE, axis=-1)
+    choice_BtE = lax.stop_gradient(scores_BtE) + lax.stop_gradient(params['bias'])
     if cfg.n_expert_groups > 1:
-        choice_BTE = mask_groups(choice_BTE, cfg)
-    expert_BTC = lax.top_k(choice_BTE, cfg.experts_per_token)[1]
-    weight_BTC = jnp.take_along_axis(scores_BTE, expert_BTC, axis=-1)
+        choice_BtE = mask_groups(choice_BtE, cfg)
+    expert_BtC = lax.top_k(choice_BtE, cfg.experts_per_token)[1]
+    weight_BtC = jnp.take_along_axis(scores_BtE, expert_BtC, axis=-1)
     if cfg.normalize_weights:
-        weight_BTC /= jnp.sum(weight_BTC, axis=-1, keepdims=True) + 1e-20
-    B, T, E = probs_BTE.shape
+        weight_BtC /= jnp.sum(weight_BtC, axis=-1, keepdims=True) + 1e-20
+    B, t, E = probs_BtE.shape
     rows_B = jnp.arange(B)[:, None, None]
-    load_BE = jnp.zeros_like(probs_BTE, shape=(B, E)).at[rows_B, expert_BTC].add(1.0)
-    entropy = -jnp.sum(probs_BTE * jnp.log(probs_BTE + 1e-20))
+    load_BE = jnp.zeros_like(probs_BtE, shape=(B, E)).at[rows_B, expert_BtC].add(1.0)
+    entropy = -jnp.sum(probs_BtE * jnp.log(probs_BtE + 1e-20))
     stats = {
         'load': jnp.sum(load_BE, axis=0),
         'entropy': lax.stop_gradient(entropy),
-        'tokens': jnp.full_like(entropy, B * T),
-        'loss': router_losses(logits_BTE, probs_BTE, load_BE, cfg),
+        'tokens': jnp.full_like(entropy, B * t),
+        'loss': router_losses(logits_BtE, probs_BtE, load_BE, cfg),
     }
-    return expert_BTC, weight_BTC * cfg.routed_scale, stats
+    return expert_BtC, weight_BtC * cfg.routed_scale, stats
 
 
-def mask_groups(choice_BTE: Array, cfg: ModelConfig) -> Array:
-    """-inf for the experts outside of each token's best groups (DeepSeek-V3, section 2.1.2)."""
-    groups = choice_BTE.reshape(*choice_BTE.shape[:-1], cfg.n_expert_groups, -1)
+def mask_groups(choice_BtE: Array, cfg: ModelConfig) -> Array:
+    """Sets experts outside of each token's best groups to -inf (DeepSeek-V3, section 2.1.2)."""
+    groups = choice_BtE.reshape(*choice_BtE.shape[:-1], cfg.n_expert_groups, -1)
     best_two = lax.top_k(groups, min(2, groups.shape[-1]))[0]
     top = lax.top_k(jnp.sum(best_two, axis=-1), cfg.n_top_groups)[1]
     kept = jnp.any(top[..., None] == jnp.arange(cfg.n_expert_groups), axis=-2)
-    return jnp.where(kept[..., None], groups, -jnp.inf).reshape(choice_BTE.shape)
+    return jnp.where(kept[..., None], groups, -jnp.inf).reshape(choice_BtE.shape)
 
 
-def router_losses(logits_BTE: Array, probs_BTE: Array, load_BE: Array, cfg: ModelConfig) -> Array:
-    """This device's share of the mean over the microbatch of
-    balance_loss · Σ_e f_e P_e of each sequence (DeepSeek-V3, equations 17-20), and of
-    router_z_loss · logsumexp(logits)² of each token (ST-MoE, Zoph et al. 2022)."""
-    _, T, E = probs_BTE.shape
+def router_losses(logits_BtE: Array, probs_BtE: Array, load_BE: Array, cfg: ModelConfig) -> Array:
+    """Returns this device's share of the routers' losses, averaged over the microbatch.
+
+    balance_loss · Σ_e f_e P_e per sequence (DeepSeek-V3, equations 17-20), and router_z_loss ·
+    logsumexp(logits)² per token (ST-MoE, Zoph et al. 2022).
+    """
+    _, t, E = probs_BtE.shape
     tp, devices = lax.axis_size(TP), lax.axis_size((*BATCH, TP))
-    total = jnp.zeros_like(logits_BTE, shape=())
+    total = jnp.zeros_like(logits_BtE, shape=())
     if cfg.router_z_loss:
-        z_BT = jnp.square(jax.nn.logsumexp(logits_BTE, axis=-1))
-        total += cfg.router_z_loss * jnp.mean(z_BT) / devices
+        z_Bt = jnp.square(jax.nn.logsumexp(logits_BtE, axis=-1))
+        total += cfg.router_z_loss * jnp.mean(z_Bt) / devices
     if cfg.balance_loss:
-        chosen_BE, prob_BE = psum(jnp.stack((load_BE, jnp.sum(probs_BTE, axis=1))), TP)
-        chosen_BE *= E / (cfg.experts_per_token * T * tp)
-        balance_B = jnp.sum(chosen_BE * prob_BE / (T * tp), axis=-1)
+        chosen_BE, prob_BE = psum(jnp.stack((load_BE, jnp.sum(probs_BtE, axis=1))), TP)
+        chosen_BE *= E / (cfg.experts_per_token * t * tp)
+        balance_B = jnp.sum(chosen_BE * prob_BE / (t * tp), axis=-1)
         total += cfg.balance_loss * jnp.mean(balance_B) / devices
     return total
 
@@ -178,11 +177,12 @@ def keep_within_capacity(expert_BTC: Array, cfg: ModelConfig) -> Array:
 
 
 def keep_within_buffers(expert_BTC: Array, cfg: ModelConfig) -> tuple[int, Array]:
-    """Rows that a device can send to each ep peer; choices beyond them lose their expert (E).
+    """Returns the rows that a device can send to each ep peer, and the choices that are within
+    them; the others lose their expert (E).
 
     buffer_factor 0 is exact: a peer may receive everything. Else it is the room over an even
     spread. First come, first served in order of positions, so no token loses its place to one at
-    a later position; but to one of another sequence it may, and that depends on the mesh.
+    a later position; but it may to one of another sequence, which depends on the mesh.
     """
     ep = lax.axis_size(EP)
     if not cfg.buffer_factor or cfg.buffer_factor >= ep:
@@ -195,7 +195,7 @@ def keep_within_buffers(expert_BTC: Array, cfg: ModelConfig) -> tuple[int, Array
 
 
 def rank_within(group_A: Array) -> Array:
-    """How many earlier entries are of the same group: int32 [A]."""
+    """Counts the earlier entries of the same group: int32 [A]."""
     order_A = jnp.argsort(group_A, stable=True)
     sorted_A = group_A[order_A]
     first_A = jnp.searchsorted(sorted_A, sorted_A)
@@ -206,8 +206,8 @@ def rank_within(group_A: Array) -> Array:
 def update_biases(params: Tree, stats: Tree, rate: float) -> Tree:
     """Moves each expert's bias by `rate` towards the mean load of the step's global batch.
 
-    `params` is a tree of stacked layers, `stats` that of the same layers which have a `load`:
-    [L, E], alike on all devices that hold the layer.
+    `params` is a tree of stacked layers; `stats` has the `load` of those with experts, [L, E],
+    alike on all devices that hold the layer.
     """
 
     def layer(params: Tree, stats: Tree) -> Tree:
@@ -224,36 +224,36 @@ def update_biases(params: Tree, stats: Tree, rate: float) -> Tree:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def permute(x_RD: Array, index_S: Array, inverse_A: Array, copies: int) -> Array:
-    """Rows x[index // copies]; zeros where the index is out of range.
+def permute(x_ID: Array, index_Z: Array, inverse_A: Array, copies: int) -> Array:
+    """Gathers the rows x[index // copies]; zeros where the index is out of range.
 
-    `inverse_A`, of copies · R entries, says at which place of the result each copy of each row
-    stands (out of range: nowhere). So the backward pass is a gather too, not a scatter.
+    `inverse_A` has copies · I entries: the place of each copy of each row in the result (out of
+    range: nowhere). So the backward pass is a gather too, not a scatter.
     """
-    return x_RD.at[index_S // copies].get(mode='fill', fill_value=0)
+    return x_ID.at[index_Z // copies].get(mode='fill', fill_value=0)
 
 
-def _permute_forward(x_RD: Array, index_S: Array, inverse_A: Array, copies: int):
-    return permute(x_RD, index_S, inverse_A, copies), inverse_A
+def _permute_forward(x_ID: Array, index_Z: Array, inverse_A: Array, copies: int):
+    return permute(x_ID, index_Z, inverse_A, copies), inverse_A
 
 
-def _permute_backward(copies: int, inverse_A: Array, d_SD: Array):
-    d_AD = d_SD.at[inverse_A].get(mode='fill', fill_value=0)
-    d_RCD = d_AD.reshape(-1, copies, d_SD.shape[-1])
-    return sum_choices(d_RCD).astype(d_SD.dtype), None, None
+def _permute_backward(copies: int, inverse_A: Array, d_ZD: Array):
+    d_AD = d_ZD.at[inverse_A].get(mode='fill', fill_value=0)
+    d_ICD = d_AD.reshape(-1, copies, d_ZD.shape[-1])
+    return sum_choices(d_ICD).astype(d_ZD.dtype), None, None
 
 
 permute.defvjp(_permute_forward, _permute_backward)
 
 
 def sum_choices(x_TCD: Array) -> Array:
-    """Σ over C in float32, written out: XLA:CPU takes ten times as long for such a reduction."""
+    """Sums over C in float32, term by term: XLA:CPU takes ten times as long for a reduction."""
     return sum(x_TCD[:, c].astype(jnp.float32) for c in range(x_TCD.shape[1]))
 
 
 @jax.custom_vjp
 def combine(y_TCD: Array, weight_TC: Array) -> Array:
-    """Σ_C weight · y, added up in float32: [T, D] in the type of y, which is saved as it comes."""
+    """Computes Σ_C weight · y in float32: [T, D] in the type of y, which is saved as it comes."""
     return sum_choices(y_TCD * weight_TC[..., None]).astype(y_TCD.dtype)
 
 
@@ -268,7 +268,7 @@ combine.defvjp(lambda y, weight: (combine(y, weight), (y, weight)), _combine_bac
 
 
 def inverted(index: Array, size: int) -> Array:
-    """The places at which 0..size-1 stand in `index`; len(index) for those that do not."""
+    """Finds the places of 0..size-1 in `index`; len(index) for those that are not in it."""
     nowhere = jnp.full_like(index, len(index), shape=(size,))
     return nowhere.at[index].set(jnp.arange(len(index)), mode='drop', unique_indices=True)
 
@@ -276,10 +276,11 @@ def inverted(index: Array, size: int) -> Array:
 def dispatch(
     x_TD: Array, expert_A: Array, slots: int, cfg: ModelConfig
 ) -> tuple[Array, Array, Callable[[Array], Array]]:
-    """Brings each token to its experts' device: rows grouped by expert, x_GD; rows a local
-    expert, int32 [E/ep]; and a function that brings [G, D] back to the assignments, [A, D].
+    """Brings each token to its experts' device.
 
-    Rows of assignments without an expert (E) come back as zeros.
+    Returns rows grouped by expert, x_XD; the rows of each local expert, int32 [E/ep]; and a
+    function that brings [X, D] back to the assignments, [A, D]. Rows of assignments without an
+    expert (E) come back as zeros.
     """
     C, E, A = cfg.experts_per_token, cfg.n_experts, len(expert_A)
     ep = lax.axis_size(EP)
@@ -288,52 +289,54 @@ def dispatch(
     place_A = jnp.where(expert_A < E, place_A, A + BLOCK)
     sizes_E = jnp.zeros_like(expert_A, shape=(E,)).at[expert_A].add(1, mode='drop')
     if ep == 1:  # rows grouped by expert are where they belong
-        order_G = jnp.pad(order_A, (0, BLOCK), constant_values=A)
-        x_GD = permute(x_TD, order_G, place_A, C)
-        return x_GD, sizes_E, lambda y_GD: permute(y_GD, place_A, order_G, 1)
+        order_X = jnp.pad(order_A, (0, BLOCK), constant_values=A)
+        x_XD = permute(x_TD, order_X, place_A, C)
+        return x_XD, sizes_E, lambda y_XD: permute(y_XD, place_A, order_X, 1)
 
-    sizes_PE = sizes_E.reshape(ep, -1)
-    received_PE = all_to_all(sizes_PE, EP, 0)
-    send, receive = exchange(order_A, place_A, sizes_PE, received_PE, slots, C)
-    dest_S, sizes_E = regroup(received_PE, slots)
-    source_G = inverted(dest_S, len(dest_S) + BLOCK)
-    x_GD = permute(send(x_TD), source_G, dest_S, 1)
-    return x_GD, sizes_E, lambda y_GD: receive(permute(y_GD, dest_S, source_G, 1))
+    sizes_Pe = sizes_E.reshape(ep, -1)
+    received_Pe = all_to_all(sizes_Pe, EP, 0)
+    send, receive = exchange(order_A, place_A, sizes_Pe, received_Pe, slots, C)
+    dest_Z, sizes_e = regroup(received_Pe, slots)
+    source_X = inverted(dest_Z, len(dest_Z) + BLOCK)
+    x_XD = permute(send(x_TD), source_X, dest_Z, 1)
+    return x_XD, sizes_e, lambda y_XD: receive(permute(y_XD, dest_Z, source_X, 1))
 
 
 def exchange(
-    order_A: Array, place_A: Array, sizes_PE: Array, received_PE: Array, slots: int, copies: int
+    order_A: Array, place_A: Array, sizes_Pe: Array, received_Pe: Array, slots: int, copies: int
 ) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
-    """Two functions, [T, D] tokens -> [S, D] and back [S, D] -> [A, D]: slot p·slots + c of a
-    device holds the c-th row that peer p sent it. Rows are sent in order of their expert.
+    """Returns two functions, [T, D] tokens -> [Z, D] and back, [Z, D] -> [A, D].
+
+    Slot p·slots + z of a device holds the z-th row that peer p sent it. Rows are sent in order of
+    their expert.
 
     On TPU and GPU a ragged all-to-all moves the real rows only; CPU has none, and there all
     slots travel.
     """
-    ep, A = sizes_PE.shape[0], len(order_A)
-    sizes_P, received_P = jnp.sum(sizes_PE, axis=1), jnp.sum(received_PE, axis=1)
+    ep, A = sizes_Pe.shape[0], len(order_A)
+    sizes_P, received_P = jnp.sum(sizes_Pe, axis=1), jnp.sum(received_Pe, axis=1)
     start_P = jnp.cumsum(sizes_P) - sizes_P
-    c = jnp.arange(slots)
-    filled_PC = c < sizes_P[:, None]
-    from_PC = order_A.at[start_P[:, None] + c].get(mode='fill', fill_value=A)
-    from_S = jnp.where(filled_PC, from_PC, A).reshape(-1)
-    slot_A = inverted(from_S, A)
+    z = jnp.arange(slots)
+    filled_Pz = z < sizes_P[:, None]
+    from_Pz = order_A.at[start_P[:, None] + z].get(mode='fill', fill_value=A)
+    from_Z = jnp.where(filled_Pz, from_Pz, A).reshape(-1)
+    slot_A = inverted(from_Z, A)
     mine = lax.axis_index(EP) * slots + jnp.zeros_like(start_P)
     theirs = jnp.arange(ep) * slots
     start_there_P = all_to_all(start_P, EP, 0)
 
     def send_slots(x_TD: Array) -> Array:
-        return all_to_all(permute(x_TD, from_S, slot_A, copies), EP, 0)
+        return all_to_all(permute(x_TD, from_Z, slot_A, copies), EP, 0)
 
-    def receive_slots(y_SD: Array) -> Array:
-        return permute(all_to_all(y_SD, EP, 0), slot_A, from_S, 1)
+    def receive_slots(y_ZD: Array) -> Array:
+        return permute(all_to_all(y_ZD, EP, 0), slot_A, from_Z, 1)
 
     def send_ragged(x_TD: Array) -> Array:
         x_AD = permute(x_TD, order_A, place_A, copies)
         return ragged_all_to_all(x_AD, ep * slots, start_P, sizes_P, mine, received_P, EP)
 
-    def receive_ragged(y_SD: Array) -> Array:
-        y_AD = ragged_all_to_all(y_SD, A, theirs, received_P, start_there_P, sizes_P, EP)
+    def receive_ragged(y_ZD: Array) -> Array:
+        y_AD = ragged_all_to_all(y_ZD, A, theirs, received_P, start_there_P, sizes_P, EP)
         return permute(y_AD, place_A, order_A, 1)
 
     def by_platform(slots: Callable, ragged: Callable) -> Callable[[Array], Array]:
@@ -342,15 +345,60 @@ def exchange(
     return by_platform(send_slots, send_ragged), by_platform(receive_slots, receive_ragged)
 
 
-def regroup(received_PE: Array, slots: int) -> tuple[Array, Array]:
-    """Where each slot of the exchange goes among rows grouped by expert, int32 [S] (out of range:
-    it is empty), and the rows of each local expert, int32 [E/ep]."""
-    sizes_E = jnp.sum(received_PE, axis=0)
-    before_PE = jnp.cumsum(received_PE, axis=1)  # within what one peer sent
-    peers_PE = jnp.cumsum(received_PE, axis=0) - received_PE  # from earlier peers, an expert
-    c = jnp.arange(slots)
-    expert_PC = jnp.sum(c[None, :, None] >= before_PE[:, None, :], axis=-1)
-    shift_PE = jnp.cumsum(sizes_E) - sizes_E + peers_PE - (before_PE - received_PE)
-    shift_PC = jnp.take_along_axis(shift_PE, expert_PC, axis=1, mode='clip')
-    dest_PC = jnp.where(c < before_PE[:, -1:], c + shift_PC, received_PE.shape[0] * slots + BLOCK)
-    return dest_PC.reshape(-1), sizes_E
+def regroup(received_Pe: Array, slots: int) -> tuple[Array, Array]:
+    """Returns the place of each slot of the exchange among rows grouped by expert, int32 [Z] (out
+    of range: the slot is empty), and the rows of each local expert, int32 [E/ep]."""
+    sizes_e = jnp.sum(received_Pe, axis=0)
+    before_Pe = jnp.cumsum(received_Pe, axis=1)  # within what one peer sent
+    peers_Pe = jnp.cumsum(received_Pe, axis=0) - received_Pe  # from earlier peers, an expert
+    z = jnp.arange(slots)
+    expert_Pz = jnp.sum(z[None, :, None] >= before_Pe[:, None, :], axis=-1)
+    shift_Pe = jnp.cumsum(sizes_e) - sizes_e + peers_Pe - (before_Pe - received_Pe)
+    shift_Pz = jnp.take_along_axis(shift_Pe, expert_Pz, axis=1, mode='clip')
+    dest_Pz = jnp.where(z < before_Pe[:, -1:], z + shift_Pz, received_Pe.shape[0] * slots + BLOCK)
+    return dest_Pz.reshape(-1), sizes_e
+
+
+# ---------------------------------------------------------------------------------------------
+# The record
+# ---------------------------------------------------------------------------------------------
+
+
+def moe_width(m: ModelConfig | ConfigDict) -> int:
+    """Returns the hidden size of one expert."""
+    return m.d_expert
+
+
+def moe_rules(config: ConfigDict) -> Iterator[str]:
+    """Yields what of the sizes and choices cannot run."""
+    m, ep = config.model, config.mesh.ep
+    yield from indivisible(config, TP, ['model.d_expert'])
+    yield from indivisible(config, EP, ['model.n_experts'])
+    if m.experts_per_token > m.n_experts:
+        yield (
+            f'model.experts_per_token={m.experts_per_token} is above model.n_experts='
+            f'{m.n_experts}; use {m.n_experts} or fewer'
+        )
+    if m.n_experts % m.n_expert_groups:
+        yield (
+            f'model.n_experts={m.n_experts} is not divisible by model.n_expert_groups='
+            f'{m.n_expert_groups}; use {divisors(m.n_experts)} groups'
+        )
+    elif m.n_top_groups > m.n_expert_groups:
+        yield (
+            f'model.n_top_groups={m.n_top_groups} is above model.n_expert_groups='
+            f'{m.n_expert_groups}; use {m.n_expert_groups} or fewer'
+        )
+    elif m.n_top_groups * (m.n_experts // m.n_expert_groups) < m.experts_per_token:
+        yield (
+            f'model.n_top_groups={m.n_top_groups} of {m.n_experts // m.n_expert_groups} experts '
+            f'cannot offer model.experts_per_token={m.experts_per_token}; use more groups'
+        )
+    if ep > 1 and m.buffer_factor and m.buffer_factor < 1:
+        yield (
+            f'model.buffer_factor={m.buffer_factor} has less room than an even spread takes; '
+            f'use 1 or more, or 0 for room for all'
+        )
+
+
+MOE = FeedForward(moe_params, moe, True, moe_width, moe_rules)

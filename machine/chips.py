@@ -1,24 +1,27 @@
-"""The chips that the project knows, by their vendors' figures, and this CPU, by measurement."""
+"""Rates and memory of chips, by their vendors' figures, and of this CPU, by measurement."""
 
 import dataclasses
 import os
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from config import ConfigError
+
 GB, GIB = 1e9, 2.0**30
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One jax device. Rates are peaks; a roofline made of them is a bound, not a forecast.
+    """One jax device. Rates are peaks: a roofline made of them is a bound, not a forecast.
 
-    `link` is what one device sends along one dimension of its network, to both neighbours; a mesh
-    axis is taken to lie along one dimension. On GPUs it is what leaves the device in its node, and
-    `outer` what leaves it to other nodes.
+    On TPUs, `link` is the rate at which one device sends along one dimension of its network, to
+    both neighbours together; a mesh axis is assumed to lie along one dimension. On GPUs, `link` is
+    the rate at which a device sends to others of its node, and `outer` to those of other nodes.
     """
 
     name: str
@@ -29,12 +32,12 @@ class Chip:
     bandwidth: float  # bytes/s of that memory
     link: float  # bytes/s
     source: str
-    clock: float = 0.0  # Hz of the cycles that the compiler estimates; 0: it estimates none
-    node: int = 0  # devices of a node, beyond which `outer` holds; 0: all are alike
+    clock: float = 0.0  # Hz of the cycles in the compiler's estimates; 0: it makes none
+    node: int = 0  # devices per node; 0: the rate between all devices is `link`
     outer: float = 0.0  # bytes/s
 
     def axis_bandwidth(self, devices: int) -> float:
-        """Bytes/s of a mesh axis whose groups span so many devices that are numbered in a row."""
+        """Returns the bytes/s of a mesh axis whose groups span this many consecutive devices."""
         return self.outer if self.node and devices > self.node else self.link
 
 
@@ -42,7 +45,7 @@ _TPU = 'https://cloud.google.com/tpu/docs/'
 
 # TPU: the specifications at cloud.google.com/tpu/docs, whose interconnect figure counts all links
 # and both directions; v4's links are from Jouppi et al. 2023 (arXiv 2304.01433, table 4: 6 links of
-# 50 GB/s). The clocks are those of the same paper and of the peaks over the FLOPs of a cycle.
+# 50 GB/s). v4's clock is from the same paper, the others are peak FLOP/s / FLOPs per cycle.
 CHIPS = {
     'v4': Chip(
         'TPU v4', 'tpu', ('TPU v4',), 275e12, 32 * GIB, 1200 * GB, 2 * 50 * GB, f'{_TPU}v4', 1.05e9
@@ -61,29 +64,29 @@ CHIPS = {
     ),
     'a100': Chip(
         'A100', 'gpu', ('NVIDIA A100-SXM4-80GB',), 312e12, 80 * GB, 2039 * GB, 300 * GB,
-        'NVIDIA A100 80GB SXM data sheet; 200 Gbit/s InfiniBand a GPU between nodes',
+        'NVIDIA A100 80GB SXM data sheet; 200 Gbit/s InfiniBand per GPU between nodes',
         node=8, outer=25 * GB,
     ),
     'h100': Chip(
         'H100', 'gpu', ('NVIDIA H100 80GB HBM3',), 989e12, 80 * GB, 3350 * GB, 450 * GB,
-        'NVIDIA H100 SXM data sheet; 400 Gbit/s InfiniBand a GPU between nodes',
+        'NVIDIA H100 SXM data sheet; 400 Gbit/s InfiniBand per GPU between nodes',
         node=8, outer=50 * GB,
     ),
     'h200': Chip(
         'H200', 'gpu', ('NVIDIA H200',), 989e12, 141 * GB, 4800 * GB, 450 * GB,
-        'NVIDIA H200 SXM data sheet; 400 Gbit/s InfiniBand a GPU between nodes',
+        'NVIDIA H200 SXM data sheet; 400 Gbit/s InfiniBand per GPU between nodes',
         node=8, outer=50 * GB,
     ),
 }  # fmt: skip
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip that a jax device is one of; None if the table lacks it."""
+    """Returns the chip of a jax device's `device_kind`; None if CHIPS lacks it."""
     return next((chip for chip in CHIPS.values() if device_kind in chip.kinds), None)
 
 
-def fastest(f, x: jax.Array, repeats: int) -> float:
-    """Seconds of the fastest of several calls of f(x), which is compiled first."""
+def fastest(f: Callable[[jax.Array], jax.Array], x: jax.Array, repeats: int) -> float:
+    """Returns the seconds of the fastest of several calls of f(x), after one that compiles it."""
     f(x).block_until_ready()
     seconds = []
     for _ in range(repeats):
@@ -94,14 +97,16 @@ def fastest(f, x: jax.Array, repeats: int) -> float:
 
 
 def cpu_flops(device: jax.Device, n: int = 2048) -> float:
-    """FLOP/s of a float32 matmul of n x n on the CPU, all cores."""
+    """Measures the FLOP/s of a float32 matmul of n x n on the CPU, all cores."""
     x = jax.device_put(np.ones((n, n), np.float32), device)
     return 2 * n**3 / fastest(jax.jit(lambda x: x @ x), x, 5)
 
 
 def measured_cpu() -> Chip:
-    """This machine as one device, float32: its matmul rate and what it reads and writes a second,
-    measured here and now. Simulated devices share both; their network is its memory."""
+    """Measures this machine as one device: float32 matmul rate and memory bandwidth.
+
+    Simulated devices share both; their network is its memory.
+    """
     device = jax.devices('cpu')[0]
     add = jax.jit(lambda x: x + 1, donate_argnums=0)
     x = add(jax.device_put(np.ones(32 * 2**20, np.float32), device))
@@ -119,19 +124,22 @@ def measured_cpu() -> Chip:
 
 
 def device_memory() -> float:
-    """Bytes of this machine's memory."""
+    """Returns the bytes of this machine's memory."""
     return float(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'))
 
 
 def peak_flops(config: ConfigDict, mesh: Mesh) -> tuple[float, str]:
-    """FLOP/s of the whole mesh, and where the figure comes from."""
+    """Returns the peak FLOP/s of the whole mesh, and the source of the figure.
+
+    Raises ConfigError if config.peak_flops is not set and the chip is unknown.
+    """
     device = mesh.local_devices[0]
     if config.peak_flops:
         return config.peak_flops * mesh.size, 'config.peak_flops'
     if device.platform != 'cpu':
         chip = chip_of(device.device_kind)
         if chip is None:
-            raise ValueError(
+            raise ConfigError(
                 f'the peak of {device.device_kind!r} is unknown; set --config.peak_flops to the '
                 f'FLOP/s of one device'
             )

@@ -1,4 +1,4 @@
-"""How much memory a run takes, and what to turn when it is not enough."""
+"""The memory that a run takes: its peak, remedies when it does not suffice, reuse on CPU."""
 
 import contextlib
 import ctypes
@@ -12,11 +12,14 @@ from ml_collections import ConfigDict
 
 
 class OutOfMemoryError(Exception):
-    """The devices' memory does not suffice; the message says what would take less."""
+    """The devices' memory does not suffice; the message lists remedies."""
 
 
 def memory_use() -> dict[str, int]:
-    """Peak bytes: of this process's fullest device, where the platform tells, and of its host."""
+    """Returns peak bytes: host_bytes of this process, device_bytes of its fullest device.
+
+    device_bytes is missing on platforms that do not report it.
+    """
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     use = {'host_bytes': host if sys.platform == 'darwin' else 1024 * host}
     stats = [device.memory_stats() for device in jax.local_devices()]
@@ -25,24 +28,24 @@ def memory_use() -> dict[str, int]:
 
 
 def remedies(config: ConfigDict) -> Iterator[str]:
-    """What would take less memory, of what the config has not turned yet; the cheapest first."""
+    """Yields the settings of the config that would take less memory, the cheapest first."""
     mesh, m = config.mesh, config.model
     rows = config.batch_size // (mesh.dp * mesh.fsdp * mesh.ep)
     if config.microbatches < rows:
         yield (
-            f'microbatches={config.microbatches}: with more of them, up to {rows}, fewer rows are '
-            f'worked on at a time; the result is the same'
+            f'microbatches={config.microbatches}: with more of them, up to {rows}, a device works '
+            f'on fewer rows at a time; the result is the same'
         )
     tokens = rows // config.microbatches * config.seq_len // mesh.tp
     if m.loss_chunk > 128 and tokens > 128:
-        yield f'model.loss_chunk={m.loss_chunk}: with fewer tokens a chunk, fewer logits exist'
+        yield f'model.loss_chunk={m.loss_chunk}: with fewer tokens per chunk, fewer logits exist'
     if m.remat != 'full':
-        yield f"model.remat='{m.remat}': 'full' keeps only the input of each block, for more time"
+        yield f"model.remat='{m.remat}': 'full' keeps only the input of each block; it is slower"
     if config.fsdp_gather == 'step' and mesh.fsdp > 1:
-        yield "fsdp_gather='step' holds the layers' weights whole; 'layer' one layer at a time"
+        yield "fsdp_gather='step' gathers all layers' weights; 'layer' gathers one layer at a time"
     yield (
-        f'mesh.fsdp={mesh.fsdp}: more of it shards parameters, moments and gradients; so do '
-        f'mesh.tp={mesh.tp} and mesh.pp={mesh.pp}, and mesh.ep={mesh.ep} for experts'
+        f'mesh.fsdp={mesh.fsdp}: a larger axis shards parameters, moments and gradients further; '
+        f'so do mesh.tp={mesh.tp} and mesh.pp={mesh.pp}, and mesh.ep={mesh.ep} for experts'
     )
     if config.compute_dtype == 'float32':
         yield "compute_dtype='float32': 'bfloat16' halves the activations"
@@ -50,7 +53,7 @@ def remedies(config: ConfigDict) -> Iterator[str]:
 
 @contextlib.contextmanager
 def out_of_memory_explained(config: ConfigDict) -> Iterator[None]:
-    """Turns jax's error, of the compiler or of a device, into OutOfMemoryError with remedies."""
+    """Turns an out-of-memory error of the compiler or of a device into OutOfMemoryError."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -58,14 +61,15 @@ def out_of_memory_explained(config: ConfigDict) -> Iterator[None]:
             raise
         found = '\n'.join(f'  - {remedy}' for remedy in remedies(config))
         raise OutOfMemoryError(
-            f'out of memory: {str(error)[:1000]}\nWhat would take less:\n{found}'
+            f'out of memory: {str(error)[:1000]}\nSettings that take less:\n{found}'
         ) from error
 
 
 def keep_freed_memory() -> None:
-    """Lets glibc keep what XLA:CPU frees for the next step, instead of returning it to the system
-    and faulting it in again page by page: that took a third of a matmul's time. The price is that
-    the process holds its peak. On other C libraries nothing changes.
+    """Makes glibc keep the memory that XLA:CPU frees, for the next step.
+
+    Returning it to the system and faulting it in again page by page took a third of a matmul's
+    time. The process then holds its peak. With other C libraries this does nothing.
     """
     if platform.libc_ver()[0] != 'glibc':
         return

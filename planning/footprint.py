@@ -1,4 +1,4 @@
-"""The memory of one device in training, by part, from the config alone.
+"""Estimates the memory of one device in training, by part, from the config alone.
 
 Parameters, moments and gradients follow from the declarations and are exact. The rest is what the
 step must hold at its two peaks: in the head, where the logits of a chunk exist, and in the backward
@@ -15,10 +15,13 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from config import ModelConfig
-from model import layer_params, model_config, model_params
+from config import ATTENTION_OUTPUT, HIDDEN, QKV, RESIDUAL, ModelConfig
+from layers.attention import attention_sizes
+from layers.attention_kernels import ATTENTION_KERNELS
+from model import FEED_FORWARD, layer_params, model_for, model_params
+from optimizer import OPTIMIZERS
 from parallel import BATCH, EP, FSDP, PP, TP, Param, Tree, is_param, spec_axes
-from pipeline.schedules import Schedule
+from pipeline.tables import Schedule
 from train_step import train_schedule
 
 FLOAT32 = 4  # bytes of a master parameter, a moment, an accumulated gradient
@@ -26,7 +29,7 @@ FLOAT32 = 4  # bytes of a master parameter, a moment, an accumulated gradient
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """What one device has of a config: its mesh, and the sizes of its part of a microbatch."""
+    """One device's part of a config: its mesh, and the sizes of its part of a microbatch."""
 
     cfg: ModelConfig
     platform: str  # of jax
@@ -36,41 +39,47 @@ class Share:
     rows: int  # sequences of a microbatch on a device
     chunks: int  # virtual stages of a pipeline stage
     gather: str  # config.fsdp_gather
+    optimizer: str  # optimizer.name
     schedule: Schedule | None  # None: no pipeline
 
     @property
     def declared(self) -> Tree:
-        """Every parameter."""
+        """Declares every parameter."""
         return declarations(self.cfg, self.chunks)
 
     @property
+    def slots(self) -> Tree:
+        """Declares the optimizer's state beside the parameters."""
+        return slot_declarations(self.cfg, self.chunks, self.optimizer)
+
+    @property
     def tokens(self) -> int:
-        """Of a microbatch, all positions: what heads, feed-forward and experts work on."""
+        """Tokens of a microbatch, all positions: for heads, feed-forward and experts."""
         return self.rows * self.T
 
     @property
     def step_tokens(self) -> int:
-        """Of a step, over all devices."""
+        """Tokens of a step, over all devices."""
         return self.tokens * self.microbatches * math.prod(self.mesh[axis] for axis in BATCH)
 
     @property
     def local(self) -> int:
-        """Of a microbatch, the positions of this tp device: the residual stream."""
+        """Tokens of a microbatch at the positions of this tp device: in the residual stream."""
         return self.tokens // self.mesh['tp']
 
     @property
     def width(self) -> int:
-        """Bytes of a number in the compute type."""
+        """Bytes per number in the compute type."""
         return jnp.dtype(self.cfg.compute_dtype).itemsize
 
     @property
     def blocks(self) -> int:
-        """Blocks of a device."""
+        """Blocks of layers on a device."""
         return self.cfg.n_blocks // self.mesh['pp']
 
     @property
     def assignments(self) -> int:
-        """Rows that a device's tokens are to its experts: choices, and room for the uneven."""
+        """Rows that a device's experts take: choices, and the room for an uneven spread."""
         cfg, ep = self.cfg, self.mesh['ep']
         rows = self.tokens * cfg.experts_per_token
         full = not cfg.buffer_factor or cfg.buffer_factor >= ep
@@ -79,12 +88,12 @@ class Share:
 
     @property
     def head_tokens(self) -> int:
-        """Tokens of a microbatch whose loss this device computes: stages share the head."""
+        """Tokens of a microbatch whose loss this device computes, as stages share the head."""
         return self.local // self.mesh['pp']
 
     @property
     def chunk(self) -> int:
-        """Positions whose logits exist at a time, as `cross_entropy` cuts them."""
+        """Tokens whose logits exist at a time, as `cross_entropy` cuts them."""
         n = -(-self.head_tokens // self.cfg.loss_chunk)
         while self.head_tokens % n:
             n += 1
@@ -93,19 +102,28 @@ class Share:
 
 @functools.cache
 def declarations(cfg: ModelConfig, chunks: int) -> Tree:
+    """Declares every parameter, once per model."""
     return model_params(cfg, chunks)
 
 
 @functools.cache
+def slot_declarations(cfg: ModelConfig, chunks: int, optimizer: str) -> Tree:
+    """Declares the optimizer's slots, once per model and optimizer."""
+    return OPTIMIZERS[optimizer].slots(declarations(cfg, chunks))
+
+
+@functools.cache
 def layer_declaration(cfg: ModelConfig, kind: str) -> Tree:
+    """Declares the parameters of a layer, once per kind."""
     return layer_params(cfg, kind)
 
 
 def share(config: ConfigDict, platform: str) -> Share:
+    """Returns one device's part of a config on devices of this jax platform."""
     mesh = dict(config.mesh)
     over = config.microbatches * mesh['dp'] * mesh['fsdp'] * mesh['ep']
     return Share(
-        cfg=model_config(config, platform),
+        cfg=model_for(config, platform),
         platform=platform,
         mesh=mesh,
         microbatches=config.microbatches,
@@ -113,22 +131,24 @@ def share(config: ConfigDict, platform: str) -> Share:
         rows=config.batch_size // over,
         chunks=config.pipeline.chunks,
         gather=config.fsdp_gather,
+        optimizer=config.optimizer.name,
         schedule=train_schedule(config) if mesh[PP] > 1 else None,
     )
 
 
 def shard_size(p: Param, mesh: dict[str, int], whole: str | None = None) -> int:
-    """Numbers of a parameter on one device; `whole`: after a gather over that axis."""
+    """Counts the numbers of a parameter on one device; `whole`: after a gather over that axis."""
     axes = [axis for axis in spec_axes(p.spec) if axis != whole]
     return math.prod(p.shape) // math.prod(mesh[axis] for axis in axes)
 
 
 def leaves(tree: Tree) -> list[Param]:
+    """Lists the declarations in a tree."""
     return jax.tree.leaves(tree, is_leaf=is_param)
 
 
 def gathered(tree: Tree, s: Share) -> float:
-    """Bytes of a tree's matrices as the matmuls want them: whole over fsdp, in the compute type."""
+    """Returns the bytes of a tree's matrices in matmuls: whole over fsdp, in the compute type."""
     return sum(shard_size(p, s.mesh, FSDP) * s.width for p in leaves(tree) if p.matrix)
 
 
@@ -139,93 +159,90 @@ def gathered(tree: Tree, s: Share) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Value:
-    """An array that the forward pass of a layer makes and its backward pass reads; `group` is its
-    name in layers.REMAT_NAMES, by which model.remat_keep and remat_offload keep it."""
+    """An array that the forward pass of a layer makes and its backward pass reads.
+
+    `group` is its name in config.REMAT_NAMES, by which model.remat_keep and remat_offload keep it.
+    """
 
     bytes: float
     group: str = ''
 
 
 def attention_values(s: Share) -> list[Value]:
+    """Lists the arrays of a layer's attention, and the residual stream after it."""
     cfg, c, tp, t = s.cfg, s.width, s.mesh[TP], s.tokens
-    D, N = cfg.d_model, cfg.n_heads // tp
-    if cfg.attention == 'mla':
-        query, key = cfg.q_rank or D, cfg.nope_dim + cfg.rope_dim
-        value, kv = cfg.v_dim, N
-        latents = cfg.kv_rank + cfg.rope_dim
-        inputs = [
-            Value(s.local * (latents + cfg.q_rank) * c),  # before their norm
-            Value(t * (latents + query) * c),  # gathered
-            Value(t * (cfg.kv_rank + query) * c),  # and apart
-        ]
-    else:
-        key = value = cfg.head_dim
-        kv = max(cfg.n_kv_heads // tp, 1)
-        inputs = [Value(t * D * c)]
+    D, N, sizes = cfg.d_model, cfg.n_heads // tp, attention_sizes(cfg)
+    kv = max(sizes.kv_heads // tp, 1)
+    qkv = N * sizes.key + kv * (sizes.key + sizes.value)
     return [
         Value(s.local * D * c),  # normed
-        *inputs,
-        Value(t * (N * key + kv * (key + value)) * c, 'qkv'),
-        Value(t * N * (2 * value * c + FLOAT32), 'attention'),  # twice: with heads last as well
-        Value(s.local * D * c, 'residual'),
+        Value(s.local * sizes.latents * c),  # before their norm
+        *(Value(t * size * c) for size in sizes.inputs),
+        Value(t * qkv * c, QKV),
+        Value(t * N * (2 * sizes.value * c + FLOAT32), ATTENTION_OUTPUT),  # heads last as well
+        Value(s.local * D * c, RESIDUAL),
     ]
 
 
 def feed_forward_values(s: Share, kind: str) -> list[Value]:
+    """Lists the arrays of a layer's feed-forward."""
     cfg, c, tp, t = s.cfg, s.width, s.mesh[TP], s.tokens
-    D = cfg.d_model
+    D, feed_forward = cfg.d_model, FEED_FORWARD[kind]
+    width = feed_forward.width(cfg)
     values = [Value(s.local * D * c), Value(t * D * c)]  # normed, gathered
-    if kind == 'dense':
-        return [*values, *swiglu_values(t, cfg.d_ff // tp, c)]
+    if not feed_forward.routed:
+        return [*values, *swiglu_values(t, width // tp, c)]
     values += [
         Value(s.assignments * D * c),  # rows by expert
-        *swiglu_values(s.assignments, cfg.d_expert // tp, c),
-        Value(t * cfg.experts_per_token * D * c, 'hidden'),  # the output of each choice
+        *swiglu_values(s.assignments, width // tp, c),
+        Value(t * cfg.experts_per_token * D * c, HIDDEN),  # the output of each choice
         Value(s.local * (D + 2 * cfg.n_experts) * FLOAT32),  # the router's
     ]
-    return values + swiglu_values(t, cfg.n_shared_experts * cfg.d_expert // tp, c)
+    return values + swiglu_values(t, cfg.n_shared_experts * width // tp, c)
 
 
 def swiglu_values(rows: int, width: int, c: int) -> list[Value]:
-    return [Value(2 * rows * width * c, 'hidden'), Value(rows * width * c)]
+    """Lists both factors of the product, and the product."""
+    return [Value(2 * rows * width * c, HIDDEN), Value(rows * width * c)]
 
 
 def layer_values(s: Share, kind: str) -> list[Value]:
-    """What a layer of that kind keeps between forward and backward without rematerialization."""
-    x = Value(s.local * s.cfg.d_model * s.width, 'residual')
+    """Lists all arrays that a layer keeps from forward to backward without rematerialization."""
+    x = Value(s.local * s.cfg.d_model * s.width, RESIDUAL)
     return [x, *attention_values(s), *feed_forward_values(s, kind)]
 
 
 def kept_of_layer(s: Share, kind: str) -> float:
-    """Bytes that a layer keeps from its forward to its backward pass, by model.remat: its input
-    and what is kept by name."""
+    """Returns the bytes that a layer keeps from forward to backward, by model.remat: its input and
+    the arrays kept by name."""
     values = layer_values(s, kind)
     if s.cfg.remat == 'none':
         return sum(v.bytes for v in values)
     keep = s.cfg.kept_names
     kept = sum(v.bytes for v in values if v.group in keep)
-    return kept + ('residual' not in keep) * values[0].bytes
+    return kept + (RESIDUAL not in keep) * values[0].bytes
 
 
 def recomputed_of_layer(s: Share, kind: str) -> float:
-    """Bytes that the backward pass of a layer computes again, all of it before it begins."""
+    """Returns the bytes that the backward pass of a layer computes again before it begins."""
     return sum(v.bytes for v in layer_values(s, kind)) - kept_of_layer(s, kind)
 
 
 def gradients_of_layer(s: Share, kind: str) -> float:
-    """Bytes of the gradients of activations that are there at once in a layer's backward pass."""
+    """Returns the bytes of the gradients of activations at once in a layer's backward pass."""
     cfg, c, tp, t = s.cfg, s.width, s.mesh[TP], s.tokens
-    if kind == 'dense':
-        feed_forward = t * (2 * cfg.d_ff // tp + 2 * cfg.d_model) * c
+    width = FEED_FORWARD[kind].width(cfg)
+    if not FEED_FORWARD[kind].routed:
+        feed_forward = t * (2 * width // tp + 2 * cfg.d_model) * c
     else:
-        rows, width = s.assignments, cfg.d_expert // tp
+        rows, width = s.assignments, width // tp
         # The kernels leave both factors of a SwiGLU's product, and its gradient, in float32.
         feed_forward = rows * (3 * width * FLOAT32 + cfg.d_model * (FLOAT32 + c))
         if s.mesh[EP] > 1:
             feed_forward += 2 * rows * cfg.d_model * c  # as they come, and go back
-    qkv = next(v.bytes for v in attention_values(s) if v.group == 'qkv')
+    qkv = next(v.bytes for v in attention_values(s) if v.group == QKV)
     attention = qkv  # their gradients
-    if cfg.attention_kernel == 'blockwise':
+    if ATTENTION_KERNELS[cfg.attention_kernel].scores:
         block = min(cfg.attention_block, s.T)
         scores = s.rows * cfg.n_heads // tp * block**2
         attention = qkv * FLOAT32 / c + 3 * scores * FLOAT32 + scores * c
@@ -233,7 +250,7 @@ def gradients_of_layer(s: Share, kind: str) -> float:
 
 
 def linear_values(s: Share, kind: str) -> float:
-    """Bytes of the inputs and output gradients of all `linear` of a layer: what W needs."""
+    """Returns the bytes of inputs and output gradients of all `linear` of a layer, for W."""
     numbers = 0
     for p in leaves(layer_declaration(s.cfg, kind)):
         if not p.linear:
@@ -249,7 +266,7 @@ def linear_values(s: Share, kind: str) -> float:
 
 
 def pipeline_stash(s: Share) -> float:
-    """Bytes of inputs, output gradients and what W needs, in flight between stages."""
+    """Returns the bytes in flight between stages: inputs, output gradients, and all for W."""
     if s.schedule is None:
         return 0.0
     x = s.local * s.cfg.d_model * s.width
@@ -261,8 +278,8 @@ def pipeline_stash(s: Share) -> float:
 
 
 def head_parts(s: Share) -> tuple[float, float]:
-    """Bytes of a chunk's logits, float32 and their gradient in the compute type; and of the head's
-    weight, gathered, with its gradient where that adds up over chunks."""
+    """Returns the bytes of a chunk's logits, float32, with their gradient in the compute type; and
+    of the head's weight, gathered, with its gradient where that adds up over chunks."""
     matrix = s.cfg.vocab_size // s.mesh[TP] * s.cfg.d_model
     logits = s.chunk * s.cfg.vocab_size // s.mesh[TP] * (FLOAT32 + s.width)
     several = s.chunk < s.head_tokens * s.mesh[TP]
@@ -278,13 +295,13 @@ def head_parts(s: Share) -> tuple[float, float]:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes of one device, the fullest one, by part. Not all are there at once: see `peak`."""
+    """The bytes of the fullest device, by part. Not all are there at once: see `peak`."""
 
     parameters: float  # float32, the master copy
-    moments: float  # float32, Adam's two
+    moments: float  # float32, the optimizer's slots
     gradients: float  # float32, added up over microbatches
     microbatch_gradients: float  # float32, of one microbatch, before they are added
-    stash: float  # what is in flight between pipeline stages
+    stash: float  # in flight between pipeline stages
     activations: float  # kept from forward to backward
     recomputed: float  # in the backward pass of one layer
     gathered: float  # weights in the compute type: of one layer, or of all
@@ -299,19 +316,19 @@ class Memory:
 
     @property
     def always(self) -> float:
-        """From the first microbatch to the last."""
+        """Bytes from the first microbatch to the last."""
         return self.state + self.gradients + self.stash + self.ahead * self.gathered
 
     @property
     def in_backward(self) -> float:
-        """Besides, in the backward pass of the last layer."""
+        """Further bytes in the backward pass of the last layer."""
         weights = 0 if self.ahead else self.gathered
         within = self.recomputed + weights + self.layer_gradients
         return self.activations + self.microbatch_gradients + within
 
     @property
     def in_head(self) -> float:
-        """Besides, in the head; a pipeline keeps no activations between forward and backward."""
+        """Further bytes in the head; a pipeline keeps no activations from forward to backward."""
         return self.logits + self.head + (0 if self.stash else self.activations)
 
     @property
@@ -320,6 +337,7 @@ class Memory:
 
 
 def memory(s: Share) -> Memory:
+    """Estimates the memory of one device."""
     kinds, blocks = tuple(s.cfg.block), s.declared['blocks']
     count = sum(shard_size(p, s.mesh) for p in leaves(s.declared))
     in_blocks = sum(shard_size(p, s.mesh) for p in leaves(blocks))
@@ -336,7 +354,7 @@ def memory(s: Share) -> Memory:
     logits, head = head_parts(s)
     return Memory(
         parameters=FLOAT32 * count,
-        moments=2 * FLOAT32 * count,
+        moments=FLOAT32 * sum(shard_size(p, s.mesh) for p in leaves(s.slots)),
         gradients=FLOAT32 * summed * (s.schedule is not None or s.microbatches > 1),
         microbatch_gradients=FLOAT32 * in_blocks / s.chunks,
         stash=pipeline_stash(s),

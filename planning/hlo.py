@@ -1,8 +1,10 @@
-"""The text of a compiled program (HLO), taken apart."""
+"""Parses the text of a compiled program (HLO): instructions, shapes, device groups."""
 
 import dataclasses
+import functools
 import math
 import re
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -13,38 +15,68 @@ BITS = {
 }  # fmt: skip
 
 _ARRAY = re.compile(r'\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]')
-
-
 _HEADER = re.compile(r'(ENTRY )?(%[\w.\-]+) \(.*->.*\{$')
-
-
 _NAME = re.compile(r'\s+(?:ROOT )?(%[\w.\-]+) = (.*)$', re.DOTALL)
+_CALLED = re.compile(r'(?:calls|to_apply)=(%[\w.\-]+)')
+
+
+# ---------------------------------------------------------------------------------------------
+# Programs
+# ---------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
+    """One instruction: `name = shape op(operands), attributes`."""
+
     name: str
     shape: str  # of the result
     op: str
-    text: str  # all after the shape
+    text: str  # everything after the shape
 
-    def named(self, attribute: str) -> str:
-        """The computation that an attribute names."""
+    def computation(self, attribute: str) -> str:
+        """Returns the name of the computation that an attribute refers to."""
         return re.search(attribute + r'=(%[\w.\-]+)', self.text).group(1)
 
     @property
+    def called(self) -> list[str]:
+        """The names of the computations that it calls or applies."""
+        return _CALLED.findall(self.text)
+
+    @property
     def operands(self) -> list[str]:
-        """Their names."""
+        """The names of its operands."""
         arguments = self.text[len(self.op) :]
         return re.findall(r'%[\w.\-]+', arguments[: _closing(arguments)])
 
 
-Program = dict[str, list[Instruction]]  # instructions of each computation
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The computations of an HLO module by name, each a list of instructions, and its entry."""
+
+    computations: dict[str, list[Instruction]]
+    entry: str
+
+    @functools.cached_property
+    def shapes(self) -> dict[str, str]:
+        """The shape of each instruction's result, by the instruction's name."""
+        return {i.name: i.shape for each in self.computations.values() for i in each}
+
+    def instructions(self, computation: str) -> list[Instruction]:
+        """Returns a computation's instructions; none if the text does not define it."""
+        return self.computations.get(computation, [])
+
+    def all_instructions(self, computation: str) -> Iterator[Instruction]:
+        """Yields the instructions of a computation and of all that it calls."""
+        for i in self.instructions(computation):
+            yield i
+            for called in i.called:
+                yield from self.all_instructions(called)
 
 
-def parse(text: str) -> tuple[Program, str]:
-    """The computations of an HLO module's text, and the name of the entry."""
-    program: Program = {}
+def parse(text: str) -> Program:
+    """Parses the text of an HLO module. Raises ValueError if it has no entry computation."""
+    computations: dict[str, list[Instruction]] = {}
     entry, computation, pending = '', None, ''
 
     def finish() -> None:
@@ -55,7 +87,7 @@ def parse(text: str) -> tuple[Program, str]:
     for line in text.splitlines():
         header = _HEADER.match(line.rstrip())
         if header:
-            computation, pending = program.setdefault(header.group(2), []), ''
+            computation, pending = computations.setdefault(header.group(2), []), ''
             entry = header.group(2) if header.group(1) else entry
         elif line.rstrip() == '}':
             finish()
@@ -67,10 +99,11 @@ def parse(text: str) -> tuple[Program, str]:
             pending += line
     if not entry:
         raise ValueError('no ENTRY computation: this is not the text of an HLO module')
-    return program, entry
+    return Program(computations, entry)
 
 
 def _instruction(line: str) -> Instruction | None:
+    """Parses one instruction; None if the line holds none."""
     match = _NAME.match(line)
     if not match:
         return None
@@ -82,7 +115,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _closing(text: str) -> int:
-    """Where the bracket that the text starts with closes."""
+    """Returns the index at which the parenthesis that opens the text closes."""
     depth = 0
     for i, c in enumerate(text):
         depth += (c == '(') - (c == ')')
@@ -91,13 +124,18 @@ def _closing(text: str) -> int:
     return len(text) - 1
 
 
+# ---------------------------------------------------------------------------------------------
+# Shapes and device groups
+# ---------------------------------------------------------------------------------------------
+
+
 def dimensions(shape: str) -> list[int]:
-    """Of the first array of a shape."""
+    """Returns the dimensions of the first array in a shape."""
     return [int(d) for d in _ARRAY.search(shape)[2].split(',') if d]
 
 
 def array_bytes(shape: str) -> float:
-    """Bytes of all arrays in a shape."""
+    """Returns the bytes of all arrays in a shape."""
     return sum(
         math.prod(int(d) for d in dims.split(',') if d) * BITS[kind] / 8
         for kind, dims in _ARRAY.findall(shape)
@@ -105,11 +143,11 @@ def array_bytes(shape: str) -> float:
     )
 
 
-def groups(text: str) -> list[list[int]]:
-    """The device groups of a collective, or the pairs of a permute; [] if it names none.
+def device_groups(text: str) -> list[list[int]]:
+    """Returns the device groups of a collective, or the pairs of a permute; [] if it names none.
 
-    HLO writes groups out, {{0,1},{2,3}}, or as [groups,size]<=[dims]T(order): the devices' numbers
-    as an array of dims, transposed, and cut into groups.
+    HLO lists groups as {{0,1},{2,3}}, or as [groups,size]<=[dims]T(order): the device numbers in
+    an array of shape dims, transposed, and reshaped to groups of that size.
     """
     listed = re.search(r'(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}', text)
     if listed:

@@ -1,17 +1,18 @@
-"""What plan.py prints: tables for people, records for programs."""
+"""Formats what plan.py prints: tables for people, records (JSON) for programs."""
 
 import dataclasses
-import json
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from machine.chips import Chip
+from machine.memory import OutOfMemoryError
 from parallel import AXES
 from planning.compiled import Compiled, Cost
 from planning.footprint import share
 from planning.roofline import Estimate
 
-WIDTH = 44  # of the column of names
+WIDTH = 44  # characters of the column of names
 
 
 # ---------------------------------------------------------------------------------------------
@@ -20,7 +21,7 @@ WIDTH = 44  # of the column of names
 
 
 def scaled(x: float, unit: str) -> str:
-    """1234567, 'B' -> '1.23 MB'."""
+    """Returns a number with three digits and a prefix: 1234567, 'B' -> '1.23 MB'."""
     for prefix in ('', 'k', 'M', 'G', 'T', 'P'):
         if abs(x) < 999.5 or prefix == 'P':
             break
@@ -30,22 +31,25 @@ def scaled(x: float, unit: str) -> str:
 
 
 def seconds(x: float) -> str:
+    """Returns a duration in s or ms: 0.0123 -> '12.3 ms'."""
     if x >= 1:
         return f'{x:.2f} s'
     return f'{x * 1e3:.1f} ms' if x < 0.0995 else f'{x * 1e3:.0f} ms'
 
 
 def row(name: str, *columns: str) -> str:
+    """Returns a line of a table: a name and right-aligned columns."""
     return f'  {name:<{WIDTH}}' + ''.join(f'{c:>12}' for c in columns)
 
 
 def mesh_text(config: ConfigDict) -> str:
+    """Returns the axes of the mesh that are larger than 1: 'fsdp 8 x tp 2'."""
     used = [f'{axis} {config.mesh[axis]}' for axis in AXES if config.mesh[axis] > 1]
     return ' x '.join(used) or 'one device'
 
 
 def layout_text(config: ConfigDict) -> str:
-    """Mesh, microbatches, schedule and remat in a line."""
+    """Returns mesh, microbatches, pipeline schedule and rematerialization in a line."""
     m, p = config.model, config.pipeline
     kept = ''.join(f' keep {"+".join(m.remat_keep)}' if m.remat_keep else '')
     chunks = f' of {p.chunks} chunks' if p.chunks > 1 else ''
@@ -61,20 +65,22 @@ def layout_text(config: ConfigDict) -> str:
 
 
 def model_lines(config: ConfigDict, e: Estimate) -> list[str]:
+    """Returns the part on parameters, FLOPs and tokens."""
     rows = share(config, e.chip.platform).rows
     return [
         'model',
         row('parameters', f'{e.parameters:,}'),
-        row('of which a token meets', f'{e.active:,}'),
-        row('FLOPs a token, forward and backward', scaled(e.useful, 'FLOP')),
-        row('and with what is computed again', scaled(e.computed, 'FLOP')),
-        row('tokens a step', f'{e.tokens:,}'),
-        '  6 FLOPs a weight that a token meets, and attention, of whose T² causal half counts.',
-        f'  {config.batch_size} sequences of {config.seq_len:,}; {rows} a device and microbatch.',
+        row('active parameters (that a token meets)', f'{e.active:,}'),
+        row('FLOPs per token, forward and backward', scaled(e.useful, 'FLOP')),
+        row('FLOPs per token, with recomputation', scaled(e.computed, 'FLOP')),
+        row('tokens per step', f'{e.tokens:,}'),
+        '  6 FLOPs per active parameter, plus attention, where the causal half of T² counts.',
+        f'  {config.batch_size} sequences of {config.seq_len:,}; {rows} per device and microbatch.',
     ]
 
 
 def memory_lines(e: Estimate) -> list[str]:
+    """Returns the part on memory: each kind of array, in which phase it exists, and the peak."""
     m = e.memory
     where = 'backward' if m.in_backward >= m.in_head else 'head'
     parts = [
@@ -89,7 +95,7 @@ def memory_lines(e: Estimate) -> list[str]:
         ('activations of a layer, computed again', m.recomputed, 'backward'),
         ('gradients of activations within a layer', m.layer_gradients, 'backward'),
         ('gradients of one microbatch, float32', m.microbatch_gradients, 'backward'),
-        ('logits of a chunk and their gradient', m.logits, 'head'),
+        ('logits of one loss_chunk, and their gradient', m.logits, 'head'),
         ("the head's weight, gathered, and gradient", m.head, 'head'),
     ]  # fmt: skip
     lines = ['memory of one device']
@@ -104,6 +110,7 @@ def memory_lines(e: Estimate) -> list[str]:
 
 
 def network_lines(e: Estimate) -> list[str]:
+    """Returns the part on the network: bytes by axis and purpose, and their seconds."""
     lines = ['network: what one device sends in a step']
     for t in e.transfers:
         if t.bytes >= 1e6 or t.bytes >= e.axis_bytes[t.axis] / 2:
@@ -119,6 +126,7 @@ def network_lines(e: Estimate) -> list[str]:
 
 
 def time_lines(e: Estimate) -> list[str]:
+    """Returns the part on time: seconds of each part of a step, and the two bounds."""
     lines = ['time of a step: the longer of matmuls and memory in each part']
     lines.append(f'  {"":<{WIDTH}}{"matmuls":>12}{"memory":>12}')
     for w in e.work:
@@ -141,7 +149,7 @@ def time_lines(e: Estimate) -> list[str]:
 
 
 def limits(e: Estimate) -> dict[str, float]:
-    """Seconds of a step that each resource is what one waits for."""
+    """Returns the seconds of a step for which each resource is the one waited for."""
     found = {'matmuls': 0.0, 'memory': 0.0, 'bubble': e.bubble_seconds}
     for w in e.work:
         bound = 'matmuls' if w.flops / e.chip.flops >= w.bytes / e.chip.bandwidth else 'memory'
@@ -150,7 +158,7 @@ def limits(e: Estimate) -> dict[str, float]:
 
 
 def reason(e: Estimate) -> str:
-    """What limits the step, and what would help."""
+    """Returns the resource that limits the step, and what would help."""
     name, t = max(limits(e).items(), key=lambda item: item[1])
     intensity = sum(w.flops for w in e.work) / sum(w.bytes for w in e.work)
     advice = {
@@ -165,11 +173,12 @@ def reason(e: Estimate) -> str:
         'dp': 'all gradients cross once a step: fsdp, or a larger batch',
         'pp': 'activations cross once a tick: fewer stages',
     }
-    what = name if name in ('matmuls', 'memory', 'bubble') else f'the network along {name}'
-    return f'{what}, {t / e.seconds:.0%} of the step ({advice[name]})'
+    resource = name if name in ('matmuls', 'memory', 'bubble') else f'the network along {name}'
+    return f'{resource}, {t / e.seconds:.0%} of the step ({advice[name]})'
 
 
 def table(config: ConfigDict, name: str, e: Estimate) -> str:
+    """Returns the plan of a config as text."""
     head = f'{name} on {e.devices} x {e.chip.name}: {layout_text(config)}'
     parts = [model_lines(config, e), memory_lines(e), network_lines(e), time_lines(e)]
     body = '\n\n'.join('\n'.join(part) for part in parts)
@@ -181,7 +190,7 @@ def table(config: ConfigDict, name: str, e: Estimate) -> str:
 
 
 def record(config: ConfigDict, e: Estimate) -> dict[str, Any]:
-    """The same as one JSON object: bytes, FLOPs and seconds."""
+    """Returns the plan of a config as a record: bytes, FLOPs and seconds."""
     return {
         'mesh': dict(config.mesh),
         'microbatches': config.microbatches,
@@ -213,12 +222,12 @@ def record(config: ConfigDict, e: Estimate) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------------------------
-# What the search and the compiler say
+# The search
 # ---------------------------------------------------------------------------------------------
 
 
 def overrides(config: ConfigDict, base: ConfigDict) -> str:
-    """The flags that turn the base into the config."""
+    """Returns the flags that turn the base config into this one."""
     fields = [
         *(f'mesh.{axis}' for axis in AXES), 'microbatches', 'pipeline.schedule', 'pipeline.chunks',
         'model.remat', 'model.remat_keep',
@@ -228,16 +237,19 @@ def overrides(config: ConfigDict, base: ConfigDict) -> str:
         group, _, name = field.rpartition('.')
         new, old = ((c[group] if group else c)[name] for c in (config, base))
         if new != old:
-            value = json.dumps(new) if isinstance(new, tuple) else new
-            changed.append(
-                f'--config.{field}={str(tuple(new)) if isinstance(new, tuple) else value}'
-            )
+            changed.append(f'--config.{field}={new}')
     return ' '.join(changed) or '(as it is)'
+
+
+def search_title(name: str, devices: int, chip: Chip) -> str:
+    """Returns the first line of the search's text."""
+    return f'{name} on {devices} x {chip.name}'
 
 
 def search_text(
     found: list[tuple[ConfigDict, Estimate]], tried: int, base: ConfigDict, n: int
 ) -> str:
+    """Returns the first `n` of the layouts found, each with its figures and its flags."""
     lines = [
         f'{tried:,} layouts tried; the best {min(n, len(found))} meshes with their best layout:'
     ]
@@ -256,8 +268,28 @@ def search_text(
     return '\n'.join(lines)
 
 
+def search_record(found: list[tuple[ConfigDict, Estimate]], tried: int, n: int) -> dict[str, Any]:
+    """Returns the first `n` of the layouts found as a record."""
+    return {'tried': tried, 'best': [record(c, e) for c, e in found[:n]]}
+
+
+# ---------------------------------------------------------------------------------------------
+# The compiler's answer
+# ---------------------------------------------------------------------------------------------
+
+
+def out_of_memory_text(topology: str, error: OutOfMemoryError) -> str:
+    """Returns the answer for a program that does not fit, with the remedies."""
+    return f'compiled for {topology}: {error}'
+
+
+def out_of_memory_record(topology: str, error: OutOfMemoryError) -> dict[str, Any]:
+    """Returns the answer for a program that does not fit as a record."""
+    return {'compiled': {'topology': topology, 'out_of_memory': str(error)}}
+
+
 def compiled_text(e: Estimate, c: Compiled) -> str:
-    """What the compiler says, beside the estimate."""
+    """Returns the compiler's figures beside the estimate, as text."""
     m, tpu = e.memory, e.chip.platform == 'tpu'
     verdict = 'fits' if c.peak <= e.chip.memory else 'DOES NOT FIT'
     padding = '; small arrays are padded to tiles of 8 x 128 numbers' if tpu else ''
@@ -269,7 +301,7 @@ def compiled_text(e: Estimate, c: Compiled) -> str:
         f'  {c.peak / e.chip.memory:.0%} of {scaled(e.chip.memory, "B")}, {verdict}{padding}.',
     ]
     if c.cost is None:
-        return '\n'.join([*lines, f'  the program is not to be had: {c.why}'])
+        return '\n'.join([*lines, f'  the compiler cannot print the program: {c.why}'])
     lines += ['', f'  {"collectives of a step":<{WIDTH}}{"count":>12}{"sent":>12}{"exposed":>12}']
     for (kind, axes), t in sorted(c.cost.traffic.items(), key=lambda item: -item[1].bytes):
         lines.append(
@@ -285,7 +317,7 @@ def compiled_text(e: Estimate, c: Compiled) -> str:
 
 
 def compiled_time_lines(e: Estimate, cost: Cost) -> list[str]:
-    """The time of a step by the compiled program."""
+    """Returns the lines on time: of the compiled program, beside the estimate."""
     total, compute = cost.total(), cost.seconds
     lines = [
         row('compute', seconds(compute), seconds(e.compute_seconds)),
@@ -307,16 +339,17 @@ def compiled_time_lines(e: Estimate, cost: Cost) -> list[str]:
         f'loops by their trips, conditionals by their costliest branch,',
         f'  so idle ticks of a pipeline count like full ones. Splash attention: '
         f'{seconds(cost.kernel_seconds)} of it, at an',
-        f'  assumed share of the peak. {cost.unpriced:,.0f} calls of kernels without an estimate '
+        f'  assumed part of the peak. {cost.unpriced:,.0f} calls of kernels without an estimate '
         f'count nothing.',
     ]
 
 
 def compiled_record(c: Compiled) -> dict[str, Any]:
+    """Returns the compiler's figures as a record."""
     found = dataclasses.asdict(c)
     if c.cost is not None:
         found['cost']['traffic'] = [
             {'kind': kind, 'axes': axes} | dataclasses.asdict(t)
             for (kind, axes), t in c.cost.traffic.items()
         ]
-    return found
+    return {'compiled': found}

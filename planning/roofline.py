@@ -1,13 +1,13 @@
-"""The time of a training step on chips that are not there: a roofline, from the config alone.
+"""Bounds the time of a training step on chips that are not there: a roofline, from the config.
 
 For each part of the step, the FLOPs of its matmuls at the chip's peak and the bytes it reads and
 writes at the memory's bandwidth, whichever takes longer; the pipeline's bubble from its schedule;
 and the bytes that a device sends along each mesh axis at the bandwidth of one dimension of the
-network. No program reaches the peaks: this is a bound, which says what limits a config and which of
-two configs is better (Williams et al. 2009).
+network. No program reaches the peaks: this is a bound, which shows the limit of a config and the
+better of two configs (Williams et al. 2009).
 
-FLOPs: a matmul is 2·m·k·n; of causal attention half of T² counts. `useful` are 6 a weight that a
-token meets plus attention (model.flops_per_token), `computed` those with what is computed again.
+FLOPs: a matmul is 2·m·k·n; causal attention counts half of T². `useful` are 6 per weight that a
+token meets plus attention (model.flops_per_token), `computed` include all that is computed again.
 """
 
 import dataclasses
@@ -16,10 +16,13 @@ import math
 
 from ml_collections import ConfigDict
 
-from config import ModelConfig
+from config import ATTENTION_OUTPUT, HIDDEN, RESIDUAL, ModelConfig
+from layers.attention import attention_sizes
+from layers.attention_kernels import ATTENTION_KERNELS
+from layers.dense import NEVER
 from machine.chips import Chip
-from model import flops_per_token
-from parallel import AXES, EP, FSDP, PP, TP, Param, Tree, count, free_axes
+from model import FEED_FORWARD, flops_per_token
+from parallel import AXES, EP, FSDP, PP, TP, count, free_axes
 from pipeline.schedules import ideal, lock_step
 from planning.footprint import (
     FLOAT32,
@@ -42,25 +45,19 @@ useful_flops = functools.cache(flops_per_token)
 
 @functools.cache
 def counted(cfg: ModelConfig, chunks: int, active: bool) -> int:
+    """Counts the parameters, once per model."""
     return count(declarations(cfg, chunks), active)
 
 
-# Which name in model.remat_keep spares computing a weight's matmul again.
-KEPT_BY = {
-    'w_q': 'qkv', 'w_k': 'qkv', 'w_v': 'qkv', 'w_q_up': 'qkv', 'w_k_up': 'qkv', 'w_v_up': 'qkv',
-    'w_o': 'residual', 'w_gate': 'hidden', 'w_up': 'hidden', 'w_down': 'hidden',
-}  # fmt: skip
-
-
-# What a scan over layers keeps for its backward pass moves so many times more: the stack is filled
-# with zeros, a layer's part copied into it, and out of it again. This is why computing again is
-# often faster on a chip with much compute beside its memory.
+# Arrays that a scan over layers keeps for its backward pass move so many times more: the stack is
+# filled with zeros, a layer's part copied into it, and out of it again. This is why computing again
+# is often faster on a chip with much compute beside its memory.
 STACKING = 5
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What one device does in a step for a part of the model."""
+    """The work of one device in a step for a part of the model."""
 
     part: str
     flops: float
@@ -72,7 +69,7 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Transfer:
-    """What one device sends along a mesh axis in a step, for one purpose."""
+    """The bytes that one device sends along a mesh axis in a step, for one purpose."""
 
     axis: str
     purpose: str
@@ -85,42 +82,31 @@ class Transfer:
 
 
 def forward_passes(s: Share) -> int:
-    """Forward passes of a microbatch that run whole: B of a pipeline runs the stage once more."""
+    """Counts the whole forward passes of a microbatch: B of a pipeline runs the stage once more."""
     return 1 if s.schedule is None else 2
 
 
 def attention_flops(s: Share) -> tuple[float, float]:
-    """Forward and backward of one layer's attention for a microbatch: two matmuls and five."""
-    cfg = s.cfg
-    if cfg.attention == 'mla':
-        key, value = cfg.nope_dim + cfg.rope_dim, cfg.v_dim
-    else:
-        key = value = cfg.head_dim
-    each = s.tokens * s.T * cfg.n_heads / s.mesh[TP]  # 2·T²/2
-    return each * (key + value), each * (3 * key + 2 * value)
+    """Returns the FLOPs of one layer's attention for a microbatch, forward and backward: two
+    matmuls and five."""
+    sizes = attention_sizes(s.cfg)
+    each = s.tokens * s.T * s.cfg.n_heads / s.mesh[TP]  # 2·T²/2
+    return each * (sizes.key + sizes.value), each * (3 * sizes.key + 2 * sizes.value)
 
 
 def matmul_flops(s: Share, kind: str, again: bool = False) -> float:
-    """One pass over a layer's matrices, for a microbatch on a device: 2 a weight and token. With
-    `again` only those that remat computes again; a layer's last matmul is not needed."""
-    cfg = s.cfg
-
-    def walk(tree: Tree, name: str = '') -> float:
-        if not isinstance(tree, Param):
-            return sum(walk(child, key) for key, child in tree.items())
-        unneeded = KEPT_BY.get(name) in cfg.kept_names or (name == 'w_down' and tree.use == 1)
-        if not tree.matrix or (again and unneeded):
-            return 0.0
-        flops = 2 * math.prod(tree.shape) * tree.use * s.local
-        if name == 'w_k_up':  # hands the rotary key to all heads as well
-            flops *= (1 + cfg.rope_dim / cfg.kv_rank) * (1 + cfg.rope_dim / cfg.nope_dim)
-        return flops
-
-    return walk(layer_declaration(cfg, kind))
+    """Returns the FLOPs of one pass over a layer's matrices, for a microbatch on a device: 2 per
+    weight and token. With `again` only those that remat computes again."""
+    kept = (*s.cfg.kept_names, NEVER) if again else ()
+    return sum(
+        2 * math.prod(p.shape) * p.use * s.local * p.work
+        for p in leaves(layer_declaration(s.cfg, kind))
+        if p.matrix and p.kept_by not in kept
+    )
 
 
 def layers_work(s: Share, part: str, kinds: tuple[str, ...], n: int) -> Work:
-    """`n` times layers of these kinds, for all microbatches of a step."""
+    """Returns the work of `n` times layers of these kinds, for all microbatches of a step."""
     passes, remat = forward_passes(s), s.cfg.remat != 'none'
     attend, attend_back = attention_flops(s)
     flops = moved = 0.0
@@ -128,13 +114,13 @@ def layers_work(s: Share, part: str, kinds: tuple[str, ...], n: int) -> Work:
         flops += (passes + 2) * matmul_flops(s, kind) + passes * attend + attend_back
         if remat:
             flops += matmul_flops(s, kind, again=True)
-            flops += attend * ('attention' not in s.cfg.kept_names)
+            flops += attend * (ATTENTION_OUTPUT not in s.cfg.kept_names)
         values = sum(v.bytes for v in layer_values(s, kind))
         weights = gathered(layer_declaration(s.cfg, kind), s)
         # Forward writes and reads each array once, backward twice that.
         moved += (passes + remat + 2) * 2 * (values + weights)
         moved += STACKING * kept_of_layer(s, kind)
-        if s.cfg.attention_kernel == 'blockwise':
+        if ATTENTION_KERNELS[s.cfg.attention_kernel].scores:
             moved += (passes + remat + 2) * score_bytes(s)
         # Each gradient is written, and added to a sum that is read and written.
         shards = [shard_size(p, s.mesh) for p in leaves(layer_declaration(s.cfg, kind))]
@@ -143,13 +129,14 @@ def layers_work(s: Share, part: str, kinds: tuple[str, ...], n: int) -> Work:
 
 
 def score_bytes(s: Share) -> float:
-    """Scores of blockwise attention, written and read in float32 and in the compute type."""
+    """Returns the bytes of attention scores, written and read in float32 and the compute type."""
     scores = s.tokens * s.T / 2 * s.cfg.n_heads / s.mesh[TP]
     return 2 * scores * (FLOAT32 + s.width)
 
 
 def head_work(s: Share) -> Work:
-    """Three matmuls with the vocabulary; logits written and read, their gradient read twice."""
+    """Returns the work of the head: three matmuls with the vocabulary; logits written and read,
+    their gradient read twice."""
     cfg, tokens = s.cfg, s.head_tokens * s.mesh[TP]
     rows = cfg.vocab_size / s.mesh[TP]
     matrix, logits = rows * cfg.d_model, tokens * rows
@@ -159,12 +146,14 @@ def head_work(s: Share) -> Work:
 
 
 def optimizer_work(s: Share) -> Work:
-    """Gradients read twice, for the norm and the update; parameters and moments read, written."""
-    n = sum(shard_size(p, s.mesh) for p in leaves(s.declared))
-    return Work('optimizer', 12.0 * n, 8 * FLOAT32 * n)
+    """Returns the work of the update: gradients read twice, for the norm and the update; parameters
+    and slots read and written."""
+    n, slots = (sum(shard_size(p, s.mesh) for p in leaves(x)) for x in (s.declared, s.slots))
+    return Work('optimizer', 12.0 * n, FLOAT32 * (4 * n + 2 * slots))
 
 
 def all_work(s: Share) -> list[Work]:
+    """Lists the work of a step, part by part."""
     cfg = s.cfg
     parts = [layers_work(s, 'blocks', tuple(cfg.block), s.blocks)]
     if cfg.first_dense:
@@ -178,12 +167,12 @@ def all_work(s: Share) -> list[Work]:
 
 
 def part_sent(n: int) -> float:
-    """Of what an all-gather, reduce-scatter or all-to-all gathers, the part that a device sends."""
+    """Returns the part of a whole array that a device sends to gather or scatter it."""
     return (n - 1) / n
 
 
 def weight_transfers(s: Share) -> list[Transfer]:
-    """Gathers of weights over fsdp and the way back of their gradients."""
+    """Lists the gathers of weights over fsdp and the way back of their gradients."""
     declared, once, M = s.declared, s.gather == 'step', s.microbatches
     blocks = gathered(declared['blocks'], s)
     first = gathered(declared['first'], s) if 'first' in declared else 0.0
@@ -200,29 +189,28 @@ def weight_transfers(s: Share) -> list[Transfer]:
 
 
 def activations_sent(s: Share, kind: str) -> tuple[list[float], list[float]]:
-    """Bytes that a layer gathers and scatters over tp in forward, (attention, feed-forward)."""
+    """Returns the bytes that a layer gathers and scatters over tp in forward, each for attention
+    and feed-forward."""
     cfg, c, t = s.cfg, s.width, s.tokens
     x = t * cfg.d_model * c
-    if cfg.attention == 'mla':
-        attention = t * (cfg.kv_rank + cfg.rope_dim + (cfg.q_rank or cfg.d_model)) * c
-    else:
-        attention = x + (2 * t * cfg.head_dim * c if cfg.n_kv_heads == 1 else 0)
-    choices = t * cfg.experts_per_token * 8 if kind == 'moe' else 0
+    attention = t * attention_sizes(cfg).gathered * c
+    choices = t * cfg.experts_per_token * 8 if FEED_FORWARD[kind].routed else 0
     return [attention, x + choices], [x, x]
 
 
 def activation_transfers(s: Share) -> list[Transfer]:
-    """Over tp: the residual stream, gathered and scattered by both parts of each layer."""
+    """Lists what moves over tp: the residual stream, gathered and scattered by both parts of each
+    layer."""
     cfg, passes, remat = s.cfg, forward_passes(s), s.cfg.remat != 'none'
     x = s.tokens * cfg.d_model * s.width
 
     def layer(kind: str) -> float:
         gathers, scatters = activations_sent(s, kind)
         sent = (passes + 1) * sum(gathers + scatters)
-        if kind == 'moe':
+        if FEED_FORWARD[kind].routed:
             sent -= 4 * s.tokens * cfg.experts_per_token  # numbers of experts: no gradient
         if remat:  # what the feed-forward scatters is not needed again
-            sent += sum(gathers) + scatters[0] * ('residual' not in cfg.kept_names)
+            sent += sum(gathers) + scatters[0] * (RESIDUAL not in cfg.kept_names)
         return sent
 
     sent = s.blocks * sum(layer(kind) for kind in cfg.block)
@@ -234,18 +222,20 @@ def activation_transfers(s: Share) -> list[Transfer]:
 
 
 def expert_transfers(s: Share) -> list[Transfer]:
-    """Rows to their experts and back, and their gradients; again, by remat, what is not kept."""
+    """Lists what moves over ep: rows to their experts and back, and their gradients; again, by
+    remat, those that are not kept."""
     cfg = s.cfg
-    layers = s.blocks * cfg.block.count('moe')
+    layers = s.blocks * sum(FEED_FORWARD[kind].routed for kind in cfg.block)
     rows = s.tokens * cfg.experts_per_token * cfg.d_model * s.width
     times = 2 * (forward_passes(s) + 1)
     if cfg.remat != 'none':
-        times += 1 + ('hidden' not in cfg.kept_names)
+        times += 1 + (HIDDEN not in cfg.kept_names)
     sent = part_sent(s.mesh[EP]) * s.microbatches * layers * rows * times
     return [Transfer(EP, 'rows to their experts and back', sent)] if layers else []
 
 
 def pipeline_transfers(s: Share) -> list[Transfer]:
+    """Lists what moves over pp: activations between stages, and the shared head."""
     if s.schedule is None:
         return []
     x = s.local * s.cfg.d_model * s.width
@@ -257,8 +247,8 @@ def pipeline_transfers(s: Share) -> list[Transfer]:
 
 
 def gradient_transfers(s: Share) -> list[Transfer]:
-    """Each gradient, summed over the axes that do not shard its parameter, once a step: as a
-    hierarchy, scattered over the innermost axis first."""
+    """Lists the sums of gradients over the axes that do not shard their parameter, once per step:
+    as a hierarchy, scattered over the innermost axis first."""
     sent = dict.fromkeys(AXES, 0.0)
     for p in leaves(s.declared):
         part = 2.0 * FLOAT32 * shard_size(p, s.mesh)
@@ -269,6 +259,7 @@ def gradient_transfers(s: Share) -> list[Transfer]:
 
 
 def all_transfers(s: Share) -> list[Transfer]:
+    """Lists all that a device sends in a step."""
     found = [
         *weight_transfers(s),
         *activation_transfers(s),
@@ -285,7 +276,7 @@ def all_transfers(s: Share) -> list[Transfer]:
 
 
 def bubble(s: Share) -> float:
-    """The part of the blocks' time that a stage idles, the ticks being in lock step."""
+    """Returns the part of the blocks' time that a stage idles, the ticks being in lock step."""
     if s.schedule is None:
         return 0.0
     costs = pipeline_costs(s.cfg.remat)
@@ -294,7 +285,7 @@ def bubble(s: Share) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """What a step of a config takes on so many of a chip. Seconds; bytes and FLOPs of a device."""
+    """The cost of a step of a config on so many of a chip: seconds; bytes and FLOPs per device."""
 
     chip: Chip
     devices: int
@@ -323,7 +314,7 @@ class Estimate:
 
     @property
     def compute_seconds(self) -> float:
-        """Each part by the longer of matmuls and memory, and the bubble."""
+        """Seconds of each part by the longer of matmuls and memory, and the bubble."""
         return sum(w.seconds(self.chip) for w in self.work) + self.bubble_seconds
 
     @functools.cached_property
@@ -340,12 +331,12 @@ class Estimate:
 
     @property
     def seconds(self) -> float:
-        """With every collective waited for, as XLA:TPU does by default."""
+        """Seconds with every collective waited for, as XLA:TPU does by default."""
         return self.compute_seconds + sum(self.axis_seconds.values())
 
     @property
     def overlapped_seconds(self) -> float:
-        """With every collective behind compute: the other end."""
+        """Seconds with every collective behind compute: the other end."""
         return max(self.compute_seconds, *self.axis_seconds.values(), 0.0)
 
     def mfu(self, seconds: float) -> float:
@@ -357,11 +348,12 @@ class Estimate:
 
 
 def estimate(config: ConfigDict, chip: Chip) -> Estimate:
-    """The plan of a config that `validate` accepts, on devices of that chip."""
+    """Estimates a config that `validate` accepts, on devices of that chip."""
     return estimate_share(share(config, chip.platform), chip)
 
 
 def estimate_share(s: Share, chip: Chip) -> Estimate:
+    """Estimates one device's part, which its share describes."""
     work, sizes = all_work(s), [s.mesh[axis] for axis in AXES]
     return Estimate(
         chip=chip,

@@ -5,13 +5,14 @@ from collections.abc import Iterator, Sequence
 
 from ml_collections import ConfigDict
 
+from config import ConfigError
 from machine.chips import Chip
 from parallel import AXES
 from planning.footprint import share
 from planning.roofline import Estimate, estimate_share
 from runtime.config_checks import validate
 
-# model.remat with what it keeps: from the least memory to the most.
+# (model.remat, model.remat_keep), from the least memory to the most.
 REMAT_CHOICES = (
     ('full', ()), ('full', ('attention',)), ('full', ('attention', 'residual')),
     ('full', ('attention', 'residual', 'hidden')), ('none', ()),
@@ -19,7 +20,8 @@ REMAT_CHOICES = (
 
 
 def meshes(devices: int) -> Iterator[dict[str, int]]:
-    """All ways to write a number as a product of the axes' sizes."""
+    """Yields every mesh of this many devices: all ways to write the number as a product of the
+    axes' sizes."""
 
     def factor(n: int, axes: Sequence[str]) -> Iterator[dict[str, int]]:
         if len(axes) == 1:
@@ -34,7 +36,7 @@ def meshes(devices: int) -> Iterator[dict[str, int]]:
 
 
 def schedules(config: ConfigDict, stages: int) -> Iterator[tuple[str, int]]:
-    """(schedule, chunks) that are worth trying on so many stages."""
+    """Yields the pipeline schedules to try with this many stages, as (schedule, chunks)."""
     yield '1f1b', 1
     if stages > 1:
         yield 'zero_bubble', 1
@@ -45,25 +47,29 @@ def schedules(config: ConfigDict, stages: int) -> Iterator[tuple[str, int]]:
                 yield 'interleaved', chunks
 
 
-def legal(config: ConfigDict, devices: int) -> bool:
+def can_run(config: ConfigDict, devices: int) -> bool:
+    """Returns whether `validate` accepts the config on this many devices; data are not needed."""
     try:
-        validate(config, devices)
-    except ValueError:
+        validate(config, devices, needs_data=False)
+    except ConfigError:
         return False
     return True
 
 
 def candidates(config: ConfigDict, devices: int) -> Iterator[ConfigDict]:
-    """Every legal mesh, number of microbatches and schedule; the batch stays what it is."""
+    """Yields the config with every mesh, number of microbatches and pipeline schedule that can run;
+    the batch size stays as it is."""
     m = config.model
     for mesh in meshes(devices):
         if mesh['ep'] > 1 and 'moe' not in m.block:
-            continue  # the same as fsdp, without its shards
+            continue  # without experts, ep is fsdp without its shards
         shards = mesh['dp'] * mesh['fsdp'] * mesh['ep']
         if config.batch_size % shards or m.n_heads % mesh['tp'] or mesh['tp'] > m.n_heads:
             continue
         rows = config.batch_size // shards
-        for microbatches in (m for m in range(1, rows + 1) if rows % m == 0):
+        for microbatches in range(1, rows + 1):
+            if rows % microbatches:
+                continue
             if mesh['pp'] > 1 and microbatches > 8 * mesh['pp']:
                 continue  # the bubble is small by then
             for schedule, chunks in schedules(config, mesh['pp']):
@@ -71,15 +77,17 @@ def candidates(config: ConfigDict, devices: int) -> Iterator[ConfigDict]:
                 c.mesh.update(mesh)
                 c.microbatches = microbatches
                 c.pipeline.update(schedule=schedule, chunks=chunks)
-                if legal(c, devices):
+                if can_run(c, devices):
                     yield c
 
 
 def search(
     config: ConfigDict, devices: int, chip: Chip, room: float = 0.9
 ) -> tuple[list[tuple[ConfigDict, Estimate]], int]:
-    """Configs that take at most `room` of the memory, fastest first, one for each mesh; and how
-    many were tried. Fastest: by the mean of the two bounds, since compilers hide some of it."""
+    """Returns the fastest layout of each mesh, the fastest mesh first, and how many were tried.
+
+    Leaves out layouts that take more than `room` of the chip's memory. Compares by `expected`.
+    """
     best: dict[tuple[int, ...], tuple[ConfigDict, Estimate]] = {}
     tried = 0
     for c in candidates(config, devices):
@@ -89,7 +97,7 @@ def search(
             e = estimate_share(dataclasses.replace(s, cfg=cfg), chip)
             tried += 1
             if e.memory.peak > room * chip.memory:
-                break  # the next ones keep more
+                break  # the next choices keep more
             if key not in best or expected(e) < expected(best[key][1]):
                 found = c.copy_and_resolve_references()
                 found.model.update(remat=remat, remat_keep=keep, remat_offload=())
@@ -98,4 +106,6 @@ def search(
 
 
 def expected(e: Estimate) -> float:
+    """Returns the seconds of a step by which layouts are compared: the mean of both bounds, since
+    compilers hide some of the collectives behind compute."""
     return (e.seconds + e.overlapped_seconds) / 2

@@ -1,8 +1,6 @@
-"""What lets a run be left alone: steps that are skipped, and a watchdog for one that hangs.
+"""Guards of a run: signals that end it well, and a watchdog for one that hangs.
 
-A step whose gradient norm is not finite, or far above its recent history, leaves parameters,
-moments and expert biases as they were; the step number, and with it the data, goes on. The norm is
-one number that all devices hold, so they decide alike, within the compiled step.
+Steps that must not count are skipped within the compiled step: see `optimizer.judge`.
 """
 
 import faulthandler
@@ -59,11 +57,11 @@ class Watchdog:
         self._thread.join()
 
     def during(self, doing: str) -> None:
-        """From now on, until the next step, something else takes its time: pause_seconds."""
+        """Allows guard.pause_seconds from now on, until the next step, for something else."""
         self._expect(doing, 'pause_seconds')
 
     def follow(self, step: int, metrics: dict[str, Array]) -> None:
-        """Waits for the step before `step`, whose metrics these are.
+        """Waits for the step before `step`; these are the metrics of `step`.
 
         Raises TrainingError if it was the last of too many that were skipped; all processes, which
         see the same numbers, raise it at the same step.
@@ -101,8 +99,10 @@ class Watchdog:
                 self._changed.wait(left)
 
     def _end(self) -> None:
-        """The stacks of all threads to standard error; then the process ends, whatever it holds:
-        neither an exception nor a handler would get past a collective that waits for ever."""
+        """Prints the stacks of all threads to standard error, and ends the process at once.
+
+        Neither an exception nor a handler would get past a collective that waits for ever.
+        """
         file = sys.__stderr__
         message = f'no progress for {self._limit:g} s (guard.{self._field}), {self._doing}'
         print(f'{message}; the stacks of all threads:', file=file, flush=True)
@@ -143,7 +143,7 @@ class StopSignals:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def asked(self) -> bool:
-        """Whether to end after this step: alike on all processes, which call it once a step.
+        """Returns whether to end after this step: alike on all processes, which call it every step.
 
         With several processes it is the answer of the call before: a device has it by now, so
         that nobody waits for the step that is running.
@@ -160,6 +160,6 @@ class StopSignals:
 
     @functools.cached_property
     def _mesh_and_any(self) -> tuple[Mesh, Callable[[jax.Array], jax.Array]]:
-        """All devices in a row, and a reduction over them to one number that all hold."""
+        """Returns all devices in a row, and a reduction over them to one number that all hold."""
         mesh = Mesh(np.array(jax.devices()), 'all')
         return mesh, jax.jit(jnp.max, out_shardings=NamedSharding(mesh, P()))

@@ -8,28 +8,29 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from machine.chips import peak_flops
 from machine.memory import memory_use
-from model import flops_per_token, model_config
+from model import flops_per_token
 from parallel import Array, Tree
 from runtime.terminal import Terminal
-from runtime.workdir import add_entry, keep_records
+from runtime.workdir import CONFIG, METRICS, add_entry, keep_records
 from runtime.writers import WRITERS
 from storage.stores import Lines, write_text
+from train_step import Setup
 
 
 class Writer:
-    """metrics.jsonl in the workdir and log.writers, continued after the step `start`; the terminal.
+    """Where a run writes: metrics.jsonl and log.writers, continued after the step `start`, and the
+    terminal.
 
-    Only process 0 writes. Raises ValueError if the package of a writer is missing.
+    Only process 0 writes. Raises ConfigError if the package of a writer is missing.
     """
 
     def __init__(self, workdir: str, config: ConfigDict, start: int):
         self.active = jax.process_index() == 0
-        self.workdir, self.path = workdir, os.path.join(workdir, 'metrics.jsonl')
+        self.workdir, self.path = workdir, os.path.join(workdir, METRICS)
         self.terminal = Terminal(config.steps, self.active)
         self._others: list[Any] = []
         if not self.active:
@@ -37,7 +38,7 @@ class Writer:
         self._others = [WRITERS[name](workdir, config, start) for name in config.log.writers]
         keep_records(self.path, start)
         self._lines = Lines(self.path)
-        write_text(os.path.join(workdir, 'config.json'), config.to_json(indent=2) + '\n')
+        write_text(os.path.join(workdir, CONFIG), config.to_json(indent=2) + '\n')
 
     def __enter__(self) -> 'Writer':
         return self
@@ -49,6 +50,7 @@ class Writer:
             writer.close()
 
     def keep(self, name: str, content: str) -> None:
+        """Writes a file of the workdir."""
         if self.active:
             write_text(os.path.join(self.workdir, name), content)
 
@@ -67,7 +69,7 @@ class Writer:
             writer.write(record)
 
     def flush(self) -> None:
-        """What was written is there from now on, also in a bucket."""
+        """Returns when all that was written is there, also in a bucket."""
         if self.active:
             self._lines.flush()
 
@@ -76,9 +78,9 @@ class Writer:
 
 
 def router_metrics(stats: Tree, config: ConfigDict, loads: bool) -> dict[str, Any]:
-    """Of each MoE layer, by its number in the model: the largest load over the mean one, the
-    share of choices dropped, the routers' mean entropy in nats; with `loads` each expert's share.
-    """
+    """Returns metrics of each MoE layer, by its number in the model: the largest load over the mean
+    one, the share of choices dropped, the router's mean entropy in nats; with `loads` each expert's
+    share of the choices."""
     metrics: dict[str, Any] = {}
     kinds, first = config.model.block, config.model.first_dense
     for name, layer_stats in stats.items():
@@ -96,37 +98,33 @@ def router_metrics(stats: Tree, config: ConfigDict, loads: bool) -> dict[str, An
 
 
 class Progress:
-    """Speed and metrics of the run, to the terminal and metrics.jsonl."""
+    """The speed and metrics of the run, for the terminal and metrics.jsonl.
 
-    def __init__(self, config: ConfigDict, mesh: Mesh, writer: Writer):
-        self.config, self.writer = config, writer
-        self.step_tokens = config.batch_size * config.seq_len
-        self.step_flops = self.step_tokens * flops_per_token(model_config(config), config.seq_len)
-        self.peak, source = peak_flops(config, mesh)
-        writer.say(f'mesh {dict(config.mesh)} · peak {self.peak / 1e12:.3g} TFLOP/s: {source}')
+    A step's metrics are fetched while the next one runs: `keep` notes them, `log` writes them.
+    """
+
+    def __init__(self, s: Setup, writer: Writer):
+        self.config, self.writer = s.config, writer
+        self.step_tokens = s.config.batch_size * s.config.seq_len
+        self.step_flops = self.step_tokens * flops_per_token(s.model, s.config.seq_len)
+        self.peak, source = peak_flops(s.config, s.mesh)
+        self._pending: tuple[int, dict[str, Array]] | None = None
+        writer.say(f'mesh {dict(s.config.mesh)} · peak {self.peak / 1e12:.3g} TFLOP/s: {source}')
         self.start(0)
 
     def start(self, step: int) -> None:
+        """Counts time from now on, `step` steps being done."""
         self.last_time, self.last_step = time.perf_counter(), step
 
-    def logs(self, step: int) -> bool:
-        every, last = self.config.log.every, step == self.config.steps
-        return bool(every) and (step % every == 0 or last)
+    def keep(self, step: int, metrics: dict[str, Array]) -> None:
+        """Notes the metrics of a step that may still be running."""
+        self._pending = step, metrics
 
-    def evaluates(self, step: int) -> bool:
-        every, last = self.config.eval.every, step == self.config.steps
-        return bool(every) and (step % every == 0 or last)
-
-    def samples(self, step: int) -> bool:
-        every = self.config.log.sample_every
-        return bool(every) and step % every == 0
-
-    def saves(self, step: int) -> bool:
-        every, last = self.config.checkpoint.every, step == self.config.steps
-        return last or (bool(every) and step % every == 0)
-
-    def log(self, step: int, metrics: dict[str, Array]) -> None:
-        """Fetches the metrics of a step, while the next one runs."""
+    def log(self) -> None:
+        """Fetches and writes the metrics that were noted, if any; waits for their step."""
+        if self._pending is None:
+            return
+        (step, metrics), self._pending = self._pending, None
         self.writer.terminal.catch_up(step)
         metrics = jax.device_get(metrics)
         stats = metrics.pop('router')
@@ -153,6 +151,7 @@ class Progress:
         )
 
     def log_evaluation(self, step: int, evaluation: dict[str, float], seconds: float) -> None:
+        """Writes an evaluation, whose seconds do not count as training."""
         self.last_time += seconds
         self.writer.write(step=step, tokens=step * self.step_tokens, **evaluation)
         self.writer.say(
@@ -161,6 +160,7 @@ class Progress:
         )
 
     def log_samples(self, step: int, samples: list[dict[str, str]], seconds: float) -> None:
+        """Writes continuations of the prompts, whose seconds do not count as training."""
         self.last_time += seconds
         self.writer.write(step=step, tokens=step * self.step_tokens, samples=samples)
         for sample in samples:

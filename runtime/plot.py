@@ -1,4 +1,4 @@
-"""Pictures of runs: what their metrics.jsonl holds, of one or several, in one PNG."""
+"""Plots the metrics of one or several runs in one PNG."""
 
 import importlib.util
 import json
@@ -9,54 +9,55 @@ from typing import Any
 
 import numpy as np
 
+from config import ConfigError
+from runtime.workdir import CONFIG, METRICS, PICTURE
 from storage.stores import local_folder, read_text
 
 COLUMNS = 3
-
-
-SMOOTHING = 0.02  # of the logged range: the width over which noisy curves are averaged
-
-
+SMOOTHING = 0.02  # width over which noisy curves are averaged, as a fraction of the logged range
 GREY = '#666666'
+STYLES = ('-', '--', ':', '-.')  # of the lines of sources
 
 
 class Run:
-    """The records of one workdir, by what they hold."""
+    """The records of one workdir, by metric."""
 
     def __init__(self, workdir: str):
-        """Raises ValueError if there are none."""
-        path = os.path.join(workdir, 'metrics.jsonl')
+        """Reads the records; raises ConfigError if there are none of training steps."""
+        path = os.path.join(workdir, METRICS)
         text = read_text(path)
         if text is None:
-            raise ValueError(f'{path} does not exist: --plot takes the workdirs of runs')
+            raise ConfigError(f'{path} does not exist: --plot takes the workdirs of runs')
         # a run may be writing the last line
         lines = [line for line in text.splitlines(keepends=True) if line.endswith('}\n')]
         self.records: list[dict[str, Any]] = [json.loads(line) for line in lines]
         if not any('loss' in record for record in self.records):
-            raise ValueError(f'{path} holds no logged step yet: wait for one, or lower log.every')
+            raise ConfigError(f'{path} holds no logged step yet: wait for one, or lower log.every')
         self.name = os.path.basename(os.path.abspath(workdir))
-        config = json.loads(read_text(os.path.join(workdir, 'config.json')))
+        config = json.loads(read_text(os.path.join(workdir, CONFIG)))
         self.step_tokens: int = config['batch_size'] * config['seq_len']
 
     def curve(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Steps, and the values of this name there."""
+        """Returns the steps that logged this metric, and its values."""
         points = [(r['step'], r[name]) for r in self.records if name in r]
         steps, values = np.array(points, np.float64).reshape(-1, 2).T
         return steps, values
 
     def layers(self, statistic: str) -> list[str]:
-        """Names of a statistic of all MoE layers: moe/3/load, ..."""
+        """Returns the names of a statistic of all MoE layers: moe/3/load, ..."""
         names = {n for r in self.records for n in r if n.startswith('moe/')}
         names = {n for n in names if n.rpartition('/')[2] == statistic}
         return sorted(names, key=lambda n: int(n.split('/')[1]))
 
     def names(self, metric: str) -> list[str]:
-        """The metric, and that of each source: eval_loss, eval_loss/web, ..."""
+        """Returns the names of a metric and of its values per source: eval_loss/web, ..."""
         return sorted({n for r in self.records for n in r if n.partition('/')[0] == metric})
 
     def last_loads(self) -> tuple[int, list[int], np.ndarray] | None:
-        """Of the last step that logged them: the step, layers, and experts' shares [layers, E]
-        over an even spread; None without experts."""
+        """Returns the last step that logged experts' loads, its MoE layers, and their loads_LE.
+
+        A load is the expert's part of all choices, relative to an even one; None without experts.
+        """
         names = self.layers('load')
         logged = [r for r in self.records if names and names[0] in r]
         if not logged:
@@ -66,14 +67,14 @@ class Run:
 
 
 def smooth(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Means of y, weighted by a Gaussian in x; finite values only, and no shift at the ends."""
+    """Averages the finite values of y, weighted by a Gaussian in x."""
     width = SMOOTHING * (x[-1] - x[0]) or 1.0
     finite = np.isfinite(y)
     known_x, known_y = x[finite], y[finite]
     if not len(known_x):
         return y
     out = np.empty(len(x))
-    for i in range(0, len(x), 256):  # memory stays small with long runs
+    for i in range(0, len(x), 256):  # in parts, as the weights take [part, all] numbers
         distance = (x[i : i + 256, None] - known_x) / width
         weights = np.exp(-(distance**2) / 2) + 1e-300
         out[i : i + 256] = weights @ known_y / weights.sum(axis=1)
@@ -81,7 +82,7 @@ def smooth(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 class Figure:
-    """Panels in rows of three; a colour a run."""
+    """Panels in rows of COLUMNS, with one colour per run."""
 
     def __init__(self, runs: Sequence[Run], n_panels: int):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -92,12 +93,12 @@ class Figure:
         FigureCanvasAgg(self.figure)
         self._grid = self.figure.add_gridspec(rows, COLUMNS, wspace=0.05, hspace=0.08)
         self._used = 0
-        # Runs with batches of different sizes are compared at the same number of tokens.
+        # Batches of different sizes make steps of different sizes: then x is the tokens.
         self.by_tokens = len({run.step_tokens for run in runs}) > 1
         self.colours = [f'C{i % 10}' for i in range(len(runs))]
 
     def panel(self, title: str) -> Any:
-        """The next panel's axes."""
+        """Adds a panel; returns its axes."""
         axes = self.figure.add_subplot(self._grid[divmod(self._used, COLUMNS)])
         self._used += 1
         axes.set_title(title, fontsize=12, loc='left')
@@ -109,7 +110,7 @@ class Figure:
         return axes
 
     def curves(self, title: str) -> Any:
-        """The next panel, over steps or tokens."""
+        """Adds a panel over steps, or tokens; returns its axes."""
         from matplotlib.ticker import EngFormatter
 
         axes = self.panel(title)
@@ -120,7 +121,7 @@ class Figure:
         return axes
 
     def name_runs(self) -> None:
-        """One legend for all panels, above them."""
+        """Adds one legend of the runs, above the panels."""
         from matplotlib.lines import Line2D
 
         pairs = zip(self.runs, self.colours, strict=True)
@@ -130,10 +131,11 @@ class Figure:
         )
 
     def x(self, run: Run, steps: np.ndarray) -> np.ndarray:
+        """Returns the values of the x axis for these steps."""
         return steps * run.step_tokens if self.by_tokens else steps
 
     def noisy(self, axes: Any, name: str) -> None:
-        """A curve a run: what was logged, faint, and its smoothed course."""
+        """Draws a metric of each run: the logged values, faint, and the smoothed ones."""
         for run, colour in zip(self.runs, self.colours, strict=True):
             steps, values = run.curve(name)
             x = self.x(run, steps)
@@ -141,11 +143,9 @@ class Figure:
             axes.plot(x, smooth(x, values), color=colour, linewidth=1.6)
 
 
-STYLES = ('-', '--', ':', '-.')
-
-
 def draw_loss(figure: Figure) -> None:
-    axes = figure.curves('loss (nats a token)')
+    """Draws the training and the validation loss."""
+    axes = figure.curves('loss (nats per token)')
     figure.noisy(axes, 'loss')
     for run, colour in zip(figure.runs, figure.colours, strict=True):
         steps, values = run.curve('eval_loss')
@@ -158,7 +158,7 @@ def draw_loss(figure: Figure) -> None:
 
 
 def zoom(axes: Any, curves: list[np.ndarray]) -> None:
-    """Leaves out of view the first steps' peak, which would flatten all that follows."""
+    """Limits the y axis so that the peak of the first steps does not flatten the curves."""
     values = np.concatenate(curves)
     values = values[np.isfinite(values)]
     if len(values) >= 20:
@@ -169,6 +169,7 @@ def zoom(axes: Any, curves: list[np.ndarray]) -> None:
 
 
 def draw_bits(figure: Figure) -> None:
+    """Draws the validation's bits per byte, in all and per source."""
     axes = figure.curves('validation, bits per byte')
     several = any(len(run.names('eval_bits_per_byte')) > 1 for run in figure.runs)
     for run, colour in zip(figure.runs, figure.colours, strict=True):
@@ -185,6 +186,7 @@ def draw_bits(figure: Figure) -> None:
 
 
 def draw_norm(figure: Figure) -> None:
+    """Draws the gradient norm."""
     axes = figure.curves('gradient norm')
     figure.noisy(axes, 'grad_norm')
     axes.set_yscale('log')
@@ -194,6 +196,7 @@ def draw_norm(figure: Figure) -> None:
 
 
 def draw_speed(figure: Figure) -> None:
+    """Draws the tokens per second."""
     from matplotlib.ticker import EngFormatter
 
     axes = figure.curves('tokens per second')
@@ -203,6 +206,7 @@ def draw_speed(figure: Figure) -> None:
 
 
 def draw_balance(figure: Figure) -> None:
+    """Draws the mean and the range over layers of the fullest expert's load."""
     axes = figure.curves('fullest expert over the mean one')
     for run, colour in zip(figure.runs, figure.colours, strict=True):
         names = run.layers('load_max_over_mean')
@@ -219,7 +223,7 @@ def draw_balance(figure: Figure) -> None:
 
 
 def draw_loads(figure: Figure, run: Run) -> None:
-    """Layers x experts, at the last step that logged them."""
+    """Draws the loads of a run's experts by layer, at the last step that logged them."""
     step, layers, loads_LE = run.last_loads()
     of = f' of {run.name}' if len(figure.runs) > 1 else ''
     axes = figure.panel(f'expert load{of}, step {step:,}')
@@ -240,9 +244,9 @@ def draw_loads(figure: Figure, run: Run) -> None:
 
 
 def need_matplotlib() -> None:
-    """Raises ValueError if it is not there."""
+    """Raises ConfigError if matplotlib is not installed."""
     if importlib.util.find_spec('matplotlib') is None:
-        raise ValueError(
+        raise ConfigError(
             'the config cannot run: plots need matplotlib: pip install matplotlib, or '
             'pip install -r requirements/log.txt'
         )
@@ -251,11 +255,11 @@ def need_matplotlib() -> None:
 def plot(workdirs: Sequence[str], output: str = '') -> str:
     """Draws the runs of these workdirs; returns the path of the PNG.
 
-    `output` '' is metrics.png in the one workdir, or beside the first of several. Raises ValueError
-    if matplotlib or a workdir's metrics are missing.
+    `output` '' stands for metrics.png in the only workdir, or beside the first of several. Raises
+    ConfigError if matplotlib or a workdir's metrics are missing.
     """
     need_matplotlib()
-    logging.getLogger('matplotlib').setLevel(logging.WARNING)  # it reports on its fonts
+    logging.getLogger('matplotlib').setLevel(logging.WARNING)  # silences its messages on fonts
     runs = [Run(workdir) for workdir in workdirs]
     moe = [run for run in runs if run.last_loads()]
     panels: list[Callable[[Figure], None]] = [draw_loss, draw_bits, draw_norm, draw_speed]
@@ -272,6 +276,6 @@ def plot(workdirs: Sequence[str], output: str = '') -> str:
         figure.figure.suptitle(runs[0].name, fontsize=13, x=0.01, ha='left')
     folder = local_folder(workdirs[0]) or '.'
     folder = folder if len(runs) == 1 else os.path.dirname(folder)
-    output = output or os.path.join(folder, 'metrics.png')
+    output = output or os.path.join(folder, PICTURE)
     figure.figure.savefig(output, dpi=110)
     return output

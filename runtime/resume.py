@@ -1,4 +1,4 @@
-"""Where a run starts, and how it is asked to end.
+"""The start of a run: from the newest checkpoint of its workdir, or from another run's parameters.
 
 A run goes on from the newest checkpoint of its workdir. The data's position and every random key
 follow from the step and the seed, so the state and the step are all there is to restore.
@@ -14,20 +14,21 @@ from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
 from checkpoint import Checkpointer
-from config import FIXED, check_alike, differences
+from config import FIXED, ConfigError, check_alike, differences
 from parallel import P, Tree
+from runtime.workdir import CHECKPOINTS, CONFIG
 from storage.leaves import leaf_names
 from storage.stores import read_text
 
 
 def first_step(config: ConfigDict, workdir: str, checkpoints: Checkpointer) -> tuple[int, str]:
-    """The step that the run goes on from (0: it starts anew), and a line that says so.
+    """Returns the step that the run goes on from (0: it starts anew), and a line that says so.
 
-    Raises ValueError if what the workdir holds is the run of another model or order of the data,
+    Raises ConfigError if the workdir holds the run of another model or order of the data,
     CheckpointError if its newest checkpoint is damaged. All processes have to call this.
     """
     step, old = checkpoints.latest_step() or 0, {}
-    file = os.path.join(workdir, 'config.json')
+    file = os.path.join(workdir, CONFIG)
     if step:
         old = checkpoints.metadata(step)['config']
     elif text := read_text(file):
@@ -46,7 +47,7 @@ def first_step(config: ConfigDict, workdir: str, checkpoints: Checkpointer) -> t
 
 
 def restore_state(checkpoints: Checkpointer, step: int, target: Tree) -> Tree:
-    """`Checkpointer.restore`, whatever number of chunks the pipeline had.
+    """Restores a state, whatever number of chunks the pipeline had that saved it.
 
     With several, parameters have their blocks in [chunks, blocks / chunks, ...], with one in
     [blocks, ...], in the same order. A leaf that was saved in another layout is restored in that
@@ -67,7 +68,7 @@ def restore_state(checkpoints: Checkpointer, step: int, target: Tree) -> Tree:
 
 
 def as_saved(name: str, want: jax.ShapeDtypeStruct, entry: dict | None) -> jax.ShapeDtypeStruct:
-    """The leaf in the checkpoint's layout of the blocks, or `want` if that is no other."""
+    """Returns the leaf in the checkpoint's layout of the blocks, or `want` if it is the same."""
     if entry is None or 'blocks' not in name.split('.') or tuple(entry['shape']) == want.shape:
         return want
     shape = tuple(entry['shape'])
@@ -80,24 +81,27 @@ def as_saved(name: str, want: jax.ShapeDtypeStruct, entry: dict | None) -> jax.S
 
 
 def laid_out(x: jax.Array, want: jax.ShapeDtypeStruct) -> jax.Array:
+    """Reshapes a leaf to the layout that is wanted."""
     return jax.jit(lambda x: x.reshape(want.shape), out_shardings=want.sharding)(x)
 
 
 def load_params(path: str, shapes: Tree) -> Tree:
-    """The parameters of another run: of its workdir's newest step, or of one checkpoint's folder.
+    """Restores the parameters of another run: of its newest step, or of one checkpoint's folder.
 
-    Raises ValueError if there is none or the shapes differ. All processes have to call this.
+    Raises ConfigError if there is none or the shapes differ. All processes have to call this.
     """
     root, name = os.path.split(path.rstrip('/'))
-    is_step = os.path.basename(root) == 'checkpoints' and name.isdecimal()
-    with Checkpointer(root if is_step else os.path.join(path, 'checkpoints')) as source:
+    is_step = os.path.basename(root) == CHECKPOINTS and name.isdecimal()
+    with Checkpointer(root if is_step else os.path.join(path, CHECKPOINTS)) as source:
         step = int(name) if is_step else source.latest_step()
         if step is None:
-            raise ValueError(
+            raise ConfigError(
                 f'the config cannot run: {path} holds no checkpoint to start from; use the workdir '
                 f'of a run, or WORKDIR/checkpoints/STEP'
             )
         try:
             return restore_state(source, step, {'params': shapes})['params']
-        except ValueError as error:
-            raise ValueError(f'the config cannot run: the parameters of {path}: {error}') from error
+        except ConfigError as error:
+            raise ConfigError(
+                f'the config cannot run: the parameters of {path}: {error}'
+            ) from error

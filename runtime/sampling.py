@@ -6,33 +6,32 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 import tiktoken
-from ml_collections import ConfigDict
 
+from config import ConfigError
 from decoding import Sampling, check_prompts, generate
-from model import model_config
 from parallel import Tree
 from runtime.workdir import TOKENIZER
 from storage.stores import read_text
 from tokenizer import END_OF_TEXT, fingerprint, get_encoding, token_bytes
+from train_step import Setup
 
 
 def run_encoding(workdir: str, name: str = '') -> tiktoken.Encoding:
-    """The tokenizer of a run, which `name` may find elsewhere than where the run found it.
+    """Returns the tokenizer of a run; `name` says where it is now, if it has moved.
 
-    Raises ValueError if it is unknown or another one than the run's.
+    Raises ConfigError if it is unknown or another one than the run's.
     """
     record = json.loads(read_text(os.path.join(workdir, TOKENIZER)) or '{}')
     if not name and not record:
-        raise ValueError(
+        raise ConfigError(
             f'{workdir} does not say which tokenizer its run has: there is no {TOKENIZER}; name '
             f'the one of its data with --tokenizer'
         )
     encoding = get_encoding(name or record['name'])
     if record and fingerprint(encoding) != record['fingerprint']:
-        raise ValueError(
+        raise ConfigError(
             f'{encoding.name} is another vocabulary than {record["name"]!r} was when {workdir} was '
             f'trained: name a copy of that one with --tokenizer'
         )
@@ -40,15 +39,15 @@ def run_encoding(workdir: str, name: str = '') -> tiktoken.Encoding:
 
 
 def end_of_text(encoding: tiktoken.Encoding) -> int:
-    """Its id, or -1 if the vocabulary has none."""
+    """Returns the id of end of text, or -1 if the vocabulary has none."""
     has_one = END_OF_TEXT in encoding.special_tokens_set
     return encoding.encode_single_token(END_OF_TEXT) if has_one else -1
 
 
 def allowed_tokens(encoding: tiktoken.Encoding, vocab_size: int) -> np.ndarray:
-    """The ids that stand for text, and end of text: bool [V]. A model may have further ids."""
+    """Marks the ids of text and end of text: bool [V]. A model may have further ids."""
     if encoding.n_vocab > vocab_size:
-        raise ValueError(
+        raise ConfigError(
             f'{encoding.name} has {encoding.n_vocab} tokens, and the model has {vocab_size}: it '
             f'was trained with another tokenizer; name that one with --tokenizer'
         )
@@ -60,17 +59,17 @@ def allowed_tokens(encoding: tiktoken.Encoding, vocab_size: int) -> np.ndarray:
 
 
 def encode(encoding: tiktoken.Encoding, prompt: str) -> list[int]:
-    """Where a prompt says <|endoftext|>, the token of that name is meant."""
+    """Encodes a prompt; <|endoftext|> in it stands for the token of that name."""
     return encoding.encode(
         prompt, allowed_special={END_OF_TEXT} & encoding.special_tokens_set, disallowed_special=()
     )
 
 
 class Completion:
-    """What follows one prompt, as its tokens come.
+    """The continuation of one prompt, which grows as tokens come.
 
-    `tokens` leaves out end of text; `text` also the stop string and what came after it. Bytes that
-    are no UTF-8 read as U+FFFD.
+    `tokens` leaves out end of text; `text` also the stop string and all after it. Bytes that are
+    no UTF-8 read as U+FFFD.
     """
 
     def __init__(self, prompt: str, encoding: tiktoken.Encoding, stops: Sequence[str] = ()):
@@ -81,7 +80,7 @@ class Completion:
         self._taken = 0
 
     def add(self, tokens: Sequence[int]) -> None:
-        """Further tokens; a negative one says that there are no more."""
+        """Takes further tokens; a negative one says that there are no more."""
         for token in map(int, tokens):
             if self.finish_reason:
                 return
@@ -105,7 +104,7 @@ class Completion:
             self.text, self.finish_reason = self.text[: min(found)], 'stop'
 
     def take(self) -> str:
-        """The text since the last call; but not yet what may be the start of a stop string."""
+        """Returns the text since the last call, but not yet a possible start of a stop string."""
         end = len(self.text)
         if not self.finish_reason:
             starts = (stop[:n] for stop in self._stops for n in range(1, len(stop)))
@@ -119,29 +118,27 @@ class Completion:
 
 
 def make_sampler(
-    config: ConfigDict, encoding: tiktoken.Encoding
+    s: Setup, encoding: tiktoken.Encoding
 ) -> Callable[[Tree, int], list[dict[str, str]]]:
-    """(params on their training mesh, step) -> [{prompt, text}] for config.log.prompts.
+    """Returns (params on their training mesh, step) -> [{prompt, text}] for config.log.prompts.
 
-    Raises ValueError, before the run starts, for prompts that cannot be continued. With several
+    Raises ConfigError, before the run starts, for prompts that cannot be continued. With several
     processes all call the sampler.
     """
-    log, cfg = config.log, model_config(config, jax.default_backend())
+    log, context = s.config.log, s.config.seq_len
     prompts = [encode(encoding, prompt) for prompt in log.prompts]
     try:
-        check_prompts(prompts, config.seq_len, cfg.vocab_size)
-    except ValueError as error:
-        raise ValueError(f'the config cannot run: log.prompts: {error}') from error
+        check_prompts(prompts, context, s.model.vocab_size)
+    except ConfigError as error:
+        raise ConfigError(f'the config cannot run: log.prompts: {error}') from error
     options = {
         'sampling': Sampling(temperature=log.sample_temperature),
         'stop': end_of_text(encoding),
-        'allowed': allowed_tokens(encoding, cfg.vocab_size),
+        'allowed': allowed_tokens(encoding, s.model.vocab_size),
     }
 
     def sample(params: Tree, step: int) -> list[dict[str, str]]:
-        rows = generate(
-            params, cfg, prompts, log.sample_tokens, config.seq_len, seed=step, **options
-        )
+        rows = generate(params, s.model, prompts, log.sample_tokens, context, seed=step, **options)
         completions = [Completion(prompt, encoding) for prompt in log.prompts]
         for completion, tokens in zip(completions, rows, strict=True):
             completion.add([*tokens, -1])

@@ -1,7 +1,12 @@
-"""With what a run was started: record.json in the workdir, one entry a start.
+"""The folder of a run: its files by name, and the ones that are written as a whole.
 
-Two runs whose entries agree in all but the time give the same numbers, bit for bit, on the same
-kind of machine.
+checkpoints/      checkpoint.py's, a folder per step
+config.json       the config of the last start
+record.json       an entry per start: config, mesh, devices, versions, git revision
+metrics.jsonl     an object per logged step
+eval.jsonl        an object per evaluated checkpoint
+tokenizer.json    name and fingerprint of the vocabulary
+profile/          traces, with --profile
 """
 
 import datetime
@@ -18,21 +23,68 @@ import tiktoken
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from config import ConfigError
 from machine.processes import all_processes, from_process_0
 from storage.stores import Lines, read_text, write_text
 from tokenizer import fingerprint
 
+CHECKPOINTS = 'checkpoints'
+CONFIG = 'config.json'
 RECORD = 'record.json'
+METRICS = 'metrics.jsonl'
+EVALUATIONS = 'eval.jsonl'
+TOKENIZER = 'tokenizer.json'
+PROFILE = 'profile'
+PICTURE = 'metrics.png'
+WANDB = 'wandb.json'  # the run's id there
+TENSORBOARD = 'tensorboard'
 
+RUNS = 'runs'  # the folder of runs that were given no workdir
 
 PACKAGES = ('jax', 'jaxlib', 'libtpu', 'numpy', 'tensorstore', 'tiktoken', 'ml_collections')
+VARIABLES = ('XLA_FLAGS', 'LIBTPU_INIT_ARGS')  # that change the compiled program
+
+# ---------------------------------------------------------------------------------------------
+# The folder
+# ---------------------------------------------------------------------------------------------
 
 
-VARIABLES = ('XLA_FLAGS', 'LIBTPU_INIT_ARGS')  # that change what is compiled
+def new_workdir() -> str:
+    """Returns a folder named after the time, the same on all processes."""
+    now = time.localtime(from_process_0(int(time.time())))
+    return time.strftime(f'{RUNS}/%Y%m%d-%H%M%S', now)
+
+
+def check_shared(workdir: str) -> None:
+    """Raises ConfigError if the processes do not see the same folder; all have to call this.
+
+    A URL is the same everywhere.
+    """
+    if jax.process_count() == 1 or '://' in workdir:
+        return
+    probe = os.path.join(workdir, f'.seen-by-all-{from_process_0(time.monotonic_ns() % 2**31)}')
+    if jax.process_index() == 0:
+        os.makedirs(workdir, exist_ok=True)
+        with open(probe, 'w'):
+            pass
+    all_processes(True)  # it is written
+    seen = all_processes(os.path.exists(probe))
+    if jax.process_index() == 0:
+        os.remove(probe)
+    if not seen:
+        raise ConfigError(
+            f'the config cannot run: --workdir={workdir} is not the same folder on all hosts; use '
+            f'a file system that they share, or a URL (gs://, s3://)'
+        )
+
+
+# ---------------------------------------------------------------------------------------------
+# record.json
+# ---------------------------------------------------------------------------------------------
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that numbers can depend on, as far as they are installed."""
+    """Returns the versions of Python and of the installed packages that numbers can depend on."""
     found = {'python': platform.python_version()}
     for name in PACKAGES:
         try:
@@ -43,7 +95,7 @@ def versions() -> dict[str, str]:
 
 
 def git_state(folder: str) -> dict[str, Any]:
-    """{'revision', 'dirty'} of the git checkout whose root this folder is; else {}.
+    """Returns {'revision', 'dirty'} of the git checkout with this root; {} for another folder.
 
     Files that git does not track do not make it dirty.
     """
@@ -63,7 +115,11 @@ def git_state(folder: str) -> dict[str, Any]:
 
 
 def start_entry(config: ConfigDict, mesh: Mesh, start: int) -> dict[str, Any]:
-    """What determines the numbers of a run that goes on from step `start`."""
+    """Returns the entry of record.json for a run that goes on from step `start`.
+
+    Two runs whose entries agree in all but the time give the same numbers, bit for bit, on the same
+    kind of machine.
+    """
     devices = mesh.devices.flat
     git = git_state(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     return {
@@ -85,42 +141,24 @@ def start_entry(config: ConfigDict, mesh: Mesh, start: int) -> dict[str, Any]:
 
 
 def add_entry(workdir: str, entry: dict[str, Any]) -> None:
-    """Appends to record.json, which is always whole."""
+    """Appends to record.json, which is replaced as a whole."""
     path = os.path.join(workdir, RECORD)
     entries = json.loads(read_text(path) or '[]')
     write_text(path, json.dumps([*entries, entry], indent=1) + '\n')
 
 
-def new_workdir() -> str:
-    """A folder named after the time, the same on all processes."""
-    return time.strftime('runs/%Y%m%d-%H%M%S', time.localtime(from_process_0(int(time.time()))))
+# ---------------------------------------------------------------------------------------------
+# The other files
+# ---------------------------------------------------------------------------------------------
 
 
-def check_shared(workdir: str) -> None:
-    """ValueError if the processes do not see the same folder; all have to call this.
-
-    A URL is the same everywhere.
-    """
-    if jax.process_count() == 1 or '://' in workdir:
-        return
-    probe = os.path.join(workdir, f'.seen-by-all-{from_process_0(time.monotonic_ns() % 2**31)}')
-    if jax.process_index() == 0:
-        os.makedirs(workdir, exist_ok=True)
-        with open(probe, 'w'):
-            pass
-    all_processes(True)  # it is written
-    seen = all_processes(os.path.exists(probe))
-    if jax.process_index() == 0:
-        os.remove(probe)
-    if not seen:
-        raise ValueError(
-            f'the config cannot run: --workdir={workdir} is not the same folder on all hosts; use '
-            f'a file system that they share, or a URL (gs://, s3://)'
-        )
+def tokenizer_record(encoding: tiktoken.Encoding) -> str:
+    """Returns the content of tokenizer.json: a name, and the fingerprint to check it by."""
+    return json.dumps({'name': encoding.name, 'fingerprint': fingerprint(encoding)}) + '\n'
 
 
 def keep_records(path: str, step: int) -> None:
-    """Drops from metrics.jsonl what was logged beyond the step, and a line cut short by a kill."""
+    """Drops the lines of metrics.jsonl beyond the step, and one that a kill cut short."""
     text = read_text(path)
     if text is None:
         return
@@ -128,11 +166,11 @@ def keep_records(path: str, step: int) -> None:
     write_text(path, ''.join(line for line in whole if json.loads(line)['step'] <= step))
 
 
-EVALUATIONS = 'eval.jsonl'  # of checkpoints, in the workdir
-
-
 def append_evaluation(workdir: str, step: int, result: dict[str, float], mesh: Mesh) -> str:
-    """Adds a line to eval.jsonl, a file of its own: a run may be writing the others. Its path."""
+    """Adds a line to eval.jsonl, and returns its path.
+
+    A file of its own, since a run may be writing the others.
+    """
     path = os.path.join(workdir, EVALUATIONS)
     record = {
         'step': step,
@@ -145,15 +183,3 @@ def append_evaluation(workdir: str, step: int, result: dict[str, float], mesh: M
         lines.add(json.dumps(record))
         lines.flush()
     return path
-
-
-TOKENIZER = 'tokenizer.json'  # in the workdir
-
-# ---------------------------------------------------------------------------------------------
-# Text
-# ---------------------------------------------------------------------------------------------
-
-
-def tokenizer_record(encoding: tiktoken.Encoding) -> str:
-    """What a run keeps of its tokenizer, as JSON: the name, and the fingerprint to check it by."""
-    return json.dumps({'name': encoding.name, 'fingerprint': fingerprint(encoding)}) + '\n'

@@ -1,7 +1,7 @@
-"""Where else metrics go than to metrics.jsonl: TensorBoard and Weights & Biases, as log.writers.
+"""The writers of log.writers: they send the records of metrics.jsonl to other services as well.
 
-A writer takes the records of metrics.jsonl. Numbers are scalars; `load`, each expert's share, is a
-histogram over the experts' numbers; samples are text. Its package is imported when it is made.
+Numbers become scalars; `load`, each expert's part of the choices, a histogram over the experts'
+numbers; samples text. A writer imports its package when it is made.
 """
 
 import json
@@ -13,18 +13,21 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from config import ConfigError
+from runtime.workdir import TENSORBOARD, WANDB
 from storage.stores import local_folder, read_text, write_text
 
 
-def missing(package: str, what: str) -> ValueError:
-    return ValueError(
-        f'the config cannot run: {what} needs {package}: pip install {package}, or '
+def missing(package: str, setting: str) -> ConfigError:
+    """Returns the error for a setting whose package is not installed."""
+    return ConfigError(
+        f'the config cannot run: {setting} needs {package}: pip install {package}, or '
         f'pip install -r requirements/log.txt'
     )
 
 
 def parts(record: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
-    """(kind, name, value): 'scalar' numbers, 'loads' lists of shares, 'samples' as text."""
+    """Yields (kind, name, value): 'scalar' numbers, 'loads' lists per expert, 'samples' texts."""
     for name, value in record.items():
         if name == 'samples':
             yield 'samples', name, '\n\n'.join(s['prompt'] + s['text'] for s in value)
@@ -35,18 +38,21 @@ def parts(record: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
 
 
 class TensorBoard:
-    """Event files in WORKDIR/tensorboard. Of a run that goes on after step `start`, TensorBoard
-    drops what an interrupted one wrote beyond it."""
+    """Writes event files to WORKDIR/tensorboard.
+
+    TensorBoard drops the steps after `start`, which an interrupted run may have written.
+    """
 
     def __init__(self, workdir: str, config: ConfigDict, start: int):
         try:
             import tensorboardX
         except ImportError as error:
             raise missing('tensorboardX', "log.writers='tensorboard'") from error
-        folder = os.path.join(workdir, 'tensorboard')
+        folder = os.path.join(workdir, TENSORBOARD)
         self._events = tensorboardX.SummaryWriter(folder, purge_step=start + 1, flush_secs=30)
 
     def write(self, record: dict[str, Any]) -> None:
+        """Writes one record."""
         step = record['step']
         for kind, name, value in parts(record):
             if kind == 'scalar':
@@ -67,15 +73,16 @@ class TensorBoard:
                 )
 
     def close(self) -> None:
+        """Ends the output."""
         self._events.close()
 
 
 class WeightsAndBiases:
-    """A run of log.wandb_project, which goes on under the id in WORKDIR/wandb.json.
+    """Logs to a run of log.wandb_project, whose id WORKDIR/wandb.json keeps for continuing it.
 
-    WANDB_MODE, WANDB_API_KEY and its other variables count as ever; WANDB_MODE=offline writes to
-    WORKDIR/wandb, for `wandb sync`. Steps that it has already, of an interrupted run that goes on
-    from before them, it leaves as they are.
+    wandb reads its environment variables, WANDB_API_KEY, WANDB_MODE, ...; WANDB_MODE=offline writes
+    to WORKDIR/wandb, for `wandb sync`. Steps that an interrupted run has logged already stay as
+    they are.
     """
 
     def __init__(self, workdir: str, config: ConfigDict, start: int):
@@ -88,14 +95,14 @@ class WeightsAndBiases:
             project=config.log.wandb_project,
             name=os.path.basename(os.path.abspath(workdir)),
             dir=local_folder(workdir),
-            id=self._id(os.path.join(workdir, 'wandb.json'), start),
+            id=self._id(os.path.join(workdir, WANDB), start),
             resume='allow',
             config=config.to_dict(),
         )
 
     @staticmethod
     def _id(path: str, start: int) -> str:
-        """The workdir's run; one that starts anew is another run."""
+        """Returns the id at `path`; a run that starts at step 0 makes and keeps a new one."""
         if start and (text := read_text(path)):
             return json.loads(text)['id']
         name = secrets.token_hex(4)
@@ -103,6 +110,7 @@ class WeightsAndBiases:
         return name
 
     def write(self, record: dict[str, Any]) -> None:
+        """Writes one record."""
         values = {}
         for kind, name, value in parts(record):
             if kind == 'loads':
@@ -112,6 +120,7 @@ class WeightsAndBiases:
         self._run.log(values, step=record['step'])
 
     def close(self) -> None:
+        """Ends the output."""
         self._run.finish()
 
 

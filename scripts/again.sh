@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs a command, and again while its exit code asks for that: 75, of a process that hung or lost
-# another one, or above 128, of one that was killed. SIGTERM is passed on, and is the end of it.
+# Runs a command, and again after exit code 75 (the process hung or lost another one) or above 128
+# (it was killed), up to RESTARTS times. SIGTERM is passed on to the command, and ends the restarts.
 #
 #     RESTARTS=10 RESTART_SECONDS=10 scripts/again.sh python train.py --config=...
 set -u
@@ -13,7 +13,7 @@ for ((i = 0; ; i++)); do
   child=$!
   wait "$child"
   code=$?
-  while kill -0 "$child" 2>/dev/null; do # a trapped signal ends `wait`, not the command
+  while kill -0 "$child" 2>/dev/null; do # a trapped signal ends `wait`, but not the command
     wait "$child"
     code=$?
   done

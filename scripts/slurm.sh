@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Trains on a SLURM cluster: one task a GPU, on a file system that all nodes share.
+# Trains on a SLURM cluster: one task per GPU, on a file system that all nodes share.
 #
 #     scripts/slurm.sh start --nodes=4 --ntasks-per-node=8 --gpus-per-task=1 --time=24:00:00 -- \
 #         --config=configs/tiny.py --workdir=runs/a --config.mesh.fsdp=32
 #     scripts/slurm.sh logs JOB        # follows its output
 #     scripts/slurm.sh stop JOB        # the run saves a checkpoint and ends
 #
-# What stands before `--` goes to sbatch. The job puts itself back into the queue when its time is
-# over, and goes on by itself after a lost process (scripts/again.sh). VENV is the virtual
+# Options before `--` go to sbatch, those after it to train.py. The job queues itself again when its
+# time is over, and restarts by itself after a lost process (scripts/again.sh). VENV is the virtual
 # environment that the nodes use, .venv by default.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The job that scripts/slurm.sh submits: the command in all tasks. Five minutes before its time is
-# over the tasks are asked to save and end, and the job is put back into the queue.
+# The job that scripts/slurm.sh submits: runs train.py in all tasks. Five minutes before its time is
+# over, it signals the tasks to save and end, and puts itself back into the queue.
 #SBATCH --job-name=jaxformer
 #SBATCH --output=slurm-%j.log
 #SBATCH --open-mode=append
@@ -14,7 +14,7 @@ PATH="$PWD/${VENV:-.venv}/bin:$PATH" \
   scripts/again.sh srun --kill-on-bad-exit=1 python train.py "$@" &
 wait $!
 code=$?
-while kill -0 $! 2>/dev/null; do # a trapped signal ends `wait`, not the command
+while kill -0 $! 2>/dev/null; do # a trapped signal ends `wait`, but not the command
   wait $!
   code=$?
 done

@@ -3,13 +3,13 @@
 #
 #     export TPU_NAME=my-slice ZONE=us-central2-b        # several slices: TPU_NAME='a-0 a-1'
 #     scripts/tpu.sh start --config=configs/tpu_v4.py --workdir=gs://BUCKET/runs/a
-#     scripts/tpu.sh logs [WORKER]     # follows the output of a host, of 0 by default
-#     scripts/tpu.sh status            # of each host: running or ended, and its last line
+#     scripts/tpu.sh logs [WORKER]     # follows the output of a host, 0 by default
+#     scripts/tpu.sh status            # for each host: running or ended, and its last line
 #     scripts/tpu.sh stop              # the run saves a checkpoint and ends
 #
-# `start` copies the checkout, installs what is missing, and starts; the run goes on without this
-# terminal, and again by itself after a lost process (scripts/again.sh). PROJECT names another than
-# gcloud's own; REMOTE_ENV has variables for the hosts, as in REMOTE_ENV='RESTARTS=3 A=b'.
+# `start` copies the checkout, installs what is missing, and starts the run, which needs this
+# terminal no longer and restarts by itself after a lost process (scripts/again.sh). PROJECT
+# overrides gcloud's project; REMOTE_ENV sets variables on the hosts: REMOTE_ENV='RESTARTS=3 A=b'.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -17,7 +17,7 @@ cd "$(dirname "$0")/.."
 read -ra slices <<<"$TPU_NAME"
 gcloud_flags=(--zone="$ZONE" ${PROJECT:+--project="$PROJECT"})
 
-# on WORKER COMMAND: on that host of the first slice; on all of all slices where it is `all`.
+# on WORKER COMMAND: runs it on that host of the first slice; on all hosts of all slices for `all`.
 on() {
   local names=("${slices[@]}") slice
   [[ $1 == all ]] || names=("${slices[0]}")
@@ -44,7 +44,7 @@ mkdir -p jaxformer && tar xzf jaxformer.tgz -C jaxformer && cd jaxformer
 .venv/bin/pip install -q -U "jax[tpu]" -r requirements.txt'
 }
 
-# Of a run that is there: its process is a session of its own, which no terminal ends.
+# Succeeds if a run's process, which has its own session and so outlives terminals, is there.
 running='cd jaxformer 2>/dev/null && [ -f run.pid ] && kill -0 "$(cat run.pid)" 2>/dev/null'
 
 start() {

@@ -1,5 +1,5 @@
-"""The leaves of a tree as a checkpoint holds them: names, chunks, zarr3 metadata, and their copies
-in host memory."""
+"""Leaves of a tree as a checkpoint holds them: names, chunks, zarr3 metadata, and their way to host
+memory and back to devices."""
 
 import dataclasses
 import itertools
@@ -13,22 +13,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
+from jax.sharding import Sharding, SingleDeviceSharding
 
-CHUNK_BYTES = 16 << 20  # about the most in one file: what is copied, checked and sent at a time
+from config import ConfigError
 
-
+CHUNK_BYTES = 16 << 20  # about the largest file: chunks are copied, checked and sent one by one
 COPY_THREADS = 8
 
 Tree = Any
-
-
 Box = tuple[tuple[int, int], ...]  # start and stop in each dimension
 
 
-def leaf_names(tree: Tree) -> dict[str, Any]:
-    """The leaves by name, the keys on their path joined by dots: 'params.blocks.0.norm'.
+# ---------------------------------------------------------------------------------------------
+# Names, boxes, metadata
+# ---------------------------------------------------------------------------------------------
 
-    Raises ValueError if two leaves would have the same name, or a key is empty.
+
+def leaf_names(tree: Tree) -> dict[str, Any]:
+    """Returns the leaves by name: the keys on their path joined by dots, 'params.blocks.0.norm'.
+
+    A tree that is one leaf is named 'tree'. Raises ValueError if two leaves would have the same
+    name, or a key is empty.
     """
     named: dict[str, Any] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
@@ -44,7 +49,7 @@ def leaf_names(tree: Tree) -> dict[str, Any]:
 
 
 def chunk_shape(shape: tuple[int, ...], itemsize: int) -> list[int]:
-    """A shard's shape cut evenly, leading dimensions first, to about CHUNK_BYTES."""
+    """Cuts a shard's shape evenly, leading dimensions first, to chunks of about CHUNK_BYTES."""
     chunk = [max(1, size) for size in shape]
     for dim, size in enumerate(chunk):
         parts = math.ceil(math.prod(chunk) * itemsize / CHUNK_BYTES)
@@ -56,7 +61,7 @@ def chunk_shape(shape: tuple[int, ...], itemsize: int) -> list[int]:
 
 
 def zarr_metadata(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """zarr.json of a leaf, from its entry in metadata.json."""
+    """Returns a leaf's zarr.json, made from its entry in metadata.json."""
     fill = {'bool': False, 'complex64': [0.0, 0.0], 'complex128': [0.0, 0.0]}
     little_endian = {'name': 'bytes', 'configuration': {'endian': 'little'}}
     return {
@@ -72,23 +77,30 @@ def zarr_metadata(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def box_of(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
+    """Returns the bounds of a shard's index, which may leave start and stop open."""
     return tuple(s.indices(size)[:2] for s, size in zip(index, shape, strict=True))
 
 
 def part(array: ts.TensorStore, box: Box) -> ts.TensorStore:
+    """Returns a view of the array's elements in the box; nothing is read."""
     return array[tuple(slice(*bounds) for bounds in box)]
 
 
 def chunks_of(box: Box, chunk: list[int]) -> Iterator[Box]:
-    """The chunks that lie in a box which begins and ends with one."""
+    """Yields the chunks in a box whose bounds lie on bounds of chunks."""
     starts = [range(*bounds, size) for bounds, size in zip(box, chunk, strict=True)]
     for corner in itertools.product(*starts):
         yield tuple((i, i + size) for i, size in zip(corner, chunk, strict=True))
 
 
+# ---------------------------------------------------------------------------------------------
+# To host memory
+# ---------------------------------------------------------------------------------------------
+
+
 @dataclasses.dataclass
 class HostLeaf:
-    """A leaf, and copies of those of its chunks that this process writes."""
+    """A leaf of the tree, with host copies of the chunks that this process writes."""
 
     name: str
     entry: dict[str, Any]  # in metadata.json
@@ -96,55 +108,69 @@ class HostLeaf:
 
 
 def copy_to_host(tree: Tree) -> list[HostLeaf]:
-    """Copies this process's part of the tree; the transfers run side by side.
+    """Copies this process's part of the tree to host memory; the transfers run side by side.
 
-    Of replicas only the first is taken, so that each element is copied once in all. Leaves that
-    are no jax arrays have to be alike on all processes; process 0 writes them.
+    Takes only the first of each shard's replicas, so that all processes together copy each element
+    once. Leaves that are not jax arrays have to be alike on all processes; process 0 writes them.
     """
-    shards, leaves = [], []
-    for name, x in leaf_names(tree).items():
-        key = {}
-        if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            key, x = {'key': str(jax.random.key_impl(x))}, jax.random.key_data(x)
-        if isinstance(x, jax.Array):
-            found = [(s.index, s.data) for s in x.addressable_shards if s.replica_id == 0]
-            chunk = chunk_shape(x.sharding.shard_shape(x.shape), x.dtype.itemsize)
-            for _, shard in found:
-                shard.copy_to_host_async()
-        else:
-            x = np.asarray(x)
-            found = [((slice(None),) * x.ndim, x)] if jax.process_index() == 0 else []
-            chunk = chunk_shape(x.shape, x.dtype.itemsize)
-        shards.append([(box_of(index, x.shape), shard) for index, shard in found])
-        entry = {'shape': list(x.shape), 'dtype': x.dtype.name, 'chunk': chunk} | key
-        leaves.append(HostLeaf(name, entry, []))
-    # In threads and by chunks: one core copies at less than memory's speed, more so where fresh
-    # memory is faulted in, and a large leaf keeps all of them busy.
+    found = {name: entry_and_shards(x) for name, x in leaf_names(tree).items()}
+    # Threads that each copy a chunk: one core copies slower than memory allows, all the more where
+    # fresh memory is faulted in, and the chunks of one large leaf keep all threads busy.
     with ThreadPoolExecutor(COPY_THREADS) as pool:
-        copies = [
-            [copy for box, x in found for copy in host_copies(x, box, leaf.entry['chunk'], pool)]
-            for leaf, found in zip(leaves, shards, strict=True)
-        ]
-    for leaf, found in zip(leaves, copies, strict=True):
-        leaf.chunks = [(box, copy.result()) for box, copy in found]
-    return leaves
+        copies = {
+            name: [copy for box, x in shards for copy in host_copies(x, box, entry['chunk'], pool)]
+            for name, (entry, shards) in found.items()
+        }
+    return [
+        HostLeaf(name, entry, [(box, copy.result()) for box, copy in copies[name]])
+        for name, (entry, _) in found.items()
+    ]
+
+
+def entry_and_shards(
+    x: Any,
+) -> tuple[dict[str, Any], list[tuple[Box, jax.Array | np.ndarray]]]:
+    """Returns a leaf's entry in metadata.json, and the shards that this process writes.
+
+    The shards' transfers to the host are started.
+    """
+    key = {}
+    if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        key, x = {'key': str(jax.random.key_impl(x))}, jax.random.key_data(x)
+    if isinstance(x, jax.Array):
+        shards = [(s.index, s.data) for s in x.addressable_shards if s.replica_id == 0]
+        chunk = chunk_shape(x.sharding.shard_shape(x.shape), x.dtype.itemsize)
+        for _, shard in shards:
+            shard.copy_to_host_async()
+    else:
+        x = np.asarray(x)
+        shards = [((slice(None),) * x.ndim, x)] if jax.process_index() == 0 else []
+        chunk = chunk_shape(x.shape, x.dtype.itemsize)
+    entry = {'shape': list(x.shape), 'dtype': x.dtype.name, 'chunk': chunk} | key
+    return entry, [(box_of(index, x.shape), shard) for index, shard in shards]
 
 
 def host_copies(
     shard: jax.Array | np.ndarray, box: Box, chunk: list[int], pool: ThreadPoolExecutor
 ) -> Iterator[tuple[Box, Future[np.ndarray]]]:
-    """The shard's chunks, each to be copied to memory that no later step writes to."""
+    """Starts a copy of each of the shard's chunks to memory that no later step writes to."""
     host = np.asarray(shard)
     is_copy = isinstance(shard, jax.Array) and next(iter(shard.devices())).platform != 'cpu'
     copy = np.asarray if is_copy else np.array
     for inner in chunks_of(box, chunk):
-        within = zip(inner, box, strict=True)
-        part = tuple(slice(i - start, j - start) for (i, j), (start, _) in within)
-        yield inner, pool.submit(copy, host[part], order='C')
+        bounds = zip(inner, box, strict=True)
+        within = tuple(slice(i - start, j - start) for (i, j), (start, _) in bounds)
+        yield inner, pool.submit(copy, host[within], order='C')
+
+
+# ---------------------------------------------------------------------------------------------
+# From host memory
+# ---------------------------------------------------------------------------------------------
 
 
 def check_leaves(wanted: Mapping[str, Any], entries: Mapping[str, Any], where: str) -> None:
-    """ValueError that lists all wanted leaves that are missing or of another shape or type."""
+    """Raises ConfigError, which lists all wanted leaves that are missing or of another shape or
+    type in metadata.json's `entries`."""
     errors = []
     for name, want in wanted.items():
         if name not in entries:
@@ -157,8 +183,34 @@ def check_leaves(wanted: Mapping[str, Any], entries: Mapping[str, Any], where: s
         if (list(want.shape), str(want.dtype)) != (shape, str(dtype)):
             errors.append(f'{name} is {dtype} {shape}, asked for {want.dtype} {list(want.shape)}')
     if errors:
-        raise ValueError(
+        raise ConfigError(
             f'{where} holds other leaves than are asked for:\n'
             + '\n'.join(f'  - {e}' for e in errors)
             + '\nUse the config that it was saved with, or ask only for leaves that are alike.'
         )
+
+
+def boxes_of_devices(want: Any, shape: tuple[int, ...]) -> dict[jax.Device | None, Box]:
+    """Returns the box that each device of this process wants of a leaf.
+
+    A leaf that is wanted without a sharding has one box, the whole, at None.
+    """
+    sharding = getattr(want, 'sharding', None)
+    if sharding is None:
+        return {None: tuple((0, size) for size in shape)}
+    indices = sharding.addressable_devices_indices_map(shape)
+    return {device: box_of(index, shape) for device, index in indices.items()}
+
+
+def on_devices(
+    data: Mapping[Box, np.ndarray],
+    boxes: Mapping[jax.Device, Box],
+    shape: tuple[int, ...],
+    sharding: Sharding,
+) -> jax.Array:
+    """Assembles a global array of `shape`, of which each device holds the data of its box."""
+    shards = [
+        jax.device_put(data[box], SingleDeviceSharding(device, memory_kind=sharding.memory_kind))
+        for device, box in boxes.items()
+    ]
+    return jax.make_array_from_single_device_arrays(shape, sharding, shards)

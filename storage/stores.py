@@ -1,5 +1,5 @@
-"""The key-value store below a path, a local folder or a URL that tensorstore knows, and small text
-files in it."""
+"""Key-value stores below local folders and URLs that tensorstore knows, and small text files in
+them."""
 
 import os
 import time
@@ -7,19 +7,22 @@ import urllib.parse
 
 import tensorstore as ts
 
+from config import ConfigError
+
 
 def local_folder(path: str) -> str | None:
-    """The absolute path of a local folder, also one given as file://; None for another store."""
+    """Returns the absolute path of a local folder, given as a path or as file://, else None."""
     if path.startswith('file://'):
         return path.removeprefix('file://')
     return None if '://' in path else os.path.abspath(path)
 
 
 def open_store(path: str, context: ts.Context | None = None) -> ts.KvStore:
-    """The store below a folder or a URL such as gs://bucket/folder.
+    """Opens the store below a folder or a URL such as gs://bucket/folder.
 
-    s3:// is Amazon's, or the compatible one (MinIO, R2, Ceph) whose address the variables
-    AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL give, as to Amazon's own tools.
+    s3:// is Amazon's, or the compatible one (MinIO, R2, Ceph) at the address that the variable
+    AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL gives, as for Amazon's own tools. Raises ConfigError if
+    tensorstore does not know the scheme, or the bucket's name is invalid.
     """
     where: str | dict[str, str] = path.rstrip('/') + '/'
     endpoint = os.environ.get('AWS_ENDPOINT_URL_S3') or os.environ.get('AWS_ENDPOINT_URL')
@@ -30,33 +33,40 @@ def open_store(path: str, context: ts.Context | None = None) -> ts.KvStore:
         region = os.environ.get('AWS_REGION') or os.environ.get('AWS_DEFAULT_REGION')
         where = {'driver': 's3', 'bucket': bucket, 'path': key, 'endpoint': endpoint}
         where['aws_region'] = region or 'us-east-1'
-    return ts.KvStore.open(where, context=context).result()
+    try:
+        return ts.KvStore.open(where, context=context).result()
+    except ValueError as error:
+        raise ConfigError(
+            f'{path} cannot be opened: {error}; use a folder, gs://BUCKET/FOLDER or '
+            f's3://BUCKET/FOLDER'
+        ) from error
 
 
 def _split(path: str) -> tuple[str, str]:
-    root, name = os.path.split(path)
-    return root or '.', name
+    """Splits a file's path into its folder and its name."""
+    folder, name = os.path.split(path)
+    return folder or '.', name
 
 
 def read_text(path: str) -> str | None:
-    """A small file as a whole; None if there is none."""
-    root, name = _split(path)
-    result = open_store(root).read(name).result()
+    """Returns the text of a file, or None if there is no such file."""
+    folder, name = _split(path)
+    result = open_store(folder).read(name).result()
     return result.value.decode() if result.state == 'value' else None
 
 
 def write_text(path: str, text: str) -> None:
-    """Replaces the file as a whole: after a kill it is the old one or the new one."""
-    root, name = _split(path)
-    open_store(root).write(name, text.encode()).result()
+    """Replaces the whole file at once: after a kill it holds the old text or the new one."""
+    folder, name = _split(path)
+    open_store(folder).write(name, text.encode()).result()
 
 
 class Lines:
     """A text file that grows by lines.
 
-    On a local file system each is appended. A bucket only replaces files: there the whole is
-    written again, beside the loop, at most every `seconds`, and at `flush`; a kill loses the lines
-    since then.
+    On a local file system each line is appended at once. A bucket can only replace files: there
+    the whole text is written again, in the background, at most once per `seconds` and at `flush`;
+    a kill loses the lines since then.
     """
 
     def __init__(self, path: str, seconds: float = 60.0):
@@ -64,26 +74,29 @@ class Lines:
         self._root, self._name = _split(path)
         self._folder = local_folder(self._root)
         self._text = '' if self._folder else read_text(path) or ''
-        self._written, self._pending = time.monotonic(), None
+        self._last_write = time.monotonic()
+        self._pending: ts.Future | None = None
 
     def add(self, line: str) -> None:
+        """Adds a line, given without its newline."""
         if self._folder:
             with open(os.path.join(self._folder, self._name), 'a') as f:
                 f.write(line + '\n')
             return
         self._text += line + '\n'
-        if time.monotonic() - self._written >= self.seconds:
+        if time.monotonic() - self._last_write >= self.seconds:
             self._write()
 
     def flush(self) -> None:
-        """Returns when all lines are there. Raises what a write raised."""
+        """Returns once all lines are stored; raises the error of a write that failed."""
         if self._folder:
             return
         self._write()
         self._pending.result()
 
     def _write(self) -> None:
+        """Starts to write the whole text, after the write before has ended."""
         if self._pending:
             self._pending.result()
         self._pending = open_store(self._root).write(self._name, self._text.encode())
-        self._written = time.monotonic()
+        self._last_write = time.monotonic()

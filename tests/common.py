@@ -1,7 +1,9 @@
-"""A small model, and ways to run it, that several test files share."""
+"""Small configs, shared initial values, and comparisons for the tests of models and steps."""
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,8 +13,11 @@ from ml_collections import ConfigDict
 import train_step
 from config import ModelConfig
 from configs import default
-from model import model_config, model_params
+from model import model_for, model_params
 from parallel import AXES, P, Tree, global_sum, init_params, make_mesh, shardings, varying
+from train_step import Setup, setup
+
+TOLERANCE = 2e-5  # of a leaf's norm, in float32
 
 
 def small_config(
@@ -37,7 +42,29 @@ def small_config(
     return c
 
 
-# What initial values do not depend on.
+def on_mesh(config: ConfigDict, sizes: tuple[int, ...]) -> ConfigDict:
+    """Returns the config on a mesh of (dp, fsdp, tp), ep and pp if given."""
+    config = config.copy_and_resolve_references()
+    config.mesh.update(dict(zip(('dp', 'fsdp', 'tp', 'ep', 'pp'), sizes, strict=False)))
+    return config
+
+
+def set_up(config: ConfigDict) -> Setup:
+    """Returns the setup of a config on as many simulated devices as its mesh takes."""
+    return setup(config, make_mesh(config.mesh))
+
+
+def cpu_model(config: ConfigDict) -> ModelConfig:
+    """Returns the model with the kernels that run on CPU."""
+    return model_for(config, 'cpu')
+
+
+# ---------------------------------------------------------------------------------------------
+# Initial values, whose program takes seconds to compile: once for all meshes, since the values are
+# the same on each, as tests/test_model.py shows
+# ---------------------------------------------------------------------------------------------
+
+# Fields that the values do not depend on.
 ANY = {
     'remat': 'none', 'remat_keep': (), 'compute_dtype': 'float32', 'dropout': 0.0,
     'capacity_factor': 0.0, 'attention_kernel': 'blockwise', 'expert_kernel': 'blocks',
@@ -52,41 +79,60 @@ def _initial_values(cfg: ModelConfig, seed: int, chunks: int) -> Tree:
 
 
 def initial_params(cfg: ModelConfig, mesh: Mesh, seed: int = 0, chunks: int = 1) -> Tree:
-    """`init_params` of the model, whose program takes seconds to compile, once for all meshes: the
-    values are the same on each, as tests/test_model.py shows."""
+    """Returns the parameters that `init_params` makes."""
     values = _initial_values(dataclasses.replace(cfg, **ANY), seed, chunks)
     return jax.tree.map(jax.device_put, values, shardings(model_params(cfg, chunks), mesh))
 
 
-def initial_state(config: ConfigDict, mesh: Mesh) -> Tree:
-    """`train_step.init_state`, with `initial_params`."""
-    chunks = config.pipeline.chunks
-    params = initial_params(model_config(config), mesh, config.seed, chunks)
-    zeros = lambda x: jax.device_put(np.zeros(x.shape, np.float32), x.sharding)  # noqa: E731
-    moments = {name: jax.tree.map(zeros, params) for name in 'mv'}
-    numbers = jax.device_put(train_step.init_numbers(), NamedSharding(mesh, P()))
+def initial_state(s: Setup) -> Tree:
+    """Returns the state that `train_step.init_state` makes."""
+    params = initial_params(s.model, s.mesh, s.config.seed, s.config.pipeline.chunks)
+
+    def zeros(x: jax.Array) -> jax.Array:
+        return jax.device_put(np.zeros(x.shape, np.float32), x.sharding)
+
+    moments = {name: jax.tree.map(zeros, params) for name in s.slots}
+    numbers = jax.device_put(train_step.init_numbers(), NamedSharding(s.mesh, P()))
     return {'params': params, 'moments': moments, **numbers}
 
 
-def on_mesh(config: ConfigDict, sizes: tuple[int, ...]) -> ConfigDict:
-    """The config on a mesh of (dp, fsdp, tp), ep and pp if given."""
-    config = config.copy_and_resolve_references()
-    config.mesh.update(dict(zip(('dp', 'fsdp', 'tp', 'ep', 'pp'), sizes, strict=False)))
-    return config
+# ---------------------------------------------------------------------------------------------
+# Batches and comparisons
+# ---------------------------------------------------------------------------------------------
 
 
 def batch_at(step: int, rows: slice, seq_len: int = 16) -> np.ndarray:
-    """Random tokens, with some targets left out, and not as many in each row."""
+    """Draws random tokens, with some targets left out, and not as many in each row."""
     rng = np.random.default_rng(step)
     tokens = rng.integers(0, 64, (16, seq_len + 1))
     tokens[np.arange(seq_len + 1) > seq_len // 2 + np.arange(16)[:, None]] = -1
     return tokens.astype(np.int32)[rows]
 
 
-def on_one_device(f):
-    """f, whose arguments and results are varying as within the model, on a mesh of one device."""
+def assert_trees_close(got: Tree, want: Tree, tolerance: float) -> None:
+    """Compares each leaf by the relative error of its norm."""
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True
+    ):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        error = np.linalg.norm(a - b) / (np.linalg.norm(b) or 1)
+        assert error < tolerance, f'{jax.tree_util.keystr(path)}: relative error {error:.2e}'
 
-    def body(*args):
+
+def assert_replicas_identical(tree: Tree) -> None:
+    """Compares the copies of each shard, bit by bit."""
+    for path, x in jax.tree_util.tree_leaves_with_path(tree):
+        first: dict[str, np.ndarray] = {}
+        for shard in x.addressable_shards:
+            data = np.asarray(shard.data)
+            same = first.setdefault(str(shard.index), data)
+            assert np.array_equal(same, data), f'{jax.tree_util.keystr(path)} differs'
+
+
+def on_one_device(f: Callable) -> Callable[..., Any]:
+    """Returns f on a mesh of one device; arguments and results vary as within the model."""
+
+    def body(*args: Any) -> Any:
         args = jax.tree.map(lambda x: varying(x, AXES), args)
         return jax.tree.map(global_sum, f(*args))
 

@@ -1,16 +1,17 @@
-"""Eight simulated CPU devices for every test: set before jax starts; a corpus to train on."""
+"""Sets up eight simulated CPU devices, before jax starts, and the fixtures of several files."""
 
 import os
 import pathlib
 
-# Most of the time goes into compiling small programs that run for milliseconds: LLVM's part of
-# that is halved. XLA's own passes, which decide what is computed, stay as they are.
+# Most of the time goes into compiling small programs that run for milliseconds. Without LLVM's
+# optimizations its part of that is halved. XLA's own passes, which decide what is computed, run.
 os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_backend_optimization_level=0'
 
 import jax
 import pytest
+from common_data import prepared_corpus
 
-from corpus.files import find_files
+from corpus.files import File, find_files
 from corpus.prepare import Job, prepare
 
 jax.config.update('jax_platforms', 'cpu')
@@ -19,7 +20,7 @@ jax.config.update('jax_num_cpu_devices', 8)
 
 @pytest.fixture
 def tpu_devices():
-    """name of a topology -> its devices, which can be compiled for but are not there."""
+    """Returns a function: name of a topology -> its devices, for which jax can only compile."""
     pytest.importorskip('libtpu', reason='needs libtpu: pip install -r requirements/tpu.txt')
     from jax.experimental import topologies
 
@@ -31,13 +32,13 @@ def tpu_devices():
 
 @pytest.fixture
 def gpu_compiler():
-    """Skips where the compiler for NVIDIA's GPUs is missing."""
+    """Skips a test if the compiler for NVIDIA's GPUs is missing."""
     pytest.importorskip('jax_cuda12_plugin', reason='needs pip install -r requirements/gpu.txt')
 
 
 @pytest.fixture(scope='session')
 def tokens(tmp_path_factory) -> pathlib.Path:
-    """A folder of token shards: counting, byte by byte."""
+    """Returns a folder of token shards to train on: sentences that count, byte by byte."""
     folder = tmp_path_factory.mktemp('text')
     for i in range(40):
         (folder / f'{i}.txt').write_text(f'The number {i} follows {i - 1}. ' * 40)
@@ -45,3 +46,9 @@ def tokens(tmp_path_factory) -> pathlib.Path:
     files = find_files([f'{folder}/*.txt'])
     prepare(files, Job(str(output), 'bytes', validation_share=0.2))
     return output
+
+
+@pytest.fixture(scope='session')
+def corpus(tmp_path_factory) -> tuple[dict[str, str], str, list[File]]:
+    """Returns `common_data.prepared_corpus`, which no test may change."""
+    return prepared_corpus(tmp_path_factory)

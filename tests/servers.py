@@ -1,4 +1,4 @@
-"""HTTP servers in threads: a folder with byte ranges, a bucket for gs://, a hub for hf://."""
+"""Runs HTTP servers in threads: a folder with byte ranges, buckets for gs:// and s3://, a hub."""
 
 import contextlib
 import json
@@ -13,12 +13,12 @@ import pytest
 
 
 class Store:
-    """What a server serves, and what it was asked."""
+    """The objects of a server, and the requests that it answered."""
 
     def __init__(self):
         self.objects: dict[str, bytes] = {}
-        self.reads: list[tuple[str, int]] = []  # name and bytes of each GET that was answered
-        self.failures = 0  # so many of the next reads of content answer 503
+        self.reads: list[tuple[str, int]] = []  # name and number of bytes of each answered GET
+        self.failures = 0  # number of the next GETs of an object that are answered with 503
         self.on_write: Callable[[str, bytes], bytes] = lambda name, content: content
         self.port = 0
         self.lock = threading.Lock()
@@ -26,6 +26,7 @@ class Store:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = 'HTTP/1.1'
+    disable_nagle_algorithm = True  # else each body waits 40 ms for its head's ACK
     store: Store
 
     def log_message(self, *args: object) -> None:
@@ -41,6 +42,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def send_object(self, name: str) -> None:
+        """Answers with an object, or with the range of it that was asked for."""
         content = self.store.objects.get(name)
         if content is None:
             return self.reply(404)
@@ -101,7 +103,7 @@ class _BucketHandler(_Handler):
 
 
 class _HubHandler(_Handler):
-    """The dataset org/name of a Hugging Face hub: objects by their path, one folder deep."""
+    """The dataset org/name of a Hugging Face hub; objects lie in folders of the first level."""
 
     def do_GET(self) -> None:
         path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
@@ -128,10 +130,12 @@ class _HubHandler(_Handler):
 
 @contextlib.contextmanager
 def serve(handler: type[_Handler]) -> Iterator[Store]:
+    """Runs a server at a free port, and yields its store."""
     store = Store()
     server = ThreadingHTTPServer(('127.0.0.1', 0), type('Handler', (handler,), {'store': store}))
     store.port = server.server_address[1]
-    thread = threading.Thread(target=server.serve_forever)
+    # Looks for the shutdown every 20 ms.
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
     try:
         yield store
@@ -142,17 +146,17 @@ def serve(handler: type[_Handler]) -> Iterator[Store]:
 
 
 def serve_folder() -> contextlib.AbstractContextManager[Store]:
-    """http://127.0.0.1:{port}/{name}, with an index page for each folder."""
+    """Serves objects as http://127.0.0.1:{port}/{name}, with an index page for each folder."""
     return serve(_FolderHandler)
 
 
 def serve_bucket() -> contextlib.AbstractContextManager[Store]:
-    """The objects of gs://bucket, for processes with the environment `leads_to` it."""
+    """Serves objects as gs://bucket/{name}, in the environment that `leads_to` returns."""
     return serve(_BucketHandler)
 
 
 def leads_to(store: Store) -> dict[str, str]:
-    """The environment in which gs:// is this server, and nobody asks who one is."""
+    """Returns the environment variables with which gs:// is this server, without credentials."""
     return {
         'TENSORSTORE_GCS_HTTP_URL': f'http://127.0.0.1:{store.port}',
         'GCE_METADATA_ROOT': '127.0.0.1:1',
@@ -161,15 +165,18 @@ def leads_to(store: Store) -> dict[str, str]:
 
 @contextlib.contextmanager
 def serve_gs() -> Iterator[dict[str, str]]:
-    """An empty gs://bucket, and the environment that leads to it."""
+    """Serves an empty gs://bucket, and yields the environment variables that lead to it."""
     with serve_bucket() as store:
         yield leads_to(store)
 
 
 @contextlib.contextmanager
 def serve_s3() -> Iterator[dict[str, str]]:
-    """An empty s3://bucket, and the environment that leads to it. Needs moto[server]."""
-    logging.getLogger('werkzeug').setLevel(logging.ERROR)  # which prints each request
+    """Serves an empty s3://bucket, and yields the environment variables that lead to it.
+
+    Skips the test if moto[server] is not installed.
+    """
+    logging.getLogger('werkzeug').setLevel(logging.ERROR)  # by default it prints each request
     server = pytest.importorskip('moto.server', reason="pip install 'moto[server]'")
     server = server.ThreadedMotoServer('127.0.0.1', 0, verbose=False)
     server.start()
@@ -189,5 +196,5 @@ def serve_s3() -> Iterator[dict[str, str]]:
 
 
 def serve_hub() -> contextlib.AbstractContextManager[Store]:
-    """What HF_ENDPOINT=http://127.0.0.1:{port} makes of hf://datasets/org/name/{name}."""
+    """Serves objects as hf://datasets/org/name/{name}, with HF_ENDPOINT=http://127.0.0.1:{port}."""
     return serve(_HubHandler)

@@ -7,17 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import small_config
+from common import cpu_model, small_config
 
+from layers import kernels
 from layers.attention import positions, rope, rope_frequencies, rope_table
 from layers.attention_kernels import (
+    ATTENTION_KERNELS,
     attention_scale,
     causal_attention,
-    choose_kernel,
     cudnn_attention,
     splash_attention,
 )
-from model import model_config
 
 
 def plain_attention(q, k, v, documents, scale):
@@ -49,7 +49,7 @@ def test_blockwise_attention_is_softmax_attention(block, packed):
 
 # cuDNN itself needs its GPU: here its arguments go through the plain XLA implementation.
 KERNELS = {
-    'splash': functools.partial(splash_attention, saved_name='saved', interpret=True),
+    'splash': functools.partial(splash_attention, interpret=True),
     'cudnn': lambda q, k, v, documents, scale, block: cudnn_attention(
         q, k, v, documents, scale, implementation='xla'
     ),
@@ -91,7 +91,7 @@ def test_kernels_lower_for_their_platform(kernel, platform, call):
     if platform == 'cuda':
         pytest.importorskip('jax_cuda12_plugin', reason='needs requirements/gpu.txt')
     attend = {
-        'splash': functools.partial(splash_attention, block=128, saved_name='', interpret=False),
+        'splash': functools.partial(splash_attention, block=128),
         'cudnn': cudnn_attention,
     }[kernel]
     q = jax.ShapeDtypeStruct((2, 2, 2, 256, 128), jnp.bfloat16)
@@ -102,17 +102,20 @@ def test_kernels_lower_for_their_platform(kernel, platform, call):
 
 
 def test_auto_is_the_kernel_of_the_platform():
-    choose = functools.partial(
-        choose_kernel, check_vma=False, compute_dtype='bfloat16', head_size=128
-    )
+    def choose(name, platform, head=128, **changes):
+        config = small_config()
+        config.model.attention_block = config.seq_len = 128
+        config.update({'check_vma': False, 'compute_dtype': 'bfloat16'} | changes)
+        return kernels.choose(ATTENTION_KERNELS, name, config, head, platform)
+
     assert choose('auto', 'tpu') == 'splash'
     assert choose('auto', 'gpu') == 'cudnn'
     assert choose('auto', 'cpu') == 'blockwise'
     assert choose('splash', 'cpu') == 'splash_interpreted'
     assert choose('auto', 'tpu', check_vma=True) == 'blockwise'
     assert choose('auto', 'gpu', compute_dtype='float32') == 'blockwise'
-    assert choose('auto', 'gpu', head_size=192) == 'blockwise'
-    assert choose('auto', 'gpu', head_size=12) == 'blockwise'
+    assert choose('auto', 'gpu', head=192) == 'blockwise'
+    assert choose('auto', 'gpu', head=12) == 'blockwise'
 
 
 def test_attention_block_must_divide():
@@ -137,7 +140,7 @@ def test_attention_memory_grows_linearly():
 def test_rope_depends_on_relative_position_only(scaling):
     config = small_config('gqa')
     config.model.update(rope_scaling=scaling, rope_factor=4.0, head_dim=16)
-    cfg = model_config(config)
+    cfg = cpu_model(config)
     q, k = jax.random.normal(jax.random.key(0), (2, 1, 16))
 
     def score(t, s):
@@ -151,7 +154,7 @@ def test_rope_depends_on_relative_position_only(scaling):
 def test_positions_start_anew_after_the_end_of_a_document():
     config = small_config('gqa')
     config.model.document_end = 9
-    cfg = model_config(config)
+    cfg = cpu_model(config)
     ids = jnp.array([[1, 2, 9, 9, 3, 4, 9, 5]])
     got = positions(ids, cfg)
     np.testing.assert_array_equal(got.documents, [[0, 0, 0, 1, 2, 2, 2, 3]])
@@ -163,12 +166,12 @@ def test_positions_start_anew_after_the_end_of_a_document():
 def test_rope_scaling_keeps_fast_and_slows_slow_pairs():
     config = small_config('gqa')
     config.model.update(head_dim=64, rope_factor=8.0, rope_original_len=256)
-    plain = rope_frequencies(model_config(config))
+    plain = rope_frequencies(cpu_model(config))
     config.model.rope_scaling = 'linear'
-    np.testing.assert_allclose(rope_frequencies(model_config(config)), plain / 8)
+    np.testing.assert_allclose(rope_frequencies(cpu_model(config)), plain / 8)
     config.model.rope_scaling = 'yarn'
-    yarn = rope_frequencies(model_config(config))
+    yarn = rope_frequencies(cpu_model(config))
     assert yarn[0] == plain[0]
     assert yarn[-1] == pytest.approx(plain[-1] / 8)
     assert np.all(np.diff(yarn) < 0)
-    assert attention_scale(model_config(config)) == pytest.approx((0.1 * math.log(8) + 1) ** 2 / 8)
+    assert attention_scale(cpu_model(config), 64) == pytest.approx((0.1 * math.log(8) + 1) ** 2 / 8)

@@ -1,27 +1,30 @@
 """What is saved comes back bit for bit, on any mesh; what is damaged or unfinished never does."""
 
+import functools
+import json
 import os
 import pathlib
 import random
+import re
 import threading
+import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorstore as ts
-from common import small_config
+from common_checkpoint import assert_placed, assert_same, bits, config_on, shapes_on, state_on
 from jax.sharding import NamedSharding
-from ml_collections import ConfigDict
 from servers import serve_gs, serve_s3
 
 import checkpoint
-import train_step
 from checkpoint import Checkpointer, CheckpointError
+from config import ConfigError
 from parallel import P, Tree, make_mesh
-from runtime.config_checks import validate
-from storage import leaves
+from storage import leaves, steps
 from storage.leaves import chunk_shape, leaf_names
+from storage.steps import StepFiles, Steps
 
 UNSYNCED = {'file_io_sync': False}  # a context: many small files, and no power cut
 MESHES = [
@@ -34,24 +37,8 @@ MESHES = [
 ]
 
 
-def bits(x) -> tuple:
-    """Shape, type and bytes: equal for NaN and -0.0 alike only if every bit is."""
-    if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        return str(x.dtype), *bits(jax.random.key_data(x))
-    x = np.asarray(x)
-    return x.shape, x.dtype, x.tobytes()
-
-
-def assert_same(a: Tree, b: Tree) -> None:
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for (path, x), y in zip(
-        jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True
-    ):
-        assert bits(x) == bits(y), jax.tree_util.keystr(path)
-
-
 def wanted(tree: Tree) -> Tree:
-    """Shapes, types and shardings of a tree of arrays."""
+    """Returns shapes, types and shardings of a tree of arrays."""
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, 'sharding', None)),
         tree,
@@ -59,12 +46,14 @@ def wanted(tree: Tree) -> Tree:
 
 
 def small_tree(seed: int = 0) -> Tree:
-    """Two leaves on a mesh and one on a device; four files of chunks or more."""
+    """Returns two leaves on a mesh and one on a device, in four files of chunks or more."""
     mesh = make_mesh({'fsdp': 2, 'tp': 2})
     rng = np.random.default_rng(seed)
-    put = lambda shape, *spec: jax.device_put(  # noqa: E731
-        rng.normal(size=shape).astype(np.float32), NamedSharding(mesh, P(*spec))
-    )
+
+    def put(shape: tuple[int, ...], *spec: str) -> jax.Array:
+        values = rng.normal(size=shape).astype(np.float32)
+        return jax.device_put(values, NamedSharding(mesh, P(*spec)))
+
     params = {'w': put((8, 6), 'fsdp', 'tp'), 'gain': put((6,), 'tp')}
     return {'params': params, 'step': jnp.int32(seed)}
 
@@ -84,6 +73,7 @@ def files(folder: pathlib.Path) -> list[pathlib.Path]:
 # ---------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def odd_tree() -> Tree:
     rng = np.random.default_rng(0)
     on_device = {
@@ -123,7 +113,7 @@ def test_any_tree_comes_back(kind, tmp_path):
 
 @pytest.mark.parametrize('scheme', ['gs', 's3'])
 def test_checkpoints_in_a_bucket(scheme, monkeypatch):
-    tree = odd_tree()
+    tree = {name: odd_tree()[name] for name in ('special', 'empty', 'keys', 'a key.with/signs')}
     with serve_gs() if scheme == 'gs' else serve_s3() as environment:
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
@@ -134,67 +124,45 @@ def test_checkpoints_in_a_bucket(scheme, monkeypatch):
             assert checkpoints.steps() == [3, 10]
             assert_same(checkpoints.restore(10, wanted(tree)), tree)
             checkpoints.verify(3)
-            with pytest.raises(ValueError, match='use one of: 3, 10'):
+            with pytest.raises(ConfigError, match='use one of: 3, 10'):
                 checkpoints.restore(1, tree)
 
 
-def config_on(mesh: dict[str, int], chunks: int = 1) -> ConfigDict:
-    """Four blocks of a dense and an MoE layer, after a dense one."""
-    config = small_config(moe=True)
-    config.model.n_layers, config.microbatches = 9, 2
-    config.mesh.update(mesh)
-    config.pipeline.chunks = chunks
-    if chunks > 1:
-        config.pipeline.schedule = 'interleaved'
-    validate(config, 8)
-    return config
-
-
-def state_on(config: ConfigDict) -> Tree:
-    """A train state on this mesh, each leaf with values of its own."""
-    rng = np.random.default_rng(0)
-
-    def fill(x: jax.ShapeDtypeStruct) -> jax.Array:
-        return jax.device_put(rng.normal(scale=100, size=x.shape).astype(x.dtype), x.sharding)
-
-    return jax.tree.map(fill, train_step.abstract_state(config, make_mesh(config.mesh)))
-
-
-def assert_placed(tree: Tree, target: Tree) -> None:
-    for x, want in zip(jax.tree.leaves(tree), jax.tree.leaves(target), strict=True):
-        assert x.sharding.is_equivalent_to(want.sharding, x.ndim)
+@pytest.fixture(scope='module', params=[MESHES[0], MESHES[-1]], ids=str)
+def saved(request, tmp_path_factory) -> tuple[str, Tree]:
+    """A checkpoint's path, and the state on some mesh that its step 1 holds."""
+    folder, state = str(tmp_path_factory.mktemp('saved')), state_on(config_on(request.param))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(leaves, 'CHUNK_BYTES', 4000)  # a few rows, as with a large model
+        patch.setattr(steps, 'WINDOW_BYTES', 10_000)  # a few leaves
+        with Checkpointer(folder, context=ts.Context(UNSYNCED)) as checkpoints:
+            checkpoints.save(1, state)
+    return folder, state
 
 
 @pytest.mark.parametrize('to', MESHES, ids=str)
-@pytest.mark.parametrize('source', [MESHES[0], MESHES[-1]], ids=str)
-def test_a_state_moves_between_meshes(source, to, tmp_path, monkeypatch):
-    # Chunks of a few rows, and a window of a few leaves, as with a large model.
-    monkeypatch.setattr(leaves, 'CHUNK_BYTES', 2000)
-    monkeypatch.setattr(checkpoint, 'WINDOW_BYTES', 10_000)
-    state = state_on(config_on(source))
-    config = config_on(to)
-    target = train_step.abstract_state(config, make_mesh(config.mesh))
-    with Checkpointer(str(tmp_path), context=ts.Context(UNSYNCED)) as checkpoints:
-        checkpoints.save(1, state)
-        checkpoints.wait()
-        restored = checkpoints.restore(1, target)
+def test_a_state_moves_between_meshes(to, saved, monkeypatch):
+    monkeypatch.setattr(steps, 'WINDOW_BYTES', 10_000)
+    folder, state = saved
+    target = shapes_on(config_on(to))
+    restored = Checkpointer(folder).restore(1, target)
     assert_same(restored, state)
     assert_placed(restored, target)
 
 
 def test_a_subtree_is_restored_without_reading_the_rest(tmp_path):
-    state = state_on(config_on({'fsdp': 2, 'tp': 2}))
-    with Checkpointer(str(tmp_path), context=ts.Context(UNSYNCED)) as checkpoints:
-        checkpoints.save(1, state)
+    tree = small_tree()
+    tree['moments'] = jax.tree.map(jnp.zeros_like, tree['params'])
+    with Checkpointer(str(tmp_path)) as checkpoints:
+        checkpoints.save(1, tree)
         checkpoints.wait()
         for path in files(tmp_path):
             if '/moments.' in str(path):
                 path.unlink()
-        target = train_step.abstract_state(config_on({'tp': 4}), make_mesh({'tp': 4}))
-        restored = checkpoints.restore(1, {'params': target['params']})
-        assert_same(restored, {'params': state['params']})
+        part = {'params': tree['params']}
+        assert_same(checkpoints.restore(1, wanted(part)), part)
         with pytest.raises(CheckpointError, match='moments'):
-            checkpoints.restore(1, target)
+            checkpoints.restore(1, wanted(tree))
 
 
 def test_other_libraries_read_the_arrays(tmp_path):
@@ -234,49 +202,54 @@ def test_what_does_not_fit_is_refused_leaf_by_leaf(tmp_path):
     tree['params'] |= {'w': jnp.zeros((8, 7)), 'bias': jnp.zeros(3)}
     tree['step'] = jnp.float32(0)
     with Checkpointer(str(tmp_path)) as checkpoints:
-        with pytest.raises(ValueError, match='bias is not there') as caught:
+        with pytest.raises(ConfigError, match='bias is not there') as caught:
             checkpoints.restore(4, tree)
         text = str(caught.value)
         assert 'params.w is float32 [8, 6], asked for float32 [8, 7]' in text
         assert 'step is int32 [], asked for float32 []' in text
         assert 'gain' not in text
-        with pytest.raises(ValueError, match='no committed step 5; use one of: 4'):
-            checkpoints.restore(5, tree)
-        with pytest.raises(ValueError, match='holds step 4 already'):
+        for ask in (checkpoints.metadata, checkpoints.verify, lambda s: checkpoints.restore(s, {})):
+            with pytest.raises(ConfigError, match='no committed step 5; use one of: 4'):
+                ask(5)
+        with pytest.raises(ConfigError, match='holds step 4 already'):
             checkpoints.save(4, tree)
-    with pytest.raises(ValueError, match='use 0 or more'):
+    with pytest.raises(ConfigError, match='use 0 or more'):
         Checkpointer(str(tmp_path), keep=-1)
 
 
 # ---------------------------------------------------------------------------------------------
-# Time: what runs in the background, what is kept, what fails
+# Time: the background, retention, failures
 # ---------------------------------------------------------------------------------------------
 
 
 class Gate:
-    """Holds a method of Checkpointer back until it is opened."""
+    """Holds a method of StepFiles back until the gate is opened."""
 
     def __init__(self, monkeypatch, method: str):
         self.reached, self.opened = threading.Event(), threading.Event()
-        original = getattr(Checkpointer, method)
+        original = getattr(StepFiles, method)
 
         def held(*args):
             self.reached.set()
             assert self.opened.wait(60)
             return original(*args)
 
-        monkeypatch.setattr(Checkpointer, method, held)
+        monkeypatch.setattr(StepFiles, method, held)
 
 
 def test_saving_goes_on_in_the_background(tmp_path, monkeypatch):
-    gate = Gate(monkeypatch, '_write')
+    gate = Gate(monkeypatch, 'write')
     tree = small_tree(1)
     expected = jax.tree.map(np.array, tree)
-    add = jax.jit(lambda t: jax.tree.map(lambda x: x + 1, t), donate_argnums=0)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def next_step(tree: Tree) -> Tree:
+        return jax.tree.map(lambda x: x + 1, tree)
+
     with Checkpointer(str(tmp_path)) as checkpoints:
         checkpoints.save(1, tree)
         assert gate.reached.wait(60)
-        jax.block_until_ready(add(tree))  # the next step takes the buffers
+        jax.block_until_ready(next_step(tree))  # which takes the buffers
         assert checkpoints.steps() == []
         gate.opened.set()
         checkpoints.wait()
@@ -285,7 +258,7 @@ def test_saving_goes_on_in_the_background(tmp_path, monkeypatch):
 
 
 def test_one_save_is_in_flight_at_a_time(tmp_path, monkeypatch):
-    gate = Gate(monkeypatch, '_write')
+    gate = Gate(monkeypatch, 'write')
     copies = []
     original = checkpoint.copy_to_host
     monkeypatch.setattr(checkpoint, 'copy_to_host', lambda t: copies.append(t) or original(t))
@@ -304,18 +277,17 @@ def test_one_save_is_in_flight_at_a_time(tmp_path, monkeypatch):
 
 
 def test_host_copies_are_freed_as_they_are_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, 'WINDOW_BYTES', 0)
+    monkeypatch.setattr(steps, 'WINDOW_BYTES', 0)
     left = []
-    original = Checkpointer._open
+    original = StepFiles.open_leaf
 
-    def counting(self, step, name, entry):
+    def counting(self, name, entry):
         left.append(len(copies))
-        return original(self, step, name, entry)
+        return original(self, name, entry)
 
-    monkeypatch.setattr(Checkpointer, '_open', counting)
-    with Checkpointer(str(tmp_path)) as checkpoints:
-        copies = checkpoint.copy_to_host(small_tree())
-        checkpoints._write(1, copies, b'{}', b'')
+    monkeypatch.setattr(StepFiles, 'open_leaf', counting)
+    copies = leaves.copy_to_host(small_tree())
+    Steps(str(tmp_path)).files(1).write(copies, b'{}', b'')
     assert left == [2, 1, 0]
 
 
@@ -328,7 +300,7 @@ def test_without_its_marker_a_folder_does_not_count(tmp_path):
     with Checkpointer(str(tmp_path)) as checkpoints:
         assert checkpoints.steps() == [1, 2]
         assert checkpoints.latest_step() == 2
-        with pytest.raises(ValueError, match='no committed step 3'):
+        with pytest.raises(ConfigError, match='no committed step 3'):
             checkpoints.restore(3, wanted(small_tree()))
         assert checkpoints.clean() == [3, 4]
         assert sorted(os.listdir(tmp_path)) == ['1', '2', 'notes.txt']
@@ -345,17 +317,30 @@ def test_retention(keep, keep_every, left, tmp_path):
     assert sorted(map(int, os.listdir(tmp_path))) == left
 
 
-def test_a_damaged_step_takes_no_intact_one_s_place(tmp_path):
-    save_steps(tmp_path, 1, 2)
-    (tmp_path / '2' / 'metadata.json').write_text('{}')
+def write_metadata(folder: pathlib.Path, content: str) -> None:
+    """Replaces metadata.json, and COMMIT by its checksum."""
+    (folder / 'metadata.json').write_text(content)
+    (folder / 'COMMIT').write_text(f'{zlib.crc32(content.encode()):08x}')
+
+
+def test_a_step_that_cannot_be_read_takes_no_intact_one_s_place(tmp_path):
+    save_steps(tmp_path, 1, 2, 3)
+    (tmp_path / '3' / 'metadata.json').write_text('{}')
+    metadata = json.loads((tmp_path / '2' / 'metadata.json').read_text())
+    metadata['versions']['layout'] = 0
+    write_metadata(tmp_path / '2', json.dumps(metadata))
     with Checkpointer(str(tmp_path), keep=2) as checkpoints:
-        checkpoints.save(3, small_tree(3))
+        checkpoints.save(4, small_tree(4))
         checkpoints.wait()
-        assert checkpoints.steps() == [1, 2, 3]
+        assert checkpoints.steps() == [1, 2, 3, 4]
+        with pytest.raises(ConfigError, match='/2 has layout 0, this code reads 1'):
+            checkpoints.restore(2, wanted(small_tree()))
+        with pytest.raises(CheckpointError, match='The older step 1 is intact: remove 3, 2 from'):
+            checkpoints.metadata(3)
 
 
 @pytest.mark.parametrize('where', ['next save', 'close', 'wait', 'exception'])
-@pytest.mark.parametrize('method', ['_write', '_commit'])
+@pytest.mark.parametrize('method', ['write', 'commit'])
 def test_a_failed_save_is_raised(where, method, tmp_path, monkeypatch):
     save_steps(tmp_path, 1)
 
@@ -363,7 +348,7 @@ def test_a_failed_save_is_raised(where, method, tmp_path, monkeypatch):
         raise ValueError('RESOURCE_EXHAUSTED: no space left')
 
     checkpoints = Checkpointer(str(tmp_path))
-    monkeypatch.setattr(Checkpointer, method, fail)
+    monkeypatch.setattr(StepFiles, method, fail)
     checkpoints.save(2, small_tree(2))
     if where == 'exception':
         with pytest.raises(KeyError) as caught, checkpoints:
@@ -383,20 +368,27 @@ def test_a_failed_save_is_raised(where, method, tmp_path, monkeypatch):
 def test_a_failed_removal_is_told_from_a_failed_save(tmp_path, monkeypatch):
     save_steps(tmp_path, 1)
 
-    def fail(self, step):
+    def fail(self):
         raise OSError('permission denied')
 
-    monkeypatch.setattr(Checkpointer, '_delete', fail)
+    monkeypatch.setattr(StepFiles, 'remove', fail)
     checkpoints = Checkpointer(str(tmp_path), keep=1)
     checkpoints.save(2, small_tree(2))
     with pytest.raises(CheckpointError, match=r'step 2 is saved .* permission denied'):
         checkpoints.close()
     assert checkpoints.steps() == [1, 2]
+    (tmp_path / '3').mkdir()
+    with pytest.raises(CheckpointError, match=r'steps 3 in .* not be removed: permission denied'):
+        checkpoints.clean()
 
 
 # ---------------------------------------------------------------------------------------------
 # Damage
 # ---------------------------------------------------------------------------------------------
+
+
+# Kind of file -> the bytes of each whose bits are tried; a crc32c finds any bit of a chunk alike.
+TRIED = {'chunk': 12, 'metadata.json': 60, 'COMMIT': 8, 'zarr.json': 15}
 
 
 def test_a_flipped_bit_in_any_file_is_noticed_or_harmless(tmp_path):
@@ -406,12 +398,11 @@ def test_a_flipped_bit_in_any_file_is_noticed_or_harmless(tmp_path):
     noticed = set()
     for path in files(tmp_path / '2'):
         good = path.read_bytes()
-        positions = range(len(good)) if len(good) < 200 else rng.sample(range(len(good)), 100)
-        for position in positions:
+        kind = path.name if path.name in TRIED else 'chunk'
+        for position in rng.sample(range(len(good)), min(len(good), TRIED[kind])):
             bad = bytearray(good)
             bad[position] ^= 1 << rng.randrange(8)
             path.write_bytes(bad)
-            kind = path.name if path.suffix or path.name == 'COMMIT' else 'chunk'
             checkpoints = Checkpointer(str(tmp_path))  # a cache of its own
             assert checkpoints.steps() == [1, 2]
             error = ''
@@ -456,4 +447,6 @@ def test_lost_files_are_named(damage, tmp_path):
         assert str(path) in text
         assert 'Nothing was loaded' in text
         assert 'The older step 2 is intact (not read: 1): remove 4, 3 from' in text
+        with pytest.raises(CheckpointError, match=re.escape(str(path))):
+            Checkpointer(str(tmp_path)).verify(4)
         path.write_bytes(good)

@@ -1,4 +1,4 @@
-"""What is read from a compiled program: groups, bytes, loops, branches."""
+"""Cost read from the text of compiled programs: loops, branches, collectives, kernels."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -8,11 +8,11 @@ import pytest
 
 from machine.chips import CHIPS
 from parallel import AXES
-from planning.compiled import KERNEL_EFFICIENCY, Reader, attention_flops, mesh_axes
-from planning.hlo import groups, parse
+from planning.compiled import KERNEL_EFFICIENCY, gpu_price, mesh_axes, read_cost, splash_flops
+from planning.hlo import device_groups, parse
 
 MESH = SimpleNamespace(devices=np.arange(8).reshape(2, 1, 2, 1, 2), axis_names=AXES)
-# A cycle takes a second, and a device sends and moves a byte a second.
+# A cycle takes a second, and a device sends and moves a byte per second.
 TPU = dataclasses.replace(CHIPS['v4'], clock=1.0, link=1.0, bandwidth=1.0)
 GPU = dataclasses.replace(CHIPS['h100'], flops=100.0, link=1.0, bandwidth=1.0)
 
@@ -66,9 +66,9 @@ that is broken"
 }
 """
 
-# Of a stack of 6 layers a layer is sliced out, multiplied with its transposed self and put back in
-# place, in one fusion; then attention by cuDNN beside a reduce-scatter over fsdp, a synchronous
-# all-gather, and a kernel that nothing is known of.
+# A fusion that slices one layer out of a stack of 6, multiplies it with its transpose and puts it
+# back in place. Then attention by cuDNN beside a reduce-scatter over fsdp, a synchronous all-gather
+# and a kernel of unknown FLOPs.
 GPU_PROGRAM = """HloModule jit_step, is_scheduled=true
 
 %layer (s: f32[6,4,4], n: s32[]) -> f32[6,4,4] {
@@ -104,7 +104,7 @@ ENTRY %main (stack: f32[6,4,4], i: s32[], q: bf16[1,8,2,4], z: f32[8]) -> f32[6,
 
 
 def test_loops_count_by_trips_and_conditionals_by_their_costliest_branch():
-    cost = Reader(PROGRAM, MESH, TPU).cost()
+    cost = read_cost(PROGRAM, MESH, TPU)
     assert cost.seconds == 6 * (100 + 70) + 20
     assert cost.unpriced == 1
     scatter = cost.traffic['reduce-scatter', 'tp']
@@ -114,13 +114,19 @@ def test_loops_count_by_trips_and_conditionals_by_their_costliest_branch():
     assert cost.total().bytes == 6 * 32 + 32
 
 
+def test_the_trips_that_the_compiler_notes_take_precedence():
+    noted = 'body=%body, backend_config={"known_trip_count":{"n":"5"}}'
+    cost = read_cost(PROGRAM.replace('body=%body', noted), MESH, TPU)
+    assert cost.seconds == 5 * (100 + 70) + 20
+    assert cost.traffic['reduce-scatter', 'tp'].count == 5
+
+
 def test_kernels_of_a_gpu_take_the_longer_of_their_matmuls_and_their_bytes():
-    reader = Reader(GPU_PROGRAM, MESH, GPU)
-    cost = reader.cost()
+    program, cost = parse(GPU_PROGRAM), read_cost(GPU_PROGRAM, MESH, GPU)
     layer, attention = 2 * 4**3, 2 * 2 * 2 * 8 * 8 * 4 / 2
     assert cost.flops == layer + attention
-    sliced, put = 4 * 16, 4 * 16  # bytes: of six layers one is read, and one written
-    work = {i.name: reader.work(i).seconds for i in reader.program['%main']}
+    sliced, put = 4 * 16, 4 * 16  # bytes: one of the six layers is read, and one written
+    work = {i.name: gpu_price(i, program, GPU).seconds for i in program.instructions('%main')}
     assert work['%fusion'] == sliced + put + 4  # the index
     assert work['%fmha'] == 4 * 2 * 64  # three inputs and the result; no bytes of the empty one
     assert work['%copy'] == 2 * 32
@@ -129,7 +135,7 @@ def test_kernels_of_a_gpu_take_the_longer_of_their_matmuls_and_their_bytes():
 
 
 def test_collectives_of_a_gpu_hide_behind_what_is_scheduled_beside_them():
-    cost = Reader(GPU_PROGRAM, MESH, GPU).cost()
+    cost = read_cost(GPU_PROGRAM, MESH, GPU)
     scatter = cost.traffic['reduce-scatter', 'fsdp']
     assert (scatter.count, scatter.bytes, scatter.exposed) == (1, 16, 0)
     gather = cost.traffic['all-gather', 'fsdp']
@@ -148,19 +154,19 @@ def test_collectives_of_a_gpu_hide_behind_what_is_scheduled_beside_them():
     ],
 )
 def test_axes_of_a_collective(text, axes):
-    assert mesh_axes(groups(text), MESH) == axes
+    assert mesh_axes(device_groups(text), MESH) == axes
 
 
 def test_splash_attention_counts_its_causal_matmuls():
     text = PROGRAM.replace('%kernel = f32[8]{0}', '%splash_mha_fwd.1 = bf16[2,3,128,64]{3,2,1,0}')
-    program, entry = parse(text)
-    kernel = next(i for i in program[entry] if 'mha_fwd' in i.name)
-    assert attention_flops(kernel) == 2 * 2 * 2 * 3 * 128 * 128 * 64 / 2
-    cost = Reader(text, MESH, TPU).cost()
+    program = parse(text)
+    kernel = next(i for i in program.instructions(program.entry) if 'mha_fwd' in i.name)
+    assert splash_flops(kernel) == 2 * 2 * 2 * 3 * 128 * 128 * 64 / 2
+    cost = read_cost(text, MESH, TPU)
     assert cost.unpriced == 0
-    assert cost.kernel_seconds == attention_flops(kernel) / (TPU.flops * KERNEL_EFFICIENCY)
+    assert cost.kernel_seconds == splash_flops(kernel) / (TPU.flops * KERNEL_EFFICIENCY)
 
 
-def test_what_is_no_program_is_refused():
+def test_text_without_a_program_is_refused():
     with pytest.raises(ValueError, match='no ENTRY'):
         parse('nothing')

@@ -8,8 +8,10 @@ import subprocess
 import sys
 
 import pytest
+from common_data import ROOT, as_lines, some_texts, write_formats
 from servers import serve_folder, serve_hub
 
+from config import ConfigError
 from corpus import documents as module
 from corpus import files as corpus_files
 from corpus.documents import Bad, Document, cut_into_parts, documents
@@ -19,29 +21,6 @@ pa = pytest.importorskip('pyarrow')
 pq = pytest.importorskip('pyarrow.parquet')
 zstandard = pytest.importorskip('zstandard')
 fsspec = pytest.importorskip('fsspec')
-
-
-def some_texts(n: int = 200) -> list[str]:
-    rng = random.Random(1)
-    return [''.join(rng.choices('abc é\n\r(=東\0', k=rng.randint(0, 300))) for _ in range(n)]
-
-
-def as_lines(texts: list[str]) -> bytes:
-    return ''.join(json.dumps({'id': 1, 'text': text}) + '\n' for text in texts).encode()
-
-
-def write_formats(folder, texts: list[str]) -> None:
-    lines = as_lines(texts)
-    (folder / 'a.jsonl').write_bytes(lines)
-    (folder / 'b.jsonl.gz').write_bytes(gzip.compress(lines[:999]) + gzip.compress(lines[999:]))
-    pack = zstandard.ZstdCompressor().compress
-    (folder / 'c.jsonl.zst').write_bytes(pack(lines[:999]) + pack(lines[999:]))
-    table = pa.table({'id': ['noise' * 50 for _ in texts], 'text': texts})
-    pq.write_table(table, folder / 'd.parquet', row_group_size=30)
-    coded = pa.table({'text': pa.array(texts).dictionary_encode()})
-    pq.write_table(coded, folder / 'e.parquet', row_group_size=1000)
-    large = pa.table({'text': pa.array(texts, pa.large_string())})
-    pq.write_table(large, folder / 'f.parquet', row_group_size=7, compression='zstd')
 
 
 def read(patterns: str | list[str], part_bytes: int = 1 << 30, field: str = 'text') -> list:
@@ -68,10 +47,10 @@ def test_every_format_gives_the_same_documents(tmp_path):
     assert read(f'{tmp_path}/g.txt') == [Document('g.txt', texts[5], len(texts[5].encode()))]
 
 
-@pytest.mark.parametrize('part_bytes', [1, 2, 7, 40, 333, 1000, 4096, 10**6])
+@pytest.mark.parametrize('part_bytes', [1, 7, 40, 333, 4096, 10**6])
 def test_byte_ranges_give_every_line_once(tmp_path, part_bytes, monkeypatch):
     monkeypatch.setattr(module, 'READ_BYTES', 64)
-    texts = some_texts(20)
+    texts = some_texts(4 if part_bytes == 1 else 20)
     lines = as_lines(texts).replace(b'}\n', b'}\r\n\n \n', 3)
     for i, content in enumerate([lines, lines.rstrip(b'\n'), b'\n\n' + lines, lines + b'\n\n']):
         path = tmp_path / f'{i}.jsonl'
@@ -112,7 +91,7 @@ def broken(tmp_path, name: str, content: bytes) -> list:
 
 @pytest.mark.parametrize('pack', ['gz', 'zst'])
 def test_compressed_file_cut_short(tmp_path, pack):
-    texts = some_texts(3000)
+    texts = some_texts(1000)
     whole = {'gz': gzip.compress, 'zst': zstandard.ZstdCompressor().compress}[pack](as_lines(texts))
     name = f'a.jsonl.{pack}'
     for kept in (len(whole) - 1, len(whole) // 2):
@@ -217,7 +196,7 @@ def test_datasets_of_a_hub(tmp_path):
         for path in tmp_path.glob('*.parquet'):
             store.objects[f'sample/{path.name}'] = path.read_bytes()
         done = subprocess.run(
-            [sys.executable, '-c', READ_HUB, os.path.dirname(os.path.dirname(module.__file__))],
+            [sys.executable, '-c', READ_HUB, ROOT],
             env={**os.environ, 'HF_ENDPOINT': f'http://127.0.0.1:{store.port}'},
             check=True,
             capture_output=True,
@@ -287,12 +266,12 @@ def test_missing_package_names_the_remedy(tmp_path, monkeypatch, package, name):
     write_formats(tmp_path, ['x'] * 200)
     monkeypatch.setitem(sys.modules, package, None)
     url = f'file://{tmp_path}/{name}' if package == 'fsspec' else f'{tmp_path}/{name}'
-    with pytest.raises(ImportError, match=r'pip install -r requirements/data\.txt'):
+    with pytest.raises(ConfigError, match=r'pip install -r requirements/data\.txt'):
         read(url)
 
 
 def test_unknown_urls():
-    with pytest.raises(ValueError, match='no file matches --input=memory://nothing'):
+    with pytest.raises(ConfigError, match='no file matches --input=memory://nothing'):
         find_files(['memory://nothing/*.txt'])
-    with pytest.raises(ValueError, match='use a URL that fsspec knows'):
+    with pytest.raises(ConfigError, match='use a URL that fsspec knows'):
         find_files(['nosuch://bucket/*.txt'])

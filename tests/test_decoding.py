@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import initial_params, small_config
+from common import cpu_model, initial_params, small_config
 from jax import lax
 
 import decoding
@@ -20,7 +20,7 @@ from decoding import (
     next_starts,
     prefill_logits,
 )
-from model import logits, model_config, model_params
+from model import logits, model_for, model_params
 from parallel import AXES, TP, P, free_axes, make_mesh, map_params, specs, varying
 
 CONTEXT = 32
@@ -38,7 +38,7 @@ def config_of(name: str) -> ModelConfig:
         config.model.update(capacity_factor=0.5, dropout=0.5)
     if 'documents' in name:
         config.model.document_end = 7  # occurs in the prompts
-    return model_config(config)
+    return cpu_model(config)
 
 
 @functools.cache
@@ -81,7 +81,7 @@ def cached_logits(params, ids_BT, lengths_B, *, cfg, n):
 def test_kernels_that_cannot_be_checked_are_for_training():
     config = small_config(moe=True)
     config.check_vma = False
-    on_gpu, on_tpu = (decoding_config(model_config(config, name)) for name in ('gpu', 'tpu'))
+    on_gpu, on_tpu = (decoding_config(model_for(config, name)) for name in ('gpu', 'tpu'))
     assert (on_gpu.attention_kernel, on_gpu.expert_kernel) == ('blockwise', 'blocks')
     assert (on_tpu.attention_kernel, on_tpu.expert_kernel) == ('blockwise', 'ragged_dot')
 
@@ -161,7 +161,7 @@ def test_greedy_continuations_are_the_same_however_they_are_made(name, meshes):
 def test_stages_of_several_chunks_decode_alike():
     config = small_config('gqa')
     config.model.update(block=('dense',), n_layers=8)
-    cfg = model_config(config)
+    cfg = cpu_model(config)
     want = generate(params_of(cfg), cfg, PROMPTS, 6, CONTEXT)
     params = params_of(cfg, (('pp', 2),), chunks=2)
     assert generate(params, cfg, PROMPTS, 6, CONTEXT) == want

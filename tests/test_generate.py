@@ -8,17 +8,17 @@ import sys
 import jax
 import numpy as np
 import pytest
-from common import initial_params, small_config
+from common import cpu_model, initial_params, set_up, small_config
 
 import generate
 from checkpoint import Checkpointer
 from generate import load
-from model import model_config
 from parallel import make_mesh
 from runtime import sampling
 from runtime.sampling import Completion, allowed_tokens, make_sampler, run_encoding
 from runtime.workdir import tokenizer_record
 from tokenizer import get_encoding
+from train_step import setup
 
 ROOT = pathlib.Path(generate.__file__).parent
 BYTES = get_encoding('bytes')
@@ -35,7 +35,7 @@ def write_run(workdir: pathlib.Path, mesh: dict[str, int], c, steps: tuple[int, 
     """What generation needs of what train.py leaves."""
     with Checkpointer(str(workdir / 'checkpoints')) as checkpoints:
         for step in steps:
-            params = initial_params(model_config(c), make_mesh(mesh), step, c.pipeline.chunks)
+            params = initial_params(cpu_model(c), make_mesh(mesh), step, c.pipeline.chunks)
             state = {'params': params, 'step': np.int32(step)}
             checkpoints.save(step, state, json.loads(c.to_json()))
     (workdir / 'tokenizer.json').write_text(tokenizer_record(BYTES))
@@ -107,7 +107,7 @@ def test_checkpoints_of_any_mesh_are_loaded_in_the_type_of_use(tmp_path, chunks)
     params, cfg, loaded = load(str(tmp_path), tp=2, fsdp=2, dtype='bfloat16')
     assert loaded.seq_len == 48
     assert cfg.compute_dtype == 'bfloat16'
-    want = initial_params(model_config(c), make_mesh({}), 2, chunks)
+    want = initial_params(cpu_model(c), make_mesh({}), 2, chunks)
     for (path, x), y in zip(
         jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(want), strict=True
     ):
@@ -188,8 +188,8 @@ def test_samples_of_a_run_do_not_depend_on_its_mesh():
     c.model.vocab_size, c.log.prompts, c.log.sample_tokens = 264, ('a', 'bcd'), 6
 
     def samples(**mesh: int):
-        params = initial_params(model_config(c), make_mesh(mesh))
-        return make_sampler(c, BYTES)(params, 10)
+        params = initial_params(cpu_model(c), make_mesh(mesh))
+        return make_sampler(setup(c, make_mesh(mesh)), BYTES)(params, 10)
 
     want = samples()
     assert [s['prompt'] for s in want] == ['a', 'bcd']
@@ -197,4 +197,4 @@ def test_samples_of_a_run_do_not_depend_on_its_mesh():
     assert samples(pp=2, fsdp=2, tp=2) == want
     c.log.prompts = ('x' * 16,)
     with pytest.raises(ValueError, match=r'the config cannot run: log\.prompts: prompt 0 has 16'):
-        make_sampler(c, BYTES)
+        make_sampler(set_up(c), BYTES)

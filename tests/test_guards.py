@@ -10,16 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import batch_at, initial_state, on_mesh, small_config
+from common import assert_replicas_identical, batch_at, initial_state, on_mesh, set_up, small_config
 from jax import lax
 from ml_collections import ConfigDict
-from test_parity import assert_replicas_identical
 
 import optimizer
 import train_step
 from configs import default
 from parallel import PP, TP, Tree, make_mesh
 from runtime import guards
+from train_step import setup
 
 POISON = -2  # no target, like -1, but the device that reads it gets gradients without a number
 SKIPPED = 1
@@ -48,12 +48,12 @@ def poisoned_batch_at(step: int, rows: slice) -> np.ndarray:
 def run(config: ConfigDict, step: Callable, leave_out: bool) -> tuple[Tree, list[Tree]]:
     """State and metrics after four steps, the update of one of them left out or poisoned."""
     mesh = make_mesh(config.mesh)
-    state, metrics = initial_state(config, mesh), []
+    state, metrics = initial_state(setup(config, mesh)), []
     for i in range(4):
         if leave_out and i == SKIPPED:
             state['step'] = jax.device_put(np.int32(i + 1), state['step'].sharding)
             continue
-        batch = train_step.put_batch(poisoned_batch_at, i, config, mesh)
+        batch = train_step.put_batch(poisoned_batch_at, i, setup(config, mesh))
         state, of_step = step(state, batch)
         metrics.append(jax.device_get(of_step))
     return state, metrics
@@ -86,7 +86,7 @@ def test_a_poisoned_step_is_as_if_it_had_not_been(sizes, changes, monkeypatch):
     config = on_mesh(small_config(moe=True, microbatches=2), sizes)
     config.model.update(n_layers=2, first_dense=0, block=('moe',))
     config.update(changes)
-    step = train_step.make_train_step(config, make_mesh(config.mesh))
+    step = train_step.make_train_step(set_up(config))
     state, metrics = run(config, step, leave_out=False)
     expected, expected_metrics = run(config, step, leave_out=True)
     assert [int(m['skipped']) for m in metrics] == [0, 1, 1, 1]
@@ -109,7 +109,7 @@ def test_without_the_guard_the_poison_spreads(monkeypatch):
     monkeypatch.setattr(train_step, 'accumulated', poisoned(train_step.accumulated))
     config = small_config()
     config.guard.nonfinite = False
-    step = train_step.make_train_step(config, make_mesh({}))
+    step = train_step.make_train_step(setup(config, make_mesh({})))
     state, metrics = run(config, step, leave_out=False)
     assert int(metrics[-1]['skipped']) == 0
     assert all(np.isnan(x).all() for x in jax.tree.leaves(jax.device_get(state['params'])))
@@ -125,9 +125,7 @@ def test_skipping_keeps_no_second_state(sizes, share):
 
     def analysis(**changes):
         config.guard.update(changes)
-        return (
-            train_step.lower_train_step(config, make_mesh(config.mesh)).compile().memory_analysis()
-        )
+        return train_step.lower_train_step(set_up(config)).compile().memory_analysis()
 
     guarded, free = analysis(), analysis(nonfinite=False, spike_factor=0.0)
     state = guarded.alias_size_in_bytes

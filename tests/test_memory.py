@@ -1,20 +1,20 @@
-"""How much memory a run takes, and what it says when there is not enough."""
+"""Peak memory is measured, and errors of too little memory come with remedies."""
 
 import jax
 import jax.numpy as jnp
 import pytest
 from common import on_mesh, small_config
 
-import train_step
 from machine.memory import OutOfMemoryError, memory_use, out_of_memory_explained, remedies
 from parallel import make_mesh
+from train_step import lower_train_step, setup
 
 
 def test_memory_use_grows_with_what_is_held():
     before = memory_use()['host_bytes']
     x = jnp.ones(before // 4, jnp.float32).block_until_ready()
     assert memory_use()['host_bytes'] > before + 0.4 * x.nbytes
-    assert 'device_bytes' not in memory_use()  # the CPU tells of none
+    assert 'device_bytes' not in memory_use()  # not reported on CPU
 
 
 def test_an_array_that_has_no_room_brings_remedies():
@@ -40,7 +40,7 @@ def test_what_is_turned_already_is_no_remedy():
     config.compute_dtype = 'bfloat16'
     assert [remedy.partition('=')[0] for remedy in remedies(config)] == ['mesh.fsdp']
     config.fsdp_gather = 'step'
-    assert "'layer' one layer at a time" in next(remedies(config))
+    assert "'layer' gathers one layer at a time" in next(remedies(config))
 
 
 @pytest.mark.tpu
@@ -53,4 +53,4 @@ def test_a_program_that_does_not_fit_brings_remedies(tpu_devices):
         pytest.raises(OutOfMemoryError, match=r'HBM(.|\n)*microbatches=1: with more'),
         out_of_memory_explained(config),
     ):
-        train_step.lower_train_step(config, mesh).compile()
+        lower_train_step(setup(config, mesh)).compile()

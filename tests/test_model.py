@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import initial_params, on_one_device, small_config
+from common import cpu_model, initial_params, on_one_device, small_config
 
 import model
 import train_step
-from model import cross_entropy, flops_per_token, logits, model_config, model_params, remat_policy
+from model import cross_entropy, flops_per_token, logits, model_params
 from parallel import AXES, count, init_params, make_mesh, varying
+from train_step import setup
 
 
 @pytest.mark.parametrize('z_loss', [0.0, 0.1])
@@ -41,7 +42,7 @@ def test_logits_never_exist_at_once():
     config = small_config()
     config.seq_len = 128
     config.model.update(vocab_size=4096, n_layers=1, block=('dense',))
-    cfg = model_config(config)
+    cfg = cpu_model(config)
     params = initial_params(cfg, make_mesh({}))
     tokens = jnp.zeros((8, 129), jnp.int32)
 
@@ -59,7 +60,7 @@ def test_logits_never_exist_at_once():
 @pytest.mark.parametrize('attention', ['mla', 'gqa'])
 def test_causality_by_gradient(attention):
     """The gradient of position t's logits reaches the embeddings of 0..t, all and only those."""
-    cfg = model_config(small_config(attention))
+    cfg = cpu_model(small_config(attention))
     params = initial_params(cfg, make_mesh({}))
     ids = jnp.arange(16)[None]  # each token once: its embedding row stands for its position
 
@@ -84,7 +85,7 @@ def test_a_document_does_not_feel_what_it_is_packed_with(attention):
     """Alone, or between others: the same logits, and gradients that add up."""
     config = small_config(attention)
     config.model.document_end = 0
-    cfg = model_config(config)
+    cfg = cpu_model(config)
     params = initial_params(cfg, make_mesh({}))
     documents = np.random.default_rng(0).integers(1, 64, (2, 8)).astype(np.int32)
     documents[:, -1] = 0
@@ -118,7 +119,7 @@ def test_flops_count_the_compilers():
         vocab_size=512, d_model=128, d_ff=256, head_dim=16, block=('dense',), n_layers=1,
         loss_chunk=4096, attention_block=64,
     )  # fmt: skip
-    cfg = model_config(config)
+    cfg = cpu_model(config)
     params = initial_params(cfg, make_mesh({}))
     tokens = jnp.zeros((4, 65), jnp.int32)
     grad = jax.grad(lambda p, t: model.loss(p, t, cfg, jax.random.key(0))[0])
@@ -130,7 +131,7 @@ def test_initial_values_depend_on_neither_mesh_nor_depth():
     shallow, deep = small_config(), small_config()
     deep.model.n_layers = 8
     a, b = (
-        init_params(jax.random.key(0), model_params(model_config(c)), make_mesh(m))
+        init_params(jax.random.key(0), model_params(cpu_model(c)), make_mesh(m))
         for c, m in ((shallow, {}), (deep, {'fsdp': 4, 'tp': 2}))
     )
     np.testing.assert_array_equal(a['embed']['w_VD'], b['embed']['w_VD'])
@@ -144,7 +145,7 @@ def test_compile_does_not_grow_with_depth():
     def program_size(n_layers):
         config = small_config()
         config.model.n_layers = n_layers
-        cfg = model_config(config)
+        cfg = cpu_model(config)
         declared = model_params(cfg)
         params = jax.eval_shape(lambda: init_params(jax.random.key(0), declared, make_mesh({})))
         grad = jax.grad(lambda p, t: model.loss(p, t, cfg, jax.random.key(0))[0])
@@ -155,7 +156,7 @@ def test_compile_does_not_grow_with_depth():
 
 
 def test_count_is_the_formula():
-    cfg = model_config(small_config('gqa', tied=False))
+    cfg = cpu_model(small_config('gqa', tied=False))
     layer = 2 * 32 + 2 * 8 + 4 * 32 * 64 + 3 * 32 * 48
     assert count(model_params(cfg)) == 2 * 64 * 32 + 32 + 4 * layer
 
@@ -166,17 +167,8 @@ def traced_step(remat: str, fsdp: int) -> str:
     config.mesh.update(fsdp=fsdp)
     mesh = make_mesh(config.mesh)
     tokens = jax.ShapeDtypeStruct((1, 16, 17), np.int32)
-    step = train_step.make_train_step(config, mesh)
-    return str(jax.make_jaxpr(step)(train_step.abstract_state(config, mesh), tokens))
-
-
-def test_attention_of_cudnn_is_not_offloaded():
-    cfg = dataclasses.replace(
-        model_config(small_config()),
-        attention_kernel='cudnn', remat='full', remat_offload=('attention',),
-    )  # fmt: skip
-    with pytest.raises(ValueError, match=r'name it in model\.remat_keep'):
-        remat_policy(cfg)
+    step = train_step.make_train_step(setup(config, mesh))
+    return str(jax.make_jaxpr(step)(train_step.abstract_state(setup(config, mesh)), tokens))
 
 
 def test_rematerialization_computes_again_what_it_says():

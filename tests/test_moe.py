@@ -6,19 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import batch_at, initial_state, on_mesh, on_one_device, small_config
+from common import batch_at, cpu_model, initial_state, on_mesh, on_one_device, set_up, small_config
 
 import train_step
 from layers.expert_kernels import BLOCK, grouped_swiglu
 from layers.moe import inverted, moe, moe_params, permute, rank_within, regroup, update_biases
-from model import model_config
 from parallel import AXES, P, global_sum, init_params, make_mesh, varying
+from train_step import setup
 
 
 def layer_config(**changes):
     config = small_config(moe=True)
     config.model.update(changes)
-    return model_config(config)
+    return cpu_model(config)
 
 
 def layer_params(cfg):
@@ -225,12 +225,12 @@ def test_biases_balance_a_skewed_router(bias_rate):
         n_expert_groups=1, n_top_groups=1,
     )  # fmt: skip
     config.optimizer.update(peak_lr=1e-6, final_lr=1e-6)
-    mesh = make_mesh({})
-    state, step = initial_state(config, mesh), train_step.make_train_step(config, mesh)
+    s = set_up(config)
+    state, step = initial_state(s), train_step.make_train_step(s)
     ffn = state['params']['blocks']['0_moe']['ffn']
     ffn['router'] = ffn['router'] + jnp.linspace(0, 0.3, 8)  # acts with the tokens' mean
     for i in range(60):
-        state, metrics = step(state, train_step.put_batch(batch_at, i, config, mesh))
+        state, metrics = step(state, train_step.put_batch(batch_at, i, s))
     load = np.asarray(metrics['router']['0_moe']['load'][0])
     balanced = load.max() / load.mean() < 1.5
     assert balanced == bool(bias_rate), load
@@ -259,7 +259,7 @@ def test_experts_are_computed_again_only_where_asked(remat, keep, again, ep):
     config = small_config(moe=True)
     config.model.update(remat=remat, remat_keep=keep)
     config.mesh.update(ep=ep)
-    text = train_step.lower_train_step(config, make_mesh(config.mesh)).compile().as_text()
+    text = train_step.lower_train_step(set_up(config)).compile().as_text()
     matmuls = re.findall(r'op_name="[^"]*/experts/[^"]*dot_general"', text)
     assert len(matmuls) >= 3 + 6
     assert any('rematted_computation' in name for name in matmuls) == again
@@ -272,6 +272,6 @@ def test_step_compiles_for_tpu(tpu_devices, dtype):
     config = on_mesh(small_config(moe=True), (1, 2, 1, 2))
     config.compute_dtype = dtype
     mesh = make_mesh(config.mesh, tpu_devices('v5e:2x2'))
-    lowered = train_step.lower_train_step(config, mesh)
+    lowered = train_step.lower_train_step(setup(config, mesh))
     assert 'ragged_all_to_all' in lowered.as_text()
     assert lowered.compile().memory_analysis().temp_size_in_bytes > 0

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from config import OptimizerConfig
-from optimizer import adamw, adamw_init, clip_by_global_norm, learning_rate
+from optimizer import adamw, adamw_slots, clip_by_global_norm, learning_rate
 from parallel import P, Param, make_mesh, ones
 
 DEFAULTS = {
-    'steps': 100, 'schedule': 'cosine', 'peak_lr': 1.0, 'final_lr': 0.1, 'warmup_steps': 10,
-    'decay_steps': 20, 'b1': 0.9, 'b2': 0.95, 'eps': 1e-8, 'weight_decay': 0.1, 'clip_norm': 1.0,
+    'steps': 100, 'name': 'adamw', 'schedule': 'cosine', 'peak_lr': 1.0, 'final_lr': 0.1,
+    'warmup_steps': 10, 'decay_steps': 20, 'b1': 0.9, 'b2': 0.95, 'eps': 1e-8, 'weight_decay': 0.1, 'clip_norm': 1.0,
 }  # fmt: skip
 
 
@@ -45,7 +45,7 @@ def test_adamw_is_the_paper():
     params = {'w': rng.normal(size=(3, 2)), 'g': rng.normal(size=2)}
     want = dict(params)
     params = jax.tree.map(jnp.float32, params)
-    moments = adamw_init(params)
+    moments = {k: jax.tree.map(jnp.zeros_like, params) for k in adamw_slots(declared)}
     m, v = (dict.fromkeys(want, 0.0) for _ in range(2))
     for t in range(5):
         grads = {k: rng.normal(size=x.shape) for k, x in want.items()}

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import parallel
+from config import ConfigError
 from parallel import AXES, P, Param, device_grid, make_mesh, normal, stacked, unshard, varying
 
 MESH = {'dp': 2, 'fsdp': 2, 'tp': 2}
@@ -113,7 +114,7 @@ def test_a_mesh_axis_may_split_a_dimension_of_the_torus(tpu_devices):
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """As much of a device as a mesh of several slices looks at."""
+    """The attributes of a device that `device_grid` reads."""
 
     id: int
     slice_index: int
@@ -127,7 +128,7 @@ def slices_of(shape: tuple[int, ...], devices: list[Device]) -> np.ndarray:
 
 
 def test_dp_alone_crosses_slices():
-    # As the processes number them, slices need not come one after the other.
+    # Devices of a slice need not be numbered consecutively.
     devices = [Device(i, slice_index=i % 2) for i in range(16)]
     shape = (2, 4, 1, 1, 2)  # pp dp fsdp ep tp
     grid = device_grid(shape, devices)
@@ -140,11 +141,11 @@ def test_dp_alone_crosses_slices():
 
 def test_slices_that_dp_cannot_cross():
     devices = [Device(i, slice_index=i // 8, platform='tpu') for i in range(16)]
-    with pytest.raises(ValueError, match=r'mesh\.dp=1; use all devices .* a multiple of 2'):
+    with pytest.raises(ConfigError, match=r'mesh\.dp=1; use all devices .* a multiple of 2'):
         device_grid((1, 1, 8, 1, 2), devices)
-    with pytest.raises(ValueError, match=r'takes \{0: 8, 1: 4\} devices'):
+    with pytest.raises(ConfigError, match=r'takes \{0: 8, 1: 4\} devices'):
         device_grid((1, 2, 6, 1, 1), devices[:12])
-    # The GPUs of several nodes are taken in their order.
+    # GPUs of several nodes keep their order.
     gpus = [Device(i, slice_index=i // 8, platform='gpu') for i in range(16)]
     assert [device.id for device in device_grid((1, 1, 8, 1, 2), gpus).flat] == list(range(16))
     assert (slices_of((1, 2, 4, 1, 2), gpus)[:, 1] == 1).all()

@@ -8,28 +8,34 @@ import functools
 import jax
 import numpy as np
 import pytest
-from common import batch_at, initial_state, on_mesh, small_config
+from common import (
+    TOLERANCE,
+    assert_replicas_identical,
+    assert_trees_close,
+    batch_at,
+    initial_state,
+    on_mesh,
+    set_up,
+    small_config,
+)
 from ml_collections import ConfigDict
 
-from parallel import Tree, make_mesh
+from parallel import Tree
 from runtime.config_checks import validate
 from train_step import make_train_step, put_batch
 
-TOLERANCE = 2e-5
 MESHES = [(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 2), (1, 4, 2), (1, 1, 8), (2, 1, 4), (8, 1, 1)]
 
 
 def run(config: ConfigDict) -> dict[str, Tree]:
-    """Three steps. The gradient is read from AdamW's first moment after one of them, where it
+    """Takes three steps. The gradient is read from AdamW's first moment after one of them, where it
     stands clipped and times 1 - b1: so each leaf is tested without a second program."""
     validate(config, 8)
-    mesh = make_mesh(config.mesh)
-    batches = functools.partial(batch_at, seq_len=config.seq_len)
-    put = lambda i: put_batch(batches, i, config, mesh)  # noqa: E731
-    state, step = initial_state(config, mesh), make_train_step(config, mesh)
+    s, batches = set_up(config), functools.partial(batch_at, seq_len=config.seq_len)
+    state, step = initial_state(s), make_train_step(s)
     history, grads = [], None
     for i in range(3):
-        state, metrics = step(state, put(i))
+        state, metrics = step(state, put_batch(batches, i, s))
         history.append(jax.device_get(metrics))
         grads = grads or jax.device_get(state['moments']['m'])
     return {
@@ -49,24 +55,6 @@ def reference(config: ConfigDict) -> dict[str, Tree]:
     if name not in _reference:
         _reference[name] = run(config)
     return _reference[name]
-
-
-def assert_trees_close(got: Tree, want: Tree, tolerance: float) -> None:
-    for (path, a), b in zip(
-        jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True
-    ):
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        error = np.linalg.norm(a - b) / (np.linalg.norm(b) or 1)
-        assert error < tolerance, f'{jax.tree_util.keystr(path)}: relative error {error:.2e}'
-
-
-def assert_replicas_identical(tree: Tree) -> None:
-    for path, x in jax.tree_util.tree_leaves_with_path(tree):
-        first: dict[str, np.ndarray] = {}
-        for shard in x.addressable_shards:
-            data = np.asarray(shard.data)
-            same = first.setdefault(str(shard.index), data)
-            assert np.array_equal(same, data), f'{jax.tree_util.keystr(path)} differs'
 
 
 def check(config: ConfigDict, sizes: tuple[int, ...], tolerance: float = TOLERANCE) -> None:

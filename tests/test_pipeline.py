@@ -6,11 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import batch_at, initial_params, small_config
-from test_parity import TOLERANCE, assert_trees_close
+from common import TOLERANCE, assert_trees_close, batch_at, initial_params, set_up, small_config
 
 from layers.dense import gain, linear, linear_weight_gradient, weight
-from model import declared_params, model_config
 from parallel import (
     AXES,
     BATCH,
@@ -31,7 +29,7 @@ from parallel import (
 from pipeline.executor import Functions, run_pipeline
 from pipeline.schedules import make_schedule
 from runtime.config_checks import validate
-from train_step import lower_train_step, make_eval_step, make_gradients, put_batch
+from train_step import gradients, lower_train_step, make_eval_step, put_batch, setup
 
 MESHES = {
     'pp2': {'pp': 2},
@@ -60,20 +58,19 @@ def run(c, mesh, name: str = '', chunks: int = 1, check_vma: bool = True):
     c.pipeline.update(schedule=name or '1f1b', chunks=chunks)
     c.check_vma = check_vma
     validate(c, 8)
-    cfg, mesh, declared = model_config(c), make_mesh(c.mesh), declared_params(c)
-    gradients = make_gradients(c)
+    s = set_up(c)
     stages = P('pp') if chunks == 1 else P(None, 'pp')
     sharded = jax.shard_map(
-        lambda params, tokens: gradients(params, tokens, jax.random.key(1)),
-        mesh=mesh,
-        in_specs=(specs(declared), P(None, BATCH)),
-        out_specs=(specs(declared), {'loss': P(), 'router': stages}),
+        lambda params, tokens: gradients(params, tokens, jax.random.key(1), s),
+        mesh=s.mesh,
+        in_specs=(specs(s.declared), P(None, BATCH)),
+        out_specs=(specs(s.declared), {'loss': P(), 'router': stages}),
         check_vma=check_vma,
     )
-    params = initial_params(cfg, mesh, chunks=chunks)
-    grads, metrics = jax.jit(sharded)(params, put_batch(batch_at, 0, c, mesh))
+    params = initial_params(s.model, s.mesh, chunks=chunks)
+    grads, metrics = jax.jit(sharded)(params, put_batch(batch_at, 0, s))
     grads['blocks'], router = jax.tree.map(
-        lambda x: np.asarray(x).reshape(cfg.n_blocks, *x.shape[1 + (chunks > 1) :]),
+        lambda x: np.asarray(x).reshape(s.model.n_blocks, *x.shape[1 + (chunks > 1) :]),
         (grads['blocks'], metrics['router']),
     )
     return float(metrics['loss']), grads, router
@@ -303,9 +300,9 @@ def test_evaluation(chunks):
         d = c.copy_and_resolve_references()
         d.mesh.update(mesh)
         d.pipeline.update(schedule='1f1b' if n == 1 else 'interleaved', chunks=n)
-        mesh = make_mesh(d.mesh)
-        params = initial_params(model_config(d), mesh, chunks=n)
-        sums = make_eval_step(d, mesh)(params, put_batch(batch_at, 0, d, mesh), np.ones(64, int))
+        s = set_up(d)
+        params = initial_params(s.model, s.mesh, chunks=n)
+        sums = make_eval_step(s)(params, put_batch(batch_at, 0, s), np.ones(64, int))
         nats.append(float(sums['nats']))
         assert sums['targets'] == sums['bytes'] > 0
     assert nats[0] == pytest.approx(nats[1], rel=1e-5)
@@ -319,6 +316,6 @@ def test_step_compiles_for_tpu(tpu_devices, name):
     c.compute_dtype = 'bfloat16'
     c.mesh.update(pp=2, fsdp=2, tp=2)
     c.pipeline.schedule = name
-    text = lower_train_step(c, make_mesh(c.mesh, tpu_devices('v5e:2x4'))).compile().as_text()
+    text = lower_train_step(setup(c, make_mesh(c.mesh, tpu_devices('v5e:2x4')))).compile().as_text()
     assert 'conditional' in text  # idle slots are skipped, not computed and thrown away
     assert 'collective-permute' in text

@@ -4,58 +4,26 @@ import dataclasses
 import gzip
 import json
 import os
-import random
 import threading
 
 import numpy as np
 import pytest
+from common_data import (
+    PART_BYTES,
+    ROOT,
+    SHIPPED,
+    contents,
+    prepared,
+    some_texts,
+    write_formats,
+)
 from servers import serve_s3
-from test_shards import contents, prepared
 
-from corpus.files import File, find_files
+from config import ConfigError
+from corpus.files import find_files
 from corpus.prepare import Job, ahead, prepare
 from corpus.shards import SPLITS, Split, split_of
 from tokenizer import fingerprint, get_encoding
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-SHIPPED = 'vocab/stdlib-4096.tiktoken'
-
-
-def make_corpus(folder) -> dict[str, str]:
-    """Files of all kinds below `folder`; returns the text of each document by its id."""
-    rng = random.Random(0)
-
-    def text() -> str:
-        pieces = [*'abc é\n(=東', '<|endoftext|>']
-        return ''.join(rng.choices(pieces, k=rng.randint(1, 1000)))
-
-    texts = {f'{kind}/{i}.{kind}': text() for kind in ('txt', 'py', 'md') for i in range(12)}
-    for name, content in texts.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content.encode())
-    (folder / 'txt/empty.txt').write_bytes(b'')
-    for name in ('lines.jsonl', 'sub/lines.jsonl.gz'):
-        (folder / name).parent.mkdir(exist_ok=True)
-        records = {f'{name.removesuffix(".gz")}:{i}': text() for i in range(1, 40)}
-        lines = ''.join(json.dumps({'id': 3, 'text': t}) + '\n' for t in records.values()).encode()
-        (folder / name).write_bytes(gzip.compress(lines) if name.endswith('.gz') else lines)
-        texts |= records
-    return texts
-
-
-@pytest.fixture(scope='module')
-def corpus(tmp_path_factory):
-    return prepared_corpus(tmp_path_factory)
-
-
-def prepared_corpus(tmp_path_factory) -> tuple[dict[str, str], str, list[File]]:
-    """(texts by id, prepared folder, the files) with many parts and a quarter for validation."""
-    folder = tmp_path_factory.mktemp('corpus')
-    texts = make_corpus(folder)
-    files = find_files([f'{folder}/**/*'])
-    output = str(tmp_path_factory.mktemp('tokens') / 'one')
-    prepare(files, Job(output, SHIPPED, 0.25), part_bytes=8000)
-    return texts, output, files
 
 
 def test_tokens_decode_to_the_documents(corpus):
@@ -96,13 +64,6 @@ def test_manifest_totals(corpus):
         assert split.tokenizer == SHIPPED
 
 
-@pytest.mark.parametrize('workers', [2, 3])
-def test_bytes_do_not_depend_on_the_number_of_workers(corpus, tmp_path, workers):
-    _, output, files = corpus
-    prepare(files, Job(str(tmp_path / 'out'), SHIPPED, 0.25), workers, part_bytes=8000)
-    assert contents(tmp_path / 'out') == contents(output)
-
-
 def test_tokens_do_not_depend_on_the_cut_into_parts(corpus, tmp_path):
     _, output, files = corpus
     prepare(files, Job(str(tmp_path / 'out'), SHIPPED, 0.25))
@@ -114,9 +75,9 @@ def test_tokens_do_not_depend_on_the_cut_into_parts(corpus, tmp_path):
 def test_rerun_over_the_leftovers_of_a_killed_run(corpus, tmp_path):
     _, output, files = corpus
     job = Job(str(tmp_path / 'out'), SHIPPED, 0.25)
-    prepare(files[:9], job, part_bytes=8000)
+    prepare(files[:9], job, part_bytes=PART_BYTES)
     (tmp_path / 'out/manifest.json').unlink()
-    prepare(files, job, part_bytes=8000)
+    prepare(files, job, part_bytes=PART_BYTES)
     assert contents(tmp_path / 'out') == contents(output)
 
 
@@ -166,7 +127,7 @@ def test_uint16_up_to_65536_ids_and_uint32_above(tmp_path):
 def test_text_that_the_tokenizer_refuses_is_named(tmp_path):
     lines = '{"text": "x"}\n' + json.dumps({'text': ' ' * 1_000_000 + 'x'})
     (tmp_path / 'a.jsonl').write_text(lines)
-    with pytest.raises(ValueError, match=r'/a\.jsonl, document a\.jsonl:2: the tokenizer cannot'):
+    with pytest.raises(ConfigError, match=r'/a\.jsonl, document a\.jsonl:2: the tokenizer cannot'):
         prepare(find_files([f'{tmp_path}/*.jsonl']), Job(str(tmp_path / 'out'), SHIPPED))
 
 
@@ -194,7 +155,7 @@ def test_text_that_the_tokenizer_refuses_is_named(tmp_path):
 )
 def test_bad_records_are_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ConfigError, match=message):
         prepare(find_files([f'{tmp_path}/*.*']), Job(str(tmp_path / 'out'), 'bytes'))
     assert not (tmp_path / 'out/manifest.json').exists()
 
@@ -203,29 +164,38 @@ def test_bad_records_are_named_by_other_processes(tmp_path):
     for name in 'abcd':
         (tmp_path / f'{name}.txt').write_bytes(b'\xff' if name == 'c' else b'good')
     files = find_files([f'{tmp_path}/*.txt'])
-    with pytest.raises(ValueError, match=r'c\.txt'):
+    with pytest.raises(ConfigError, match=r'c\.txt: .*utf-8'):
         prepare(files, Job(str(tmp_path / 'out'), 'bytes'), workers=2, part_bytes=1)
     assert not (tmp_path / 'out/manifest.json').exists()
 
 
 def test_errors_of_the_input_and_the_output(tmp_path):
-    with pytest.raises(ValueError, match=r'no file matches --input=.*\*\.txt'):
+    with pytest.raises(ConfigError, match=r'no file matches --input=.*\*\.txt'):
         find_files([f'{tmp_path}/*.txt'])
     (tmp_path / 'a.txt').write_bytes(b'')
     (tmp_path / 'b.csv').write_bytes(b'1,2')
-    with pytest.raises(ValueError, match=r'b\.csv is of no kind'):
+    with pytest.raises(ConfigError, match=r'b\.csv has none of the endings'):
         find_files([f'{tmp_path}/*'])
     files = find_files([f'{tmp_path}/a.txt'])
-    with pytest.raises(ValueError, match='hold no text'):
+    with pytest.raises(ConfigError, match='hold no text'):
         prepare(files, Job(str(tmp_path / 'out'), 'bytes'))
     (tmp_path / 'a.txt').write_bytes(b'text')
     prepare(files, Job(str(tmp_path / 'out'), 'bytes'))
-    with pytest.raises(ValueError, match='prepared already, with another value of valid'):
+    with pytest.raises(ConfigError, match='prepared already, with another value of valid'):
         prepare(files, Job(str(tmp_path / 'out'), 'bytes', 0.5))
-    with pytest.raises(ValueError, match=r'validation_share lies in \[0, 1\), but is 1'):
+    with pytest.raises(ConfigError, match=r'validation_share lies in \[0, 1\), but is 1'):
         prepare(files, Job(str(tmp_path / 'new'), 'bytes', 1.0))
-    with pytest.raises(ValueError, match='workers'):
+    with pytest.raises(ConfigError, match='workers'):
         prepare(files, Job(str(tmp_path / 'new'), 'bytes'), workers=0)
+
+
+def test_stores_that_cannot_be_used_are_named(tmp_path):
+    (tmp_path / 'a.txt').write_text('text')
+    files = find_files([f'{tmp_path}/a.txt'])
+    with pytest.raises(ConfigError, match='nosuch://bucket cannot be opened'):
+        prepare(files, Job('nosuch://bucket', 'bytes'))
+    with pytest.raises(ConfigError, match=r'a\.txt cannot be read: .*Not a directory'):
+        prepare(files, Job(f'{tmp_path}/a.txt', 'bytes'))
 
 
 def test_names_are_relative_to_the_fixed_part_of_the_glob(tmp_path, monkeypatch):
@@ -242,14 +212,13 @@ def test_names_are_relative_to_the_fixed_part_of_the_glob(tmp_path, monkeypatch)
 
 
 def test_formats_give_the_same_tokens(tmp_path):
-    test_corpus = pytest.importorskip('test_corpus')
-    texts = test_corpus.some_texts()
+    texts = some_texts(100)
     (tmp_path / 'in').mkdir()
-    test_corpus.write_formats(tmp_path / 'in', texts)
+    write_formats(tmp_path / 'in', texts)
     found = {}
     for file in find_files([f'{tmp_path}/in/*']):
         job = Job(str(tmp_path / 'out' / file.name), SHIPPED, 0.0)
-        prepare([file], job, part_bytes=3000)
+        prepare([file], job, part_bytes=4000)
         split = Split(job.output, 'train')
         found[file.name] = split.read(0, split.n_tokens).tolist()
     assert len(found) == 6
@@ -291,10 +260,11 @@ def test_empty_and_bad_records_are_counted_and_named(tmp_path):
     assert (read['bad'], read['empty'], read['lost_bytes']) == (4, 2, 1)
     assert train['documents'] == read['records'] - 6 == 96 + int(places[3][1].split()[1])
     # The share decides at the end, too.
-    with pytest.raises(ValueError, match=r'4 of 10\d records are bad.*max_bad_share=0.03') as error:
-        prepare(files, Job(str(tmp_path / 'new'), SHIPPED, 0.0, max_bad_share=0.03))
+    job = Job(str(tmp_path / 'new'), SHIPPED, 0.0, max_bad_share=0.03)
+    with pytest.raises(ConfigError, match=r'4 of 10\d records are bad.*max_bad_share=0.03') as bad:
+        prepare(files, job)
     for text in ('a.jsonl, line 21: ', 'a.jsonl, line 31: ', 'b.txt: ', 'd.jsonl.gz is broken'):
-        assert f'{tmp_path}/{text}' in str(error.value)
+        assert f'{tmp_path}/{text}' in str(bad.value)
 
 
 def test_bad_share_stops_early_only_where_the_rest_cannot_help(tmp_path):
@@ -302,7 +272,7 @@ def test_bad_share_stops_early_only_where_the_rest_cannot_help(tmp_path):
         (tmp_path / f'{i:02}.txt').write_bytes(b'\xff' if i < 4 else b'x')
     files = find_files([f'{tmp_path}/*.txt'])
     prepare(files, Job(str(tmp_path / 'out'), 'bytes', 0.0, max_bad_share=0.1), part_bytes=1)
-    with pytest.raises(ValueError, match='4 of 4 records are bad'):
+    with pytest.raises(ConfigError, match='4 of 4 records are bad'):
         prepare(files, Job(str(tmp_path / 'new'), 'bytes', 0.0, max_bad_share=0.09), part_bytes=1)
 
 
@@ -310,14 +280,14 @@ def test_a_lost_file_counts_by_its_bytes(tmp_path):
     (tmp_path / 'a.jsonl').write_text('{"text": "x"}\n' * 5000)
     (tmp_path / 'b.jsonl.gz').write_bytes(b'\x1f\x8b' + bytes(20_000))
     files = find_files([f'{tmp_path}/*.*'])
-    with pytest.raises(ValueError, match=r'1 of 5,001 records are bad, and 19,\d{3} bytes'):
+    with pytest.raises(ConfigError, match=r'1 of 5,001 records are bad, and 19,\d{3} bytes'):
         prepare(files, Job(str(tmp_path / 'out'), 'bytes', max_bad_share=0.01))
 
 
 def test_finished_job_is_no_work(corpus, capsys):
     _, output, files = corpus
     before = {path: os.stat(f'{output}/{path}').st_mtime_ns for path in contents(output)}
-    manifest = prepare(files, Job(output, SHIPPED, 0.25), part_bytes=8000)
+    manifest = prepare(files, Job(output, SHIPPED, 0.25), part_bytes=PART_BYTES)
     assert 'is prepared already, from files of the same names and sizes: nothing to do' in (
         capsys.readouterr().out
     )
@@ -328,8 +298,8 @@ def test_finished_job_is_no_work(corpus, capsys):
         (Job(output, SHIPPED, 0.25, 'body'), files, r'the input \(text_field\)'),
         (Job(output, 'bytes', 0.25), files, 'the vocabulary'),
     ]:
-        with pytest.raises(ValueError, match=f'prepared already, with another value of .*{what}'):
-            prepare(given, job, part_bytes=8000)
+        with pytest.raises(ConfigError, match=f'prepared already, with another value of .*{what}'):
+            prepare(given, job, part_bytes=PART_BYTES)
 
 
 def test_cleaning_up_removes_nothing_of_others(tmp_path):
@@ -352,7 +322,7 @@ def test_remote_input_gives_the_same_bytes(corpus, tmp_path):
         with open(file.path, 'rb') as f:
             system.pipe(f'/corpus/{file.name}', f.read())
     remote = [dataclasses.replace(file, path=f'memory://corpus/{file.name}') for file in files]
-    prepare(remote, Job(str(tmp_path / 'out'), SHIPPED, 0.25), part_bytes=8000)
+    prepare(remote, Job(str(tmp_path / 'out'), SHIPPED, 0.25), part_bytes=PART_BYTES)
     assert contents(tmp_path / 'out') == contents(output)
 
 
@@ -376,7 +346,7 @@ def test_output_in_an_s3_bucket_is_read_as_from_a_folder(corpus, monkeypatch):
     with serve_s3() as environment:
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        prepare(files, Job('s3://bucket/tokens', SHIPPED, 0.25), part_bytes=8000)
+        prepare(files, Job('s3://bucket/tokens', SHIPPED, 0.25), part_bytes=3 * PART_BYTES)
         remote, local = Split('s3://bucket/tokens', 'train'), Split(str(output), 'train')
         np.testing.assert_array_equal(
             remote.read(0, remote.n_tokens), local.read(0, local.n_tokens)

@@ -7,7 +7,8 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from test_checkpoint import assert_placed, assert_same, config_on, state_on
+from common import set_up
+from common_checkpoint import assert_placed, assert_same, config_on, state_on
 from training_worker import small_run
 
 import train
@@ -17,6 +18,7 @@ from config import differences
 from parallel import make_mesh
 from runtime.resume import load_params, restore_state
 from runtime.workdir import keep_records
+from train_step import setup
 
 MEASURED = {'tokens_per_second', 'mfu', 'host_bytes'}
 
@@ -29,7 +31,7 @@ def records(workdir: pathlib.Path) -> list[dict]:
 
 def final_state(workdir: pathlib.Path, config):
     checkpoints = Checkpointer(f'{workdir}/checkpoints')
-    shapes = train_step.abstract_state(config, make_mesh(config.mesh))
+    shapes = train_step.abstract_state(set_up(config))
     return checkpoints.restore(checkpoints.latest_step(), shapes)
 
 
@@ -88,7 +90,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(mesh, whole, tokens, tmp_path, c
 )
 def test_parameters_move_between_numbers_of_pipeline_chunks(source, target, tmp_path):
     config = config_on(*target)
-    target = train_step.abstract_state(config, make_mesh(config.mesh))
+    target = train_step.abstract_state(set_up(config))
     state = state_on(config_on(*source))
     with Checkpointer(str(tmp_path)) as checkpoints:
         checkpoints.save(1, state)
@@ -153,12 +155,12 @@ def test_init_from_takes_the_parameters_alone(whole, tokens, tmp_path):
     config = small_run(tokens, steps=1, seed=3)
     mesh = make_mesh(config.mesh)
     there = Checkpointer(f'{whole}/checkpoints')
-    fresh = train_step.init_state(config, mesh)
+    fresh = train_step.init_state(setup(config, mesh))
     workdir = tmp_path / 'run'
     checkpoints = Checkpointer(f'{workdir}/checkpoints')
     for source, step in ((f'{whole}/', 20), (f'{whole}/checkpoints/10', 10)):
         state = train.start_state(config, mesh, checkpoints, 0, source)
-        saved = there.restore(step, train_step.abstract_state(config, mesh))
+        saved = there.restore(step, train_step.abstract_state(setup(config, mesh)))
         assert_same(state, fresh | {'params': saved['params']})
     # The same command goes on from its own checkpoint.
     train.train(config, str(workdir), str(whole))
@@ -170,7 +172,7 @@ def test_init_from_takes_the_parameters_alone(whole, tokens, tmp_path):
 
 def test_init_from_refuses_what_does_not_fit(whole, tokens, tmp_path):
     config = small_run(tokens, model__d_ff=96)
-    shapes = train_step.abstract_state(config, make_mesh({}))['params']
+    shapes = train_step.abstract_state(setup(config, make_mesh({})))['params']
     with pytest.raises(
         ValueError, match=r'the config cannot run: the parameters of .*\n.*d_ff|\[2, 32, 48\]'
     ):

@@ -1,4 +1,4 @@
-"""The tables keep their rules, and check() finds those that do not."""
+"""Schedules keep the rules of tables, and have the published bubbles; check() finds broken ones."""
 
 import dataclasses
 import itertools
@@ -8,10 +8,11 @@ import sys
 import numpy as np
 import pytest
 
+from config import ConfigError
 from pipeline.schedules import NAMES, describe, free_running, ideal, lock_step, make_schedule
 
 GRID = list(itertools.product([1, 2, 3, 4, 8], [1, 2, 3, 4, 7, 8, 16]))
-RECOMPUTE = (1.0, 2.0, 1.0)  # what B costs where it runs the forward again
+RECOMPUTE = (1.0, 2.0, 1.0)  # costs of F, B and W if B runs the forward again
 
 
 def bubble(name, stages, microbatches, chunks=1, costs=(1.0, 1.0, 1.0), time=lock_step):
@@ -20,7 +21,7 @@ def bubble(name, stages, microbatches, chunks=1, costs=(1.0, 1.0, 1.0), time=loc
 
 
 def assert_all_work_is_done_once(schedule):
-    """Besides the rules that a schedule checks when it is made."""
+    """Checks the tables of work directly, apart from the rules that Schedule.check() knows."""
     tables = {'f': schedule.f, 'b': schedule.b, 'w': schedule.w}
     asked = {'f': True, 'b': schedule.name != 'forward', 'w': schedule.split}
     for name, table in tables.items():
@@ -55,7 +56,7 @@ def test_number_of_ticks():
 @pytest.mark.parametrize('time', [lock_step, free_running])
 @pytest.mark.parametrize('costs', [(1, 1, 1), RECOMPUTE, (2, 3, 1)])
 def test_bubbles_are_the_published_ones(time, costs):
-    """(S - 1)(F + B + W), over the chunks where interleaved: Narayanan et al. 2021, section 2.2."""
+    """(stages - 1)·(F + B + W), over chunks if interleaved: Narayanan et al. 2021, section 2.2."""
     for stages, microbatches in ((2, 4), (4, 4), (4, 8), (4, 3), (8, 16)):
         whole = (stages - 1) * sum(costs)
         assert bubble('gpipe', stages, microbatches, 1, costs, time) == pytest.approx(whole)
@@ -67,14 +68,14 @@ def test_bubbles_are_the_published_ones(time, costs):
 
 @pytest.mark.parametrize('time', [lock_step, free_running])
 def test_zero_bubble_has_a_third_of_the_bubble(time):
-    """(S - 1)(F + B - W), Qi et al. 2023, table 2, from S microbatches on."""
+    """(stages - 1)·(F + B - W), Qi et al. 2023, table 2, from microbatches = stages on."""
     for stages, microbatches in ((2, 4), (4, 4), (4, 8), (4, 32), (8, 16)):
         assert bubble('zero_bubble', stages, microbatches, time=time) == stages - 1
         assert bubble('1f1b', stages, microbatches, time=time) == 3 * (stages - 1)
 
 
 def test_zero_bubble_is_laid_out_for_the_costs():
-    """Where B costs as much as F and W, a table of equal units would be slower than 1F1B."""
+    """If B costs as much as F and W, a table for equal costs would be slower than 1F1B."""
     for stages, microbatches in GRID[7:]:
         zero = bubble('zero_bubble', stages, microbatches, 1, RECOMPUTE)
         assert zero < bubble('1f1b', stages, microbatches, 1, RECOMPUTE)
@@ -86,7 +87,7 @@ def test_zero_bubble_is_laid_out_for_the_costs():
 
 
 def test_stash_depths():
-    """Little's law: M + 2(S - 1) ticks take 2·S - 1 inputs in flight; ZB-H1 has at most S."""
+    """Little's law: M + 2·(stages - 1) ticks need 2·stages - 1 inputs; ZB-H1 at most stages."""
     for stages, microbatches in GRID:
         assert make_schedule('gpipe', stages, microbatches).x_depth == microbatches
         one = make_schedule('1f1b', stages, microbatches)
@@ -133,7 +134,7 @@ def test_broken_tables_are_found(table, index, value, message):
 
 @pytest.mark.parametrize('name', NAMES)
 def test_a_moved_unit_is_found(name):
-    """Whatever single B of the last stage moves to another tick, something no longer fits."""
+    """Moving any single B of the last stage to another tick breaks a rule."""
     schedule = make_schedule(name, 2, 4, 2 if name == 'interleaved' else 1)
     for tick in np.flatnonzero(schedule.b[:, 1] >= 0):
         for other in np.flatnonzero(schedule.b[:, 1] < 0):
@@ -146,7 +147,7 @@ def test_a_moved_unit_is_found(name):
 @pytest.mark.parametrize('name', [*NAMES, 'forward'])
 @pytest.mark.parametrize(('stages', 'microbatches'), [(1, 2), (2, 4), (4, 8), (4, 4), (3, 2)])
 def test_rings_bring_every_message_to_its_reader(name, stages, microbatches):
-    """The tables drive stages that know only them; labels stand for activations and gradients."""
+    """Runs stages by the tables alone, with labels in place of activations and gradients."""
     if name == 'interleaved' and microbatches % stages:
         pytest.skip('needs whole groups of microbatches')
     schedule = make_schedule(name, stages, microbatches, 2 if name == 'interleaved' else 1)
@@ -199,7 +200,7 @@ def test_rings_bring_every_message_to_its_reader(name, stages, microbatches):
     ],
 )
 def test_bad_settings_say_what_to_do(args, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ConfigError, match=message):
         make_schedule(*args)
 
 
@@ -219,14 +220,17 @@ def test_diagram():
     assert ' 3b ' in describe(make_schedule('interleaved', 4, 4, 2))
 
 
-def test_command():
-    command = [sys.executable, 'parallel.py', '--stages=4', '--microbatches=8']
-    out = subprocess.run(
-        [*command, '--schedule=zero_bubble'], capture_output=True, text=True, check=True
-    ).stdout
-    assert 'zero_bubble: 4 stages, 8 microbatches, 27 ticks' in out
-    assert 'bubble  11.1% of 27' in out
-    assert 'sets of what W needs 4' in out
-    bad = subprocess.run([*command, '--schedule=2f2b'], capture_output=True, text=True, check=False)
+def test_commands():
+    def run(*command):
+        return subprocess.run(
+            [sys.executable, *command, '--stages=4'], capture_output=True, text=True, check=False
+        )
+
+    good = run('parallel.py', '--schedule=zero_bubble', '--microbatches=8')
+    assert good.returncode == 0, good.stderr
+    assert 'zero_bubble: 4 stages, 8 microbatches, 27 ticks' in good.stdout
+    assert 'bubble  11.1% of 27' in good.stdout
+    assert 'sets of what W needs 4' in good.stdout
+    bad = run('-m', 'pipeline.schedules', '--schedule=2f2b')
     assert bad.returncode == 1
     assert bad.stderr.startswith("pipeline schedule '2f2b' is unknown; use one of gpipe")

@@ -1,4 +1,4 @@
-"""The launchers, run with commands of the same names that stand in for the clouds'."""
+"""The launchers, run with fakes of the clouds' commands."""
 
 import os
 import pathlib
@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 SCRIPTS = sorted((ROOT / 'scripts').glob('*.sh'))
 TIMEOUT = 30
 
-# Two hosts are two home folders. `gcloud` notes how it is called, and does what it says there.
+# A host is a home folder. `gcloud` logs its arguments, and copies or runs the command there.
 GCLOUD = """
 echo "$@" >>"$LOG"
 worker= command=
@@ -23,14 +23,15 @@ for argument in "$@"; do
   esac
 done
 [[ $worker == all ]] && workers='0 1' || workers=$worker
-failed=0
+pids=() failed=0
 for i in $workers; do
   if [[ $4 == scp ]]; then cp "$5" "$HOSTS/${6%:}-$i/"
-  else (cd "$HOSTS/$5-$i" && HOME=$PWD bash -c "$command") || failed=1; fi
+  else (cd "$HOSTS/$5-$i" && HOME=$PWD exec bash -c "$command") & pids+=($!); fi
 done
+for pid in "${pids[@]}"; do wait "$pid" || failed=1; done
 exit $failed
 """
-# The hosts' Python: makes environments, and "trains" until a SIGTERM.
+# The hosts' Python: makes environments, and "trains" until SIGTERM.
 PYTHON = """
 if [[ $1 == -m ]]; then mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; cp "$0" "$3/bin/pip"; exit; fi
 [[ $0 != */pip ]] || exec true
@@ -74,6 +75,7 @@ def test_scripts_parse(script):
 def test_a_run_on_two_slices_of_two_hosts(environment, tmp_path):
     command(tmp_path / 'bin', 'gcloud', GCLOUD)
     command(tmp_path / 'bin', 'python3', PYTHON)
+    command(tmp_path / 'bin', 'sleep', 'exec /bin/sleep 0.1')  # also those of a second
     environment |= {'TPU_NAME': 'a b', 'ZONE': 'z', 'PROJECT': 'p', 'REMOTE_ENV': 'A=1'}
     hosts = [tmp_path / f'{name}-{i}' for name in 'ab' for i in (0, 1)]
     for host in hosts:
@@ -100,15 +102,21 @@ def test_a_run_on_two_slices_of_two_hosts(environment, tmp_path):
     assert stopped.returncode == 0, stopped.stderr
     assert stopped.stdout.count('saved') == 4
     assert run(environment, script, 'status').stdout.count(': ended') == 4
-    # The call that has to run until it is interrupted.
-    follow = ['timeout', '1', script, 'logs', '1']
-    assert run(environment, *follow).stdout == logs[1].read_text()
+    follow = subprocess.Popen(
+        ['timeout', f'{TIMEOUT}', script, 'logs', '1'], env=environment, cwd=ROOT,
+        stdout=subprocess.PIPE,
+    )  # fmt: skip
+    written = logs[1].read_bytes()
+    assert follow.stdout.read(len(written)) == written
+    follow.terminate()  # it would follow the log for ever
+    assert follow.stdout.read() == b''
+    follow.wait()
     calls = pathlib.Path(environment['LOG']).read_text()
     assert 'compute tpus tpu-vm ssh b --zone=z --project=p --worker=all --command=' in calls
     assert 'compute tpus tpu-vm ssh a --zone=z --project=p --worker=1 --command=tail' in calls
 
 
-# What the job calls: two tasks are one process, that ends with the codes of the file in turn.
+# Fakes of what the job calls. `srun` is one process, which ends with the codes of a file in turn.
 SRUN = """
 echo "srun $@" >>"$LOG"
 code=$(head -n 1 "$HOSTS/codes"); sed -i 1d "$HOSTS/codes"

@@ -1,45 +1,14 @@
 """Token shards are what was written, open elsewhere, and say so when they are damaged."""
 
 import json
-import pathlib
 
 import numpy as np
 import pytest
+from common_data import contents, prepared, split_of_length
 
+from config import ConfigError
 from corpus import shards
-from corpus.files import File
-from corpus.prepare import Job, prepare
 from corpus.shards import Split
-
-
-def prepared(tmp_path, texts: dict[str, str], tokenizer: str = 'bytes', share: float = 0.0) -> str:
-    """A folder prepared from .txt documents in parts of about 1000 bytes; returns its path."""
-    files = []
-    for name, text in texts.items():
-        path = tmp_path / 'input' / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(text.encode())
-        files.append(File(name, str(path)))
-    output = str(tmp_path / 'tokens')
-    prepare(files, Job(output, tokenizer, share), part_bytes=1000)
-    return output
-
-
-def split_of_length(tmp_path, n: int) -> Split:
-    """A training split of n tokens (byte values and one end-of-text a document) over shards."""
-    texts = {}
-    for i in range(0, n, 700):
-        size = min(700, n - i) - 1
-        texts[f'{i:06d}.txt'] = ''.join(chr(33 + (i + j) * 7 % 90) for j in range(size))
-    assert min(map(len, texts.values())) > 0
-    split = Split(prepared(tmp_path, texts), 'train')
-    assert split.n_tokens == n
-    return split
-
-
-def contents(folder) -> dict[str, bytes]:
-    paths = [path for path in pathlib.Path(folder).rglob('*') if path.is_file()]
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
 def test_arrays_open_with_zarr(tmp_path):
@@ -69,14 +38,14 @@ def test_damaged_shard_is_an_error(tmp_path):
     damaged = bytearray(path.read_bytes())
     damaged[100] ^= 1
     path.write_bytes(damaged)
-    with pytest.raises(ValueError, match=r'train/00000.*Digest mismatch'):
+    with pytest.raises(ConfigError, match=r'train/00000.*Digest mismatch'):
         Split(str(tmp_path / 'tokens'), 'train').read(0, 500)
 
 
 def test_lost_chunk_is_an_error(tmp_path):
     split_of_length(tmp_path, 500)
     (tmp_path / 'tokens/train/00000/c/0').unlink()
-    with pytest.raises(ValueError, match=r'train/00000.*is missing'):
+    with pytest.raises(ConfigError, match=r'train/00000.*is missing'):
         Split(str(tmp_path / 'tokens'), 'train').read(0, 500)
 
 
@@ -102,10 +71,10 @@ def test_split_of_a_url(tmp_path):
 
 
 def test_split_errors(tmp_path):
-    with pytest.raises(ValueError, match=r'holds no manifest\.json.*python data\.py'):
+    with pytest.raises(ConfigError, match=r'holds no manifest\.json.*python data\.py'):
         Split(str(tmp_path / 'nothing'), 'train')
     folder = prepared(tmp_path, {'a.txt': 'text'})
-    with pytest.raises(ValueError, match='no document in its validation split'):
+    with pytest.raises(ConfigError, match='no document in its validation split'):
         Split(folder, 'validation')
     with pytest.raises(ValueError, match="not 'test'"):
         Split(folder, 'test')
@@ -113,13 +82,13 @@ def test_split_errors(tmp_path):
     manifest = json.loads(path.read_text())
     manifest['tokenizer']['fingerprint'] = '0'
     path.write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match='another vocabulary than bytes'):
+    with pytest.raises(ConfigError, match='another vocabulary than bytes'):
         Split(folder, 'train').encoding()
     path.write_text(json.dumps({**manifest, 'version': 99}))
-    with pytest.raises(ValueError, match='format version 99'):
+    with pytest.raises(ConfigError, match='format version 99'):
         Split(folder, 'train')
     path.write_text('[')
-    with pytest.raises(ValueError, match='not a manifest'):
+    with pytest.raises(ConfigError, match='not a manifest'):
         Split(folder, 'train')
 
 

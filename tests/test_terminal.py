@@ -1,9 +1,9 @@
-"""What a run prints on a terminal and in a file."""
+"""The output of a run on a terminal and in a file."""
 
 import io
 import re
 
-import numpy as np
+import jax.numpy as jnp
 
 from runtime.terminal import CLEAR, Terminal
 
@@ -14,7 +14,7 @@ class Screen(io.StringIO):
 
 
 class Loss:
-    """An array whose value comes when the test says so."""
+    """Stands for an array whose value is ready when the test sets it."""
 
     def __init__(self):
         self.ready, self.waited = False, False
@@ -76,10 +76,7 @@ def last_line(screen: Screen) -> str:
 
 
 def test_a_loss_is_an_array():
-    """The methods that `Loss` stands for are those of arrays."""
-    import jax.numpy as jnp
-
+    """Arrays have the methods that `Loss` has."""
     x = jnp.zeros(())
     x.block_until_ready()
     assert x.is_ready()
-    assert np.asarray(x) == 0

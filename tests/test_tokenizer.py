@@ -6,18 +6,19 @@ import os
 import random
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
 import tiktoken
 import tiktoken.load
 import tiktoken.registry
+from common_data import ROOT, SHIPPED
 
 import tokenizer
+from config import ConfigError
 from tokenizer import END_OF_TEXT, fingerprint, get_encoding, learn_merges, token_bytes, train
 
-SHIPPED = 'vocab/stdlib-4096.tiktoken'
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 AWKWARD = [
     '',
     'a',
@@ -43,7 +44,7 @@ def corpus(seed: int = 0) -> list[str]:
 
 
 def random_texts(n: int) -> list[str]:
-    """Few letters, so that pieces repeat and overlap; and any code point that is not private."""
+    """Returns n texts of few letters, whose pieces repeat and overlap, and n of many scripts."""
     rng = random.Random(1)
     few = [''.join(rng.choices('aab =(\n\té1', k=rng.randint(1, 400))) for _ in range(n)]
     ranges = [(0, 0x250), (0x370, 0x600), (0x3040, 0x30FF), (0x4E00, 0x9FFF), (0x1F300, 0x1F5FF)]
@@ -56,7 +57,7 @@ def random_texts(n: int) -> list[str]:
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
-    """An encoding that `train` wrote and its path."""
+    """Returns an encoding that `train` wrote, and its path."""
     pytest.importorskip('tokenizers')
     path = str(tmp_path_factory.mktemp('vocab') / 'tiny.tiktoken')
     return train(corpus(), 600, path), path
@@ -128,17 +129,17 @@ def test_training_sizes_and_order(trained):
     assert enc.n_vocab == 600
     assert enc.eot_token == 599
     assert sorted(len(enc.decode_single_token_bytes(i)) for i in range(256)) == [1] * 256
-    with pytest.raises(ValueError, match='exists'):
+    with pytest.raises(ConfigError, match='exists'):
         train(corpus(), 600, path)
 
 
 def test_training_errors(tmp_path):
     pytest.importorskip('tokenizers')
-    with pytest.raises(ValueError, match='below 257'):
+    with pytest.raises(ConfigError, match='below 257'):
         train(corpus(), 256, str(tmp_path / 'a.tiktoken'))
-    with pytest.raises(ValueError, match='more text'):
+    with pytest.raises(ConfigError, match='more text'):
         train(['abc'], 1000, str(tmp_path / 'a.tiktoken'))
-    with pytest.raises(ValueError, match=r'ends in \.tiktoken'):
+    with pytest.raises(ConfigError, match=r'ends in \.tiktoken'):
         train(corpus(), 300, str(tmp_path / 'a'))
     assert not list(tmp_path.iterdir())
 
@@ -152,7 +153,7 @@ def test_training_checks_its_result(monkeypatch, tmp_path):
 
 def test_training_without_the_library_names_the_requirements(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, 'tokenizers', None)
-    with pytest.raises(ImportError, match=r'pip install -r requirements/tokenizer\.txt'):
+    with pytest.raises(ConfigError, match=r'pip install -r requirements/tokenizer\.txt'):
         train(corpus(), 600, str(tmp_path / 'a.tiktoken'))
 
 
@@ -166,6 +167,26 @@ def test_command(tmp_path):
     assert get_encoding(str(out)).n_vocab == 400
 
 
+@pytest.mark.parametrize(
+    ('pattern', 'content', 'message'),
+    [
+        ('none/*.txt', b'', 'no file matches --input=none/'),
+        ('a.txt', b'\xff', r'a\.txt is not UTF-8 text'),
+        ('a.txt', b'abc', 'exists: remove it'),
+    ],
+)
+def test_command_ends_with_the_message_of_an_error(
+    tmp_path, monkeypatch, pattern, content, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'a.txt').write_bytes(content)
+    (tmp_path / 'out.tiktoken').write_text('')
+    given = types.SimpleNamespace(input=[pattern], vocab_size=300, output='out.tiktoken')
+    monkeypatch.setattr(tokenizer, 'flags', types.SimpleNamespace(FLAGS=given))
+    with pytest.raises(SystemExit, match=message):
+        tokenizer.main([])
+
+
 def write(path, pattern: str = '.', special: dict | None = None, extra: bytes = b''):
     lines = [base64.b64encode(bytes([i])) + b' %d\n' % i for i in range(256)]
     path.write_bytes(b''.join(lines) + extra)
@@ -174,17 +195,17 @@ def write(path, pattern: str = '.', special: dict | None = None, extra: bytes = 
 
 
 def test_unknown_name_lists_the_known():
-    with pytest.raises(ValueError, match=r"'cl200k'.*bytes.*cl100k_base"):
+    with pytest.raises(ConfigError, match=r"'cl200k'.*bytes.*cl100k_base"):
         get_encoding('cl200k')
 
 
 def test_missing_file_and_sidecar(tmp_path):
     path = tmp_path / 'own.tiktoken'
-    with pytest.raises(ValueError, match='there is no vocabulary'):
+    with pytest.raises(ConfigError, match='there is no vocabulary'):
         get_encoding(str(path))
     write(path)
     (tmp_path / 'own.json').unlink()
-    with pytest.raises(ValueError, match=r'own\.json.*"pattern".*"special_tokens"'):
+    with pytest.raises(ConfigError, match=r'own\.json.*"pattern".*"special_tokens"'):
         get_encoding(str(path))
 
 
@@ -194,14 +215,14 @@ def test_missing_file_and_sidecar(tmp_path):
 def test_bad_sidecar(tmp_path, sidecar):
     write(tmp_path / 'own.tiktoken')
     (tmp_path / 'own.json').write_text(sidecar)
-    with pytest.raises(ValueError, match=r'own\.json is not valid'):
+    with pytest.raises(ConfigError, match=r'own\.json is not valid'):
         get_encoding(str(tmp_path / 'own.tiktoken'))
 
 
 @pytest.mark.parametrize('line', [b'YWI=', b'YWI= x', b'YW!I= 256', b'YWI= 255', b'YQ== 256'])
 def test_corrupt_line_is_named(tmp_path, line):
     write(tmp_path / 'own.tiktoken', extra=line + b'\n')
-    with pytest.raises(ValueError, match=r'own\.tiktoken, line 257'):
+    with pytest.raises(ConfigError, match=r'own\.tiktoken, line 257'):
         get_encoding(str(tmp_path / 'own.tiktoken'))
 
 
@@ -209,13 +230,13 @@ def test_incomplete_or_clashing_vocabularies(tmp_path):
     path = tmp_path / 'own.tiktoken'
     write(path)
     path.write_bytes(b''.join(path.read_bytes().splitlines(keepends=True)[:99]))
-    with pytest.raises(ValueError, match='157 are missing, first 0x63'):
+    with pytest.raises(ConfigError, match='157 are missing, first 0x63'):
         get_encoding(str(path))
     write(path, special={END_OF_TEXT: 255})
-    with pytest.raises(ValueError, match='use ids from 256 up'):
+    with pytest.raises(ConfigError, match='use ids from 256 up'):
         get_encoding(str(path))
     write(path, pattern='(')
-    with pytest.raises(ValueError, match='refuses'):
+    with pytest.raises(ConfigError, match='refuses'):
         get_encoding(str(path))
 
 
@@ -226,7 +247,7 @@ def test_cut_at_a_line_border_is_known_by_the_sidecar(trained, tmp_path):
     (tmp_path / 'cut.tiktoken').write_bytes(b''.join(lines[:400]))
     with open(path.removesuffix('.tiktoken') + '.json', 'rb') as f:
         (tmp_path / 'cut.json').write_bytes(f.read())
-    with pytest.raises(ValueError, match=r'cut\.tiktoken ends at line 400.* counts 599 tokens'):
+    with pytest.raises(ConfigError, match=r'cut\.tiktoken ends at line 400.* counts 599 tokens'):
         get_encoding(str(tmp_path / 'cut.tiktoken'))
 
 
@@ -237,5 +258,5 @@ def test_no_network_says_how_to_supply_the_file(monkeypatch, tmp_path):
     monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path))
     monkeypatch.setattr(tiktoken.load, 'read_file', offline)
     monkeypatch.setattr(tiktoken.registry, 'ENCODINGS', {})
-    with pytest.raises(ValueError, match=r'cl100k_base.*TIKTOKEN_CACHE_DIR.*\.tiktoken'):
+    with pytest.raises(ConfigError, match=r'cl100k_base.*TIKTOKEN_CACHE_DIR.*\.tiktoken'):
         get_encoding('cl100k_base')

@@ -1,15 +1,16 @@
-"""Names of devices that need not be there."""
+"""Topologies by name, of devices that need not be there."""
 
 import importlib.util
 
 import pytest
 
+from config import ConfigError
 from planning.topology import topology_devices
 
 
-@pytest.mark.parametrize('shape', ['', 'x8', '4x', 'eight', '2x2x2'])
-def test_what_is_no_number_of_gpus_is_refused(shape):
-    with pytest.raises(ValueError, match='use h100:8'):
+@pytest.mark.parametrize('shape', ['', '0', 'x8', '4x', 'eight', '2x2x2'])
+def test_a_shape_that_is_no_number_of_gpus_is_refused(shape):
+    with pytest.raises(ConfigError, match='use h100:8'):
         topology_devices(f'h100:{shape}')
 
 
@@ -17,13 +18,13 @@ def test_what_is_no_number_of_gpus_is_refused(shape):
     importlib.util.find_spec('jax_cuda12_plugin') is not None, reason='the compiler is here'
 )
 def test_the_missing_compiler_is_named():
-    with pytest.raises(ValueError, match='requirements/gpu'):
+    with pytest.raises(ConfigError, match='requirements/gpu'):
         topology_devices('h100:8')
 
 
 @pytest.mark.tpu
 def test_a_topology_that_libtpu_does_not_know_is_refused(tpu_devices):
-    with pytest.raises(ValueError, match='use one as v4:2x4x4'):
+    with pytest.raises(ConfigError, match='use one as v4:2x4x4'):
         topology_devices('v4:17')
 
 

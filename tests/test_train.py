@@ -16,6 +16,7 @@ import train_step
 from parallel import make_mesh
 from runtime.config_checks import validate
 from runtime.sampling import run_encoding
+from train_step import setup
 
 ROOT = pathlib.Path(train.__file__).parent
 CONFIGS = sorted(p.stem for p in (ROOT / 'configs').glob('*.py') if p.stem != '__init__')
@@ -30,8 +31,8 @@ def test_every_config_loads_and_evaluates_its_shapes(name):
     validate(config, 4096)
     config.mesh.update(dict.fromkeys(config.mesh, 1))  # its shapes do not depend on it
     mesh = make_mesh(config.mesh)
-    state = train_step.abstract_state(config, mesh)
-    step = train_step.make_train_step(config, mesh)
+    state = train_step.abstract_state(setup(config, mesh))
+    step = train_step.make_train_step(setup(config, mesh))
     tokens = jax.ShapeDtypeStruct((1, config.batch_size, config.seq_len + 1), np.int32)
     new_state, metrics = jax.eval_shape(step, state, tokens)
     shape = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
@@ -44,11 +45,11 @@ def test_masked_rows_change_nothing():
     """Rows without tokens leave loss and gradients as they are: no mean of means."""
     config = small_config()
     mesh = make_mesh({'dp': 2})
-    step = train_step.make_train_step(config, mesh)
+    step = train_step.make_train_step(setup(config, mesh))
 
     def norm_and_loss(read):
-        state = initial_state(config, mesh)
-        _, metrics = step(state, train_step.put_batch(read, 0, config, mesh))
+        state = initial_state(setup(config, mesh))
+        _, metrics = step(state, train_step.put_batch(read, 0, setup(config, mesh)))
         return float(metrics['loss']), float(metrics['grad_norm'])
 
     def half(step, rows):

@@ -1,12 +1,12 @@
-"""Weights & Biases, as it is called and where it is installed; packages that are not."""
+"""Records reach Weights & Biases, a fake and the real one; missing packages are named."""
 
-import json
 import sys
 import types
 
 import pytest
-from training_worker import small_run
+from common import small_config
 
+from config import ConfigError
 from runtime import writers
 from runtime.config_checks import validate
 
@@ -31,7 +31,7 @@ class FakeRun:
 def test_wandb_receives_each_record_and_goes_on_under_its_id(monkeypatch, tmp_path):
     fake = types.SimpleNamespace(init=FakeRun, Histogram=lambda np_histogram: np_histogram)
     monkeypatch.setitem(sys.modules, 'wandb', fake)
-    config = small_run('none')
+    config = small_config()
     writer = writers.WeightsAndBiases(str(tmp_path), config, start=0)
     for record in RECORDS:
         writer.write(record)
@@ -56,7 +56,7 @@ def test_wandb_receives_each_record_and_goes_on_under_its_id(monkeypatch, tmp_pa
 def test_wandb_itself_writes_offline(monkeypatch, tmp_path):
     wandb = pytest.importorskip('wandb', reason='pip install -r requirements/log.txt')
     monkeypatch.setenv('WANDB_MODE', 'offline')
-    writer = writers.WeightsAndBiases(str(tmp_path), small_run('none'), start=0)
+    writer = writers.WeightsAndBiases(str(tmp_path), small_config(), start=0)
     for record in RECORDS:
         writer.write(record)
     writer.close()
@@ -70,12 +70,13 @@ def test_wandb_itself_writes_offline(monkeypatch, tmp_path):
 @pytest.mark.parametrize(('name', 'package'), [('tensorboard', 'tensorboardX'), ('wandb', 'wandb')])
 def test_a_missing_package_is_named(monkeypatch, tmp_path, name, package):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ValueError, match=f'pip install {package}'):
-        writers.WRITERS[name](str(tmp_path), small_run('none'), 0)
+    with pytest.raises(ConfigError, match=f'pip install {package}'):
+        writers.WRITERS[name](str(tmp_path), small_config(), 0)
 
 
 def test_unknown_writers_are_refused():
-    config = small_run('none', log__writers=('tensorboard,wandb',))
-    with pytest.raises(ValueError, match=r'use tensorboard, wandb, or both') as error:
+    config = small_config()
+    config.log.writers = ('tensorboard,wandb',)
+    message = "the unknown 'tensorboard,wandb'; use tensorboard, wandb, or both"
+    with pytest.raises(ConfigError, match=message):
         validate(config, 1)
-    assert json.dumps('tensorboard,wandb').strip('"') in str(error.value)

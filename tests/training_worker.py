@@ -26,8 +26,10 @@ from ml_collections import ConfigDict
 import train
 from checkpoint import Checkpointer, CheckpointError
 from configs import default
+from parallel import Tree
 from storage import leaves
 from storage.leaves import leaf_names
+from storage.steps import StepFiles, Steps
 
 PAUSE = 0.05  # seconds, while which a kill may arrive
 
@@ -70,15 +72,15 @@ def slow_down(phase: str, active) -> None:
     if phase == 'copying':
         leaves.host_copies = before(leaves.host_copies)
     elif phase == 'writing':
-        Checkpointer._open = before(Checkpointer._open)
+        StepFiles.open_leaf = before(StepFiles.open_leaf)
     elif phase == 'before the marker':
-        Checkpointer._commit = before(Checkpointer._commit)
+        StepFiles.commit = before(StepFiles.commit)
     elif phase == 'after the marker':
-        Checkpointer._remove_old = before(Checkpointer._remove_old)
+        Steps.remove_old = before(Steps.remove_old)
     elif phase == 'clean-up':
         shutil.rmtree = remove_slowly
     elif phase == 'step':
-        train.Progress.saves = before(train.Progress.saves)
+        train.due = before(train.due)
     else:
         raise ValueError(phase)
 
@@ -110,14 +112,14 @@ def dump_restored(folder: str) -> None:
 
 def stop_at(process: int, step: int) -> None:
     """This process gets a SIGTERM in this step."""
-    original = train.Progress.logs
+    original = train.Tracer.before
 
-    def logs(self, now: int) -> bool:
+    def before(self: train.Tracer, now: int, state: Tree) -> None:
         if jax.process_index() == process and now == step:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, now)
+        return original(self, now, state)
 
-    train.Progress.logs = logs
+    train.Tracer.before = before
 
 
 def main(options: dict) -> None:
@@ -142,7 +144,7 @@ def main(options: dict) -> None:
             limit = options['file_limit']
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         if len(saves) == 2 and options.get('fail'):
-            Checkpointer._write = fail
+            StepFiles.write = fail
         original(self, *args)
 
     def fail(self, *args):

@@ -1,18 +1,18 @@
-"""What the train step asks of the compiler."""
+"""The options and programs of the train step: for the compilers of TPUs and GPUs."""
 
 import re
 
 import jax
 import pytest
-from common import small_config
+from common import set_up, small_config
 
 from machine.chips import CHIPS
 from parallel import make_mesh
-from planning.compiled import Reader
+from planning.compiled import read_cost
 from planning.roofline import estimate
 from planning.topology import topology_devices
 from runtime.config_checks import validate
-from train_step import COMPILER_OPTIONS, compiler_options, lower_train_step
+from train_step import COMPILER_OPTIONS, compiler_options, lower_train_step, setup
 
 
 def test_compiler_options_override_the_table():
@@ -26,7 +26,7 @@ def test_compiler_options_reach_the_compiler():
     config = small_config()
     config.compiler_options = 'xla_no_such_option=1'
     with pytest.raises(jax.errors.JaxRuntimeError, match='xla_no_such_option'):
-        lower_train_step(config, make_mesh(config.mesh)).compile()
+        lower_train_step(set_up(config)).compile()
 
 
 @pytest.mark.tpu
@@ -39,7 +39,7 @@ def test_splash_and_offload_compile_for_tpu(tpu_devices):
     )
     validate(config, 4)
     mesh = make_mesh(config.mesh, tpu_devices('v5e:2x2'))
-    text = lower_train_step(config, mesh).compile().as_text()
+    text = lower_train_step(setup(config, mesh)).compile().as_text()
     assert 'splash_mha_dkv' in text
     assert 'S(5)' in text, 'nothing lies in host memory'
 
@@ -60,7 +60,7 @@ def test_cudnn_and_ragged_exchange_compile_for_gpu(keep, gpu_compiler):
     config.model.remat_keep = keep
     validate(config, 8)
     mesh = make_mesh(config.mesh, topology_devices('h100:8'))
-    text = lower_train_step(config, mesh).compile().as_text()
+    text = lower_train_step(setup(config, mesh)).compile().as_text()
     assert '__cudnn$fmhaSoftmaxBackward' in text
     again = re.findall('custom_call_target="__cudnn[$]fmhaSoftmax".*rematted_computation', text)
     assert bool(again) == (not keep)
@@ -73,7 +73,7 @@ def test_offload_compiles_for_gpu(gpu_compiler):
     config.seq_len, config.compute_dtype, config.check_vma = 256, 'bfloat16', False
     config.model.update(remat='full', remat_offload=('residual', 'hidden'))
     mesh = make_mesh(config.mesh, topology_devices('h100:1'))
-    assert 'S(5)' in lower_train_step(config, mesh).compile().as_text()
+    assert 'S(5)' in lower_train_step(setup(config, mesh)).compile().as_text()
 
 
 @pytest.mark.gpu
@@ -84,8 +84,8 @@ def test_experts_of_gpus_meet_their_own_rows_only(gpu_compiler):
     flops = {}
     for kernel in ('pallas', 'ragged_dot'):
         config.model.expert_kernel = kernel
-        text = lower_train_step(config, mesh).compile().as_text()
-        flops[kernel] = Reader(text, mesh, h100).cost().flops
+        text = lower_train_step(setup(config, mesh)).compile().as_text()
+        flops[kernel] = read_cost(text, mesh, h100).flops
     expected = sum(w.flops for w in estimate(config, h100).work)
     assert flops['pallas'] == pytest.approx(expected, rel=0.05)
     assert flops['ragged_dot'] > 5 * flops['pallas']

@@ -1,0 +1,135 @@
+"""Runs the tasks of a job in order: in this process, in several, or on a Ray cluster."""
+
+import importlib
+import multiprocessing
+import os
+import socket
+import threading
+import types
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from config import ConfigError
+from corpus.files import INSTALL
+
+# The project's modules that a task's code comes from, for machines that do not have them.
+SHIPPED = (
+    'config', 'configs.default', 'corpus.documents', 'corpus.files', 'corpus.prepare',
+    'corpus.shards', 'corpus.workers', 'storage.stores', 'tokenizer',
+)  # fmt: skip
+
+
+class WorkerError(RuntimeError):
+    """A worker process ended without a result."""
+
+
+def run(
+    fn: Callable[..., Any], shared: Any, tasks: Sequence[tuple], workers: int, ray: str | None
+) -> Iterator[Any]:
+    """Yields fn(shared, *task) for each task, in their order.
+
+    `shared` is sent once to each process. `ray` is the address of a Ray cluster that does the work
+    in place of `workers` processes. Raises what fn raises; WorkerError if a process is killed;
+    ConfigError if there is no such cluster.
+    """
+    if ray and tasks:
+        yield from _run_on_ray(fn, shared, tasks, ray)
+    elif workers == 1 or len(tasks) < 2:
+        for task in tasks:
+            yield fn(shared, *task)
+    else:
+        yield from _run_in_processes(fn, shared, tasks, workers)
+
+
+# ---------------------------------------------------------------------------------------------
+# Processes
+# ---------------------------------------------------------------------------------------------
+
+
+def _run_in_processes(
+    fn: Callable[..., Any], shared: Any, tasks: Sequence[tuple], workers: int
+) -> Iterator[Any]:
+    # A forked child would inherit the locks of tensorstore's threads without the threads.
+    context = multiprocessing.get_context('spawn')
+    pool = ProcessPoolExecutor(min(workers, len(tasks)), context, _start_worker, (fn, shared))
+    try:
+        yield from pool.map(_work, tasks)
+    except BrokenProcessPool as error:
+        raise WorkerError(
+            'a worker was killed, most likely for want of memory: start again with fewer workers; '
+            'the parts that are done stay'
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_given: list[Any] = []  # in a worker process: fn and shared
+
+
+def _start_worker(fn: Callable[..., Any], shared: Any) -> None:
+    """Prepares a worker process, which ends when its parent does.
+
+    A worker that outlived a killed parent would write into the work of the next run.
+    """
+    _given[:] = fn, shared
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _work(task: tuple) -> Any:
+    fn, shared = _given
+    return fn(shared, *task)
+
+
+# ---------------------------------------------------------------------------------------------
+# Ray
+# ---------------------------------------------------------------------------------------------
+
+
+def _run_on_ray(
+    fn: Callable[..., Any], shared: Any, tasks: Sequence[tuple], address: str
+) -> Iterator[Any]:
+    """Yields the results of tasks that a Ray cluster works on.
+
+    The code and `shared` are sent along, so its machines need only the packages that they import.
+    """
+    try:
+        import ray
+        from ray import cloudpickle
+    except ImportError as error:
+        raise ConfigError(f'--ray needs Ray: {INSTALL}') from error
+    ship_code(cloudpickle)
+    started = not ray.is_initialized()
+    if started:
+        try:
+            host, _, port = address.rpartition(':')
+            # Asks first, because Ray waits for minutes for a cluster that does not answer.
+            if port.isdigit() and '://' not in address:
+                socket.create_connection((host, int(port)), timeout=10).close()
+            ray.init(address=address, log_to_driver=False, logging_level='warning')
+        except (ConnectionError, TimeoutError, socket.gaierror) as error:
+            raise ConfigError(
+                f'no Ray cluster answers at --ray={address} ({error}): start one with `ray start '
+                '--head`, or use --ray=local for one on this machine alone'
+            ) from error
+    try:
+        remote = ray.remote(num_cpus=1)(fn)
+        reference = ray.put(shared)
+        pending = [remote.remote(reference, *task) for task in tasks]
+        for result in pending:
+            yield ray.get(result)
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def ship_code(cloudpickle: types.ModuleType) -> None:
+    """Makes `cloudpickle` send the SHIPPED modules' functions as code, not only by their names."""
+    for name in SHIPPED:
+        cloudpickle.register_pickle_by_value(importlib.import_module(name))

@@ -1,0 +1,89 @@
+"""The record of a kernel: attention_kernels.py and expert_kernels.py each have a table of them.
+
+To add one, write its functions and add a line to the table: choice by platform, rules of the
+config, rematerialization and planning read the record.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+AUTO = 'auto'
+PLATFORMS = ('cpu', 'gpu', 'tpu')
+
+
+def no_rules(_: ConfigDict, __: int) -> Iterator[str]:
+    """Yields nothing: takes any config."""
+    yield from ()
+
+
+def always(_: ConfigDict, __: int) -> bool:
+    """Returns True: 'auto' may take the kernel for any config."""
+    return True
+
+
+class Kernel(NamedTuple):
+    """One way to compute the middle of a layer, the same numbers by other means.
+
+    run: the function, or functions, as the table says.
+    platforms: those of jax that it is written for; 'auto' chooses among them.
+    checked: its results carry the replication types that check_vma=True checks.
+    rules: (config, head size of queries and keys) -> what of it the kernel does not take: the
+        rule, the values, the remedy.
+    chosen: (the same) -> False where 'auto' goes on to the next kernel though no rule is broken.
+    elsewhere: the name of the kernel that runs in its place on other platforms; '': itself.
+    keeps: the primitive whose results rematerialization keeps as a whole; '': those with a name.
+    scores: arrays of scores reach the memory (attention), which planning counts.
+    """
+
+    run: Any
+    platforms: tuple[str, ...] = PLATFORMS
+    checked: bool = True
+    rules: Callable[[ConfigDict, int], Iterator[str]] = no_rules
+    chosen: Callable[[ConfigDict, int], bool] = always
+    elsewhere: str = ''
+    keeps: str = ''
+    scores: bool = False
+
+
+Kernels = Mapping[str, Kernel]
+
+
+def names(table: Kernels) -> tuple[str, ...]:
+    """Lists what a config may name. A kernel for no platform only stands in for another."""
+    return (AUTO, *(name for name, kernel in table.items() if kernel.platforms))
+
+
+def choose(table: Kernels, name: str, config: ConfigDict, head: int, platform: str) -> str:
+    """Returns the name of the kernel that runs where the config names `name`.
+
+    'auto' takes the first of the table that is made for the platform, passes the check of
+    replication types if the config asks for it, and finds no rule broken.
+    """
+    if name != AUTO:
+        stand_in = table[name].elsewhere
+        return stand_in if stand_in and platform not in table[name].platforms else name
+    for candidate, kernel in table.items():
+        fits = platform in kernel.platforms and (kernel.checked or not config.check_vma)
+        if fits and kernel.chosen(config, head) and not any(kernel.rules(config, head)):
+            return candidate
+    raise ValueError(f'no kernel of {", ".join(table)} runs on {platform}')
+
+
+def portable(table: Kernels) -> str:
+    """Returns the first kernel that runs on every platform, with replication types."""
+    return next(n for n, k in table.items() if k.checked and k.platforms == PLATFORMS)
+
+
+def kernel_errors(table: Kernels, field: str, config: ConfigDict, head: int) -> Iterator[str]:
+    """Yields why the kernel that a field of the config names cannot run."""
+    name = config.model[field]
+    if name == AUTO:
+        return
+    if not table[name].checked and config.check_vma:
+        yield (
+            f'model.{field}={name!r} has no replication types, which check_vma=True checks; use '
+            f'check_vma=False, or {portable(table)!r}'
+        )
+    yield from table[name].rules(config, head)
