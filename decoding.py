@@ -190,7 +190,8 @@ def run_block(
     kinds: tuple[str, ...],
     cfg: ModelConfig,
 ) -> tuple[Array, Tree]:
-    """Runs block i of stacked blocks; `scanned` is i and its cache. Returns x_BtD and what is kept."""
+    """Runs block i of stacked blocks; `scanned` is i and its cache. Returns x_BtD and its part of
+    the cache."""
     i, cached = scanned
     weights, kept = block_at(blocks, declared, i), {}
     key = jax.random.key(0)  # of dropout, which is off

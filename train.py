@@ -118,7 +118,7 @@ def run(r: Run) -> dict[str, Any]:
         f'{count(s.declared):,} parameters · {loader.n_tokens:,} tokens · workdir {writer.workdir}'
     )
     progress = Progress(s, writer)
-    state = start_state(s, r)
+    state = start_state(s, r.checkpoints, r.start, r.init_from)
     train_step = compiled_step(s, r)
     evaluate, evaluation = make_evaluation(s, encoding), {}
 
@@ -169,14 +169,14 @@ def run(r: Run) -> dict[str, Any]:
     }
 
 
-def start_state(s: Setup, r: Run) -> Tree:
-    """Returns the state after step `r.start`; at 0 a new one, with parameters of `r.init_from`."""
-    if r.start:
-        return restore_state(r.checkpoints, r.start, abstract_state(s))
+def start_state(s: Setup, checkpoints: Checkpointer, start: int, init_from: str) -> Tree:
+    """Returns the state after step `start`; at 0 a new one, with the parameters of `init_from`."""
+    if start:
+        return restore_state(checkpoints, start, abstract_state(s))
     state = init_state(s)
-    if r.init_from:
+    if init_from:
         del state['params']  # make room
-        state['params'] = load_params(r.init_from, abstract_state(s)['params'])
+        state['params'] = load_params(init_from, abstract_state(s)['params'])
     return state
 
 

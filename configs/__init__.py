@@ -1,0 +1,1 @@
+"""The configs: default.py explains every field, the others set what differs."""

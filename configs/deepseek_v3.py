@@ -1,16 +1,18 @@
-"""Pre-training of DeepSeek-V3 (DeepSeek-AI 2024, section 4.2), 671 B parameters and 37 B active,
-without its multi-token prediction, on 1,024 chips of a TPU v5p pod, 8 x 8 x 16.
+"""Pre-training of DeepSeek-V3 (DeepSeek-AI 2024, section 4.2) on 1,024 chips of a TPU v5p pod.
+
+671 B parameters, 37 B of them active, without multi-token prediction. The chips form a torus of
+8 x 8 x 16.
 
 On each host of the slice:
 
     python train.py --config=configs/deepseek_v3.py --workdir=gs://BUCKET/runs/deepseek_v3 \
         --config.data.path=gs://BUCKET/tokens
 
-The batch: 15,360 sequences x 4,096 tokens = 62,914,560 tokens a step. fsdp 32 x ep 32 take 15
-sequences a chip, in 15 microbatches of 1. 235,000 steps are 14.8 trillion tokens.
+The batch: 15,360 sequences x 4,096 tokens = 62,914,560 tokens per step. fsdp 32 x ep 32 take 15
+sequences per chip, in 15 microbatches of 1. 235,000 steps are 14.8 trillion tokens.
 
-ep 32 gives a chip 8 of each layer's 256 experts; a peer is sent at most twice the rows of an even
-spread, where the paper drops none: without a bound, one chip may receive all rows of 32.
+ep 32 gives a chip 8 of each layer's 256 experts. A chip sends each peer at most twice the rows of
+an even spread. The paper drops no rows, but without a bound one chip may receive all rows of 32.
 """
 
 from ml_collections import ConfigDict

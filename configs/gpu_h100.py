@@ -1,15 +1,16 @@
-"""Pre-training of a dense model of 3.1 B parameters on one node of 8 NVIDIA H100: grouped-query
-attention in the sizes of Llama 3.2 3B.
+"""Pre-training of a dense model of 3.1 B parameters on one node of 8 NVIDIA H100.
+
+Grouped-query attention in the sizes of Llama 3.2 3B.
 
     python train.py --config=configs/gpu_h100.py --workdir=runs/gpu_h100 --config.data.path=tokens
 
-The tokens:
+This writes the tokens:
 
     python data.py --input='hf://datasets/HuggingFaceFW/fineweb-edu/sample/100BT/*.parquet' \
         --tokenizer=cl100k_base --output=tokens
 
-The batch: 256 sequences x 4,096 tokens = 1,048,576 tokens a step. fsdp 8 takes 32 sequences a
-GPU, in 8 microbatches of 4. 60,000 steps are 63 billion tokens, 20 a parameter.
+The batch: 256 sequences x 4,096 tokens = 1,048,576 tokens per step. fsdp 8 takes 32 sequences per
+GPU, in 8 microbatches of 4. 60,000 steps are 63 billion tokens, 20 per parameter.
 """
 
 from ml_collections import ConfigDict
@@ -40,7 +41,7 @@ def get_config() -> ConfigDict:
     m.head_dim = 128
     m.rope_base = 500_000.0
     m.attention_block = 512
-    m.remat = 'dots'  # by plan.py --compile=h100:8 3.63 s a step; full: 4.00, none: 3.8 and 58 GB
+    m.remat = 'dots'  # plan.py --compile=h100:8: 3.63 s per step; full 4.00, none 3.8 and 58 GB
     m.loss_chunk = 4096
 
     c.optimizer.peak_lr = 3e-4

@@ -5,12 +5,12 @@ On each host of the slice:
     python train.py --config=configs/llama3_8b.py --workdir=gs://BUCKET/runs/llama3_8b \
         --config.data.path=gs://BUCKET/tokens
 
-The tokens are prepared with the model's own vocabulary, whose file is in the format of tiktoken:
+This prepares the tokens with the model's own vocabulary, whose file has tiktoken's format:
 
     python data.py --input='hf://datasets/HuggingFaceFW/fineweb-edu/**/*.parquet' \
         --tokenizer=llama3.tiktoken --output=gs://BUCKET/tokens
 
-The batch: 512 sequences x 8,192 tokens = 4,194,304 tokens a step. fsdp 64 takes 8 sequences a
+The batch: 512 sequences x 8,192 tokens = 4,194,304 tokens per step. fsdp 64 takes 8 sequences per
 shard, in 8 microbatches of 1. 240,000 steps are a trillion tokens.
 """
 

@@ -4,8 +4,8 @@
     python train.py --config=configs/tiny.py --cpu_devices=8 \
         --config.mesh.dp=2 --config.mesh.fsdp=2 --config.mesh.tp=2
 
-8 experts of which a token meets 2, and a shared one: together as wide as the dense 768.
-16 sequences x 256 tokens = 4,096 tokens a step.
+A token meets 2 of 8 experts and a shared one, together as wide as the dense 768.
+16 sequences x 256 tokens = 4,096 tokens per step.
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,8 @@
-"""The dense model of about configs/tiny.py's cost: grouped-query attention, SwiGLU.
+"""A dense model of about configs/tiny.py's cost.
 
-python train.py --config=configs/tiny_dense.py
+    python train.py --config=configs/tiny_dense.py
+
+Grouped-query attention, SwiGLU.
 """
 
 from ml_collections import ConfigDict

@@ -1,22 +1,24 @@
-"""Pre-training of 957 M parameters, 352 M of them active (without the embedding), on the 32
-chips of a TPU v4-64: MLA, and every sixth layer a mixture of 16 experts.
+"""Pre-training of 957 M parameters on the 32 chips of a TPU v4-64.
+
+MLA, and every sixth layer a mixture of 16 experts; 352 M parameters are active, without the
+embedding.
 
 On each host of the slice:
 
     python train.py --config=configs/tpu_v4.py --workdir=gs://BUCKET/runs/tpu_v4
 
-The tokens, written once by any machine (10 billion of them, 40 GB):
+Any machine writes the tokens once (10 billion of them, 40 GB):
 
     python data.py --input='hf://datasets/HuggingFaceFW/fineweb-edu/sample/10BT/*.parquet' \
         --tokenizer=cl100k_base --output=gs://BUCKET/fineweb-edu-10BT
 
-and named with --config.data.path=gs://BUCKET/fineweb-edu-10BT.
+The run reads them with --config.data.path=gs://BUCKET/fineweb-edu-10BT.
 
-The batch: 256 sequences x 1,024 tokens = 262,144 tokens a step. fsdp 8 takes 32 sequences a shard,
-in 8 microbatches of 4, which pass 2 stages of 4 blocks; tp 2 halves heads, feed-forward and
+The batch: 256 sequences x 1,024 tokens = 262,144 tokens per step. fsdp 8 takes 32 sequences per
+shard, in 8 microbatches of 4, which pass 2 stages of 4 blocks. tp 2 halves heads, feed-forward and
 vocabulary. 38,000 steps are 9.96 billion tokens.
 
-This mesh uses every axis of the guide; configs/tpu_v4_best.py has the one that is faster.
+The mesh is the guide's example; configs/tpu_v4_best.py has a faster one.
 """
 
 from ml_collections import ConfigDict
@@ -49,7 +51,7 @@ def get_config() -> ConfigDict:
     m.kv_rank = 128
     m.nope_dim = 64
     m.rope_dim = 64
-    m.attention_block = 512  # of the splash kernel, which check_vma=False lets in
+    m.attention_block = 512  # of the splash kernel, which check_vma=False allows
     m.remat = 'full'
     m.loss_chunk = 2048
 

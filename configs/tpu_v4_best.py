@@ -1,13 +1,13 @@
-"""configs/tpu_v4.py on the mesh that serves it best, by the TPU compiler's count: fsdp alone.
+"""configs/tpu_v4.py on its fastest mesh by the TPU compiler's count: fsdp alone.
 
     python train.py --config=configs/tpu_v4_best.py --workdir=gs://BUCKET/runs/tpu_v4
 
-A model of 0.96 B fits a v4 chip many times over, so neither stages nor slices of the layers are
-needed: the 256 sequences are one microbatch of 8 for each of 32 shards, and each weight is gathered
-twice a step instead of 24 times.
+A model of 0.96 B fits a v4 chip many times over, so it needs neither stages nor slices of the
+layers. The 256 sequences are one microbatch of 8 for each of 32 shards, and each weight is gathered
+twice per step instead of 24 times.
 
 It is the first that `plan.py --search` finds. `plan.py --compile=v4:2x4x4` counts 297 ms of compute
-and 76 ms of network a step, 28 of the latter beside compute, and 2.8 GB of memory, where
+and 76 ms of network per step, 28 of the latter beside compute, and 2.8 GB of memory, where
 configs/tpu_v4.py takes 649 and 289 ms.
 """
 

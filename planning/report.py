@@ -119,7 +119,7 @@ def network_lines(e: Estimate) -> list[str]:
         lines.append(row(f'{axis:<5} in all', scaled(n, 'B'), seconds(e.axis_seconds[axis])))
     rate = scaled(e.chip.link, 'B/s')
     if e.chip.platform == 'tpu':
-        lines.append(f'  At {rate} an axis: both directions of one dimension of the torus.')
+        lines.append(f'  At {rate} per axis: both directions of one dimension of the torus.')
     else:
         lines.append(f'  At {rate} within a node.')
     return lines if e.transfers else ['network: none']
@@ -163,15 +163,15 @@ def reason(e: Estimate) -> str:
     intensity = sum(w.flops for w in e.work) / sum(w.bytes for w in e.work)
     advice = {
         'matmuls': f'{1 - e.useful / e.computed:.0%} of the FLOPs are computed again: less remat',
-        'memory': f'{intensity:.0f} FLOPs a byte, where the chip has '
+        'memory': f'{intensity:.0f} FLOPs per byte, where the chip has '
         f'{e.chip.flops / e.chip.bandwidth:.0f}: keep less, a smaller tp, a wider model',
         'bubble': 'more microbatches, zero_bubble or fewer stages',
-        'fsdp': 'weights cross once a microbatch and pass: fewer microbatches, or '
+        'fsdp': 'weights cross once per microbatch and pass: fewer microbatches, or '
         "fsdp_gather='step'",
-        'tp': 'the residual stream crosses twice a layer: a smaller tp',
+        'tp': 'the residual stream crosses twice per layer: a smaller tp',
         'ep': 'every choice of a token crosses twice: a smaller ep',
-        'dp': 'all gradients cross once a step: fsdp, or a larger batch',
-        'pp': 'activations cross once a tick: fewer stages',
+        'dp': 'all gradients cross once per step: fsdp, or a larger batch',
+        'pp': 'activations cross once per tick: fewer stages',
     }
     resource = name if name in ('matmuls', 'memory', 'bubble') else f'the network along {name}'
     return f'{resource}, {t / e.seconds:.0%} of the step ({advice[name]})'
@@ -257,7 +257,7 @@ def search_text(
         lines += [
             '',
             f'{i}. {layout_text(c)}',
-            f'   {seconds(e.seconds)} a step ({seconds(e.overlapped_seconds)} with collectives '
+            f'   {seconds(e.seconds)} per step ({seconds(e.overlapped_seconds)} with collectives '
             f'hidden), {e.tokens / e.seconds:,.0f} tokens/s, MFU {e.mfu(e.seconds):.1%}, '
             f'{scaled(e.memory.peak, "B")}',
             f'   limited by {reason(e)}',

@@ -1,1 +1,1 @@
-"""What surrounds the steps of a run: its folder, checks, guards, metrics and pictures."""
+"""The surroundings of a run: its folder, checks, guards, metrics and pictures."""

@@ -1,4 +1,4 @@
-"""What a run says of itself: metrics.jsonl, the terminal, and the speed that both report."""
+"""The numbers of a run: metrics.jsonl, the lines of the terminal, and the speed in both."""
 
 import json
 import math
@@ -22,8 +22,8 @@ from train_step import Setup
 
 
 class Writer:
-    """Where a run writes: metrics.jsonl and log.writers, continued after the step `start`, and the
-    terminal.
+    """Writes the numbers of a run: to metrics.jsonl and log.writers, continued after the step
+    `start`, and to the terminal.
 
     Only process 0 writes. Raises ConfigError if the package of a writer is missing.
     """

@@ -51,8 +51,10 @@ def listed(numbers: Iterable[int]) -> str:
 
 
 def windowed(items: Iterable[tuple[T, int]]) -> Iterator[T]:
-    """Yields the things of (thing, its bytes), having taken at most WINDOW_BYTES from `items`
-    beyond those yielded."""
+    """Yields the things of (thing, its bytes) in order, but starts later ones first.
+
+    Takes items ahead until they hold more than WINDOW_BYTES together.
+    """
     ahead: deque[tuple[T, int]] = deque()
     size = 0
     for item in items:
@@ -161,7 +163,7 @@ class StepFiles:
     # -----------------------------------------------------------------------------------------
 
     def is_committed(self) -> bool:
-        """Whether the step counts; says nothing of damage."""
+        """Returns True if the step counts; it may be damaged all the same."""
         return self.store.read(COMMIT).result().state == 'value'
 
     def metadata(self) -> dict[str, Any] | None:
@@ -314,7 +316,7 @@ class Steps:
                 self.files(step).remove()
 
     def _is_whole(self, step: int) -> bool:
-        """Whether a step is committed, with undamaged metadata of this layout."""
+        """Returns True if a step is committed, with undamaged metadata of this layout."""
         try:
             return self.files(step).metadata() is not None
         except (DamagedError, ConfigError):

@@ -96,7 +96,10 @@ def test_kernels_lower_for_their_platform(kernel, platform, call):
     }[kernel]
     q = jax.ShapeDtypeStruct((2, 2, 2, 256, 128), jnp.bfloat16)
     kv = [jax.ShapeDtypeStruct((2, 2, 256, size), jnp.bfloat16) for size in (128, 64)]
-    loss = lambda *x: attend(*x, None, 0.1).astype(jnp.float32).sum()  # noqa: E731
+
+    def loss(*x: jax.Array) -> jax.Array:
+        return attend(*x, None, 0.1).astype(jnp.float32).sum()
+
     traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(q, *kv)
     assert call in traced.lower(lowering_platforms=(platform,)).as_text()
 
@@ -143,8 +146,10 @@ def test_rope_depends_on_relative_position_only(scaling):
     cfg = cpu_model(config)
     q, k = jax.random.normal(jax.random.key(0), (2, 1, 16))
 
-    def score(t, s):
-        at = lambda x, p: rope(x, rope_table(cfg, jnp.array([p])))  # noqa: E731
+    def at(x: jax.Array, position: int) -> jax.Array:
+        return rope(x, rope_table(cfg, jnp.array([position])))
+
+    def score(t: int, s: int) -> float:
         return float(jnp.sum(at(q, t) * at(k, s)))
 
     assert score(7, 3) == pytest.approx(score(107, 103), abs=1e-4)

@@ -1,4 +1,4 @@
-"""What is saved comes back bit for bit, on any mesh; what is damaged or unfinished never does."""
+"""A saved state comes back bit for bit, on any mesh; a damaged or unfinished one never does."""
 
 import functools
 import json
@@ -24,7 +24,8 @@ from config import ConfigError
 from parallel import P, Tree, make_mesh
 from storage import leaves, steps
 from storage.leaves import chunk_shape, leaf_names
-from storage.steps import StepFiles, Steps
+from storage.steps import StepFiles, Steps, windowed
+from storage.stores import open_store
 
 UNSYNCED = {'file_io_sync': False}  # a context: many small files, and no power cut
 MESHES = [
@@ -122,6 +123,8 @@ def test_checkpoints_in_a_bucket(scheme, monkeypatch):
                 checkpoints.save(step, tree)
             checkpoints.wait()
             assert checkpoints.steps() == [3, 10]
+            keys = open_store(checkpoints.path).list().result()
+            assert {key.split(b'/')[0] for key in keys} == {b'3', b'10'}
             assert_same(checkpoints.restore(10, wanted(tree)), tree)
             checkpoints.verify(3)
             with pytest.raises(ConfigError, match='use one of: 3, 10'):
@@ -240,16 +243,18 @@ class Gate:
 def test_saving_goes_on_in_the_background(tmp_path, monkeypatch):
     gate = Gate(monkeypatch, 'write')
     tree = small_tree(1)
-    expected = jax.tree.map(np.array, tree)
+    counts = np.arange(3)
+    expected = jax.tree.map(np.array, tree | {'counts': counts})
 
     @functools.partial(jax.jit, donate_argnums=0)
     def next_step(tree: Tree) -> Tree:
         return jax.tree.map(lambda x: x + 1, tree)
 
     with Checkpointer(str(tmp_path)) as checkpoints:
-        checkpoints.save(1, tree)
+        checkpoints.save(1, tree | {'counts': counts})
         assert gate.reached.wait(60)
         jax.block_until_ready(next_step(tree))  # which takes the buffers
+        counts += 1
         assert checkpoints.steps() == []
         gate.opened.set()
         checkpoints.wait()
@@ -274,6 +279,23 @@ def test_one_save_is_in_flight_at_a_time(tmp_path, monkeypatch):
         second.join(60)
         assert len(copies) == 2
     assert checkpoints.steps() == [1, 2]
+
+
+def test_no_more_than_a_window_is_under_way(monkeypatch):
+    monkeypatch.setattr(steps, 'WINDOW_BYTES', 10)
+    events = []
+
+    def items():
+        for number, size in enumerate([4, 4, 4, 20, 1]):
+            events.append(f'start {number}')
+            yield number, size
+
+    for number in windowed(items()):
+        events.append(f'end {number}')
+    assert events == [
+        'start 0', 'start 1', 'start 2', 'end 0', 'start 3', 'end 1', 'end 2', 'end 3', 'start 4',
+        'end 4',
+    ]  # fmt: skip
 
 
 def test_host_copies_are_freed_as_they_are_written(tmp_path, monkeypatch):
@@ -374,7 +396,7 @@ def test_a_failed_removal_is_told_from_a_failed_save(tmp_path, monkeypatch):
     monkeypatch.setattr(StepFiles, 'remove', fail)
     checkpoints = Checkpointer(str(tmp_path), keep=1)
     checkpoints.save(2, small_tree(2))
-    with pytest.raises(CheckpointError, match=r'step 2 is saved .* permission denied'):
+    with pytest.raises(CheckpointError, match=r'^step 2 is saved .* permission denied'):
         checkpoints.close()
     assert checkpoints.steps() == [1, 2]
     (tmp_path / '3').mkdir()

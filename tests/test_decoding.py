@@ -263,11 +263,13 @@ def test_filters_keep_the_likeliest():
     keys = jax.random.split(jax.random.key(0), 2000)
 
     def drawn(**options) -> np.ndarray:
-        draw = lambda key: decoding.sample(jnp.log(probs), key, Sampling(**options))  # noqa: E731
+        draw = functools.partial(decoding.sample, jnp.log(probs), sampling=Sampling(**options))
         return np.bincount(jax.jit(jax.vmap(draw))(keys), minlength=5) / len(keys)
 
+    def kept(**options) -> list[int]:
+        return np.flatnonzero(drawn(temperature=1.0, **options)).tolist()
+
     np.testing.assert_allclose(drawn(temperature=1.0), probs, atol=0.04)
-    kept = lambda **options: np.flatnonzero(drawn(temperature=1.0, **options)).tolist()  # noqa: E731
     assert kept(top_k=2) == [1, 3]
     assert kept(top_k=100) == [0, 1, 2, 3, 4]
     assert kept(top_p=0.71) == [1, 3, 4]

@@ -1,9 +1,9 @@
-"""The README and the guide say what is so: names, links, flags and fields exist, code runs.
+"""The README and the pages of docs/: their names, links, flags and fields exist, their code runs.
 
-Fenced blocks are of four kinds. ```python is run, all of a file's in one process; ```bash is run
-with `-m slow`, all of a file's in one folder, a copy of the project. ```text right after either is
-what it prints, where … stands for anything, and so does … elsewhere. ```console cannot be run
-here; like ```bash, its commands are checked: files, flags, config fields and their values.
+Fenced blocks are of four kinds. ```python runs, all blocks of a page in one process. ```bash runs
+with `-m slow`, all blocks of a page in one copy of the project. ```text right after either is its
+output, in which … stands for anything; other ```text is a figure or a list. ```console cannot run
+here. The commands of ```bash and ```console are checked: files, flags, config fields, values.
 """
 
 import ast
@@ -31,10 +31,12 @@ from runtime.config_checks import validate
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 LANGUAGES = ('python', 'bash', 'console', 'text')
-DEVICES = 4096  # that a documented mesh may have
+DEVICES = 4096  # the most that a documented mesh may have
 
 
 class Block(NamedTuple):
+    """One fenced block of a page."""
+
     language: str
     text: str
     line: int  # of the fence, from 1 up
@@ -42,7 +44,7 @@ class Block(NamedTuple):
 
 
 def blocks(page: str) -> list[Block]:
-    """The fenced blocks of a page."""
+    """Returns the fenced blocks of a page."""
     found: list[Block] = []
     end = 0
     for fence in re.finditer(r'^```(.*)\n((?:.*\n)*?)```$', page, re.MULTILINE):
@@ -55,7 +57,7 @@ def blocks(page: str) -> list[Block]:
 
 
 def prose(page: str) -> str:
-    """The page without its fenced blocks."""
+    """Returns the page without its fenced blocks."""
     return re.sub(r'^```(.*)\n((?:.*\n)*?)```$', '', page, flags=re.MULTILINE)
 
 
@@ -66,7 +68,7 @@ def prose(page: str) -> str:
 
 @functools.cache
 def defined(module: str) -> dict[str, ast.AST]:
-    """What a module defines or imports at its top level."""
+    """Returns the definitions and imports at the top level of a module, by name."""
     tree = ast.parse(modules()[module].read_text())
     names: dict[str, ast.AST] = {}
     for node in tree.body:
@@ -76,7 +78,7 @@ def defined(module: str) -> dict[str, ast.AST]:
 
 
 def members(node: ast.AST) -> dict[str, ast.AST]:
-    """What the body of a module or class defines; of a class also the attributes of self."""
+    """Returns the definitions in a module or class, by name; in a class also attributes of self."""
     names: dict[str, ast.AST] = {}
     for child in getattr(node, 'body', []):
         if isinstance(child, ast.FunctionDef | ast.ClassDef):
@@ -93,13 +95,14 @@ def members(node: ast.AST) -> dict[str, ast.AST]:
 
 @functools.cache
 def modules() -> dict[str, pathlib.Path]:
-    """The project's modules, of its packages too: the last part of the name, and the file."""
+    """Returns the files of the project's modules and packages, by the last part of their name."""
     packages = {path.parent for path in ROOT.glob('*/__init__.py')} - {ROOT / 'configs'}
     found = [p for folder in (ROOT, *packages) for p in folder.glob('*.py')]
     return {path.stem: path for path in found if path.stem != '__init__'}
 
 
 def is_field(name: str, config: ConfigDict) -> bool:
+    """Returns whether the config has a field or a group of this full name."""
     for part in name.split('.'):
         if not isinstance(config, ConfigDict) or part not in config:
             return False
@@ -108,7 +111,7 @@ def is_field(name: str, config: ConfigDict) -> bool:
 
 
 def resolves(name: str) -> bool:
-    """Whether a dotted name is something of the project's modules, its config, or jax."""
+    """Returns whether a dotted name exists in the project's modules, its config, or jax."""
     first, *rest = name.split('.')
     if is_field(name, default.get_config()):
         return True
@@ -124,12 +127,37 @@ def resolves(name: str) -> bool:
     return len(rest) == 1 or not isinstance(node, ast.ClassDef) or rest[1] in members(node)
 
 
+def listed_files(text: str) -> Iterator[str]:
+    """Yields the paths of .py and .md files in a ```text block.
+
+    A folder at the start of a line counts for that line and the indented lines that follow it.
+    """
+    folder = ''
+    for line in text.splitlines():
+        if heading := re.match(r'(\w+/)\s', line):
+            folder = heading[1]
+        elif not line.startswith(' '):
+            folder = ''
+        for name in re.findall(r'(?<![\w./-])[\w/]+\.(?:py|md)\b', line):
+            yield folder + name
+
+
+def is_file(name: str) -> bool:
+    """Returns whether a page may name this file: a path from the root or from docs/."""
+    return (ROOT / name).exists() or (ROOT / 'docs' / name).exists()
+
+
 def wrong_names(page: str) -> Iterator[str]:
-    """Of inline code: dotted names, files and flags that do not exist."""
+    """Yields the names, files and flags of inline code, and files of figures, that do not exist."""
+    for block in blocks(page):
+        if block.language == 'text':
+            yield from (
+                f'{name} is no file' for name in listed_files(block.text) if not is_file(name)
+            )
     groups = {name for name, value in default.get_config().items() if isinstance(value, ConfigDict)}
     for code in re.findall(r'`([^`\n]+)`', prose(page)):
         if re.fullmatch(r'[\w/]+\.(py|md)', code):
-            if not (ROOT / code).exists() and not (ROOT / 'docs' / code).exists():
+            if not is_file(code):
                 yield f'`{code}` is no file'
         elif code.startswith('--'):
             yield from wrong_flags(shlex.split(code), None)
@@ -147,13 +175,14 @@ def wrong_names(page: str) -> Iterator[str]:
 
 
 def anchors(page: str) -> set[str]:
-    """The anchors that GitHub gives to a page's headings."""
+    """Returns the anchors that GitHub gives to a page's headings."""
     titles = re.findall(r'^#+ (.*)$', prose(page), re.MULTILINE)
     plain = [re.sub(r'[^\w\- ]', '', title.lower()) for title in titles]
     return {title.replace(' ', '-') for title in plain}
 
 
 def wrong_links(page: str, folder: pathlib.Path) -> Iterator[str]:
+    """Yields the links of a page in this folder that lead to no file or no heading."""
     for target in re.findall(r'\]\(([^)\s]+)\)', prose(page)):
         if target.startswith(('https://', 'http://')):
             continue
@@ -170,7 +199,7 @@ def wrong_links(page: str, folder: pathlib.Path) -> Iterator[str]:
 
 
 def commands(script: str) -> Iterator[list[str]]:
-    """The simple commands of a shell script, each as its words."""
+    """Yields the simple commands of a shell script, each as its words."""
     for line in script.replace('\\\n', ' ').splitlines():
         words = shlex.shlex(line, posix=True, punctuation_chars=True)
         words.whitespace_split = True
@@ -186,11 +215,11 @@ def commands(script: str) -> Iterator[list[str]]:
 
 @functools.cache
 def flags_of(script: str) -> dict[str, str]:
-    """name -> kind of the flags that a script defines."""
+    """Returns the kinds of the flags that a script defines, by name."""
     found: dict[str, str] = {}
     tree = ast.parse((ROOT / script).read_text())
     runs = tree.body[-1].body if isinstance(tree.body[-1], ast.If) else []
-    for node in runs:  # a command that another module defines
+    for node in runs:  # flags of a command that another module defines
         for alias in node.names if isinstance(node, ast.ImportFrom) else ():
             found |= flags_of(str(modules()[alias.name].relative_to(ROOT)))
     for node in ast.walk(tree):
@@ -203,7 +232,7 @@ def flags_of(script: str) -> dict[str, str]:
 
 
 def wrong_flags(words: list[str], script: str | None) -> Iterator[str]:
-    """Of a command's flags; without a script, those that no script of the project has."""
+    """Yields the words that are no flag of the script; without one, of no command at the top."""
     scripts = [script] if script else [path.name for path in ROOT.glob('*.py')]
     for word in words:
         name = word.partition('=')[0].removeprefix('--')
@@ -220,7 +249,7 @@ def wrong_flags(words: list[str], script: str | None) -> Iterator[str]:
 
 
 def wrong_config(words: list[str]) -> Iterator[str]:
-    """Whether the config that a command names, with its overrides, exists and can run."""
+    """Yields why the config that a command names, with its overrides, cannot run."""
     settings = [
         w for w in words if re.match(r'--config[.=]', w) and not re.search(r'[$…]|\.\.\.', w)
     ]
@@ -242,8 +271,7 @@ def wrong_config(words: list[str]) -> Iterator[str]:
 
 
 def wrong_commands(page: str) -> Iterator[str]:
-    """Scripts, requirements, flags, configs and fields of the page's commands that are not there
-    or do not go together."""
+    """Yields the files, flags, configs and fields of a page's commands that are wrong."""
     for block in blocks(page):
         if block.language not in ('bash', 'console'):
             continue
@@ -270,6 +298,7 @@ def wrong_commands(page: str) -> Iterator[str]:
 
 
 def wrong_layout(page: str) -> Iterator[str]:
+    """Yields fences of another kind or without an end, and indented code, which would not run."""
     for block in blocks(page):
         if block.language not in LANGUAGES:
             yield f'line {block.line}: a block is {", ".join(LANGUAGES)}, not {block.language!r}'
@@ -280,7 +309,7 @@ def wrong_layout(page: str) -> Iterator[str]:
 
 
 def wrong(page: str, folder: pathlib.Path) -> list[str]:
-    """All that can be found wrong in a page without running its code."""
+    """Returns all errors of a page that show without running its code."""
     return [
         *wrong_layout(page),
         *wrong_links(page, folder),
@@ -290,8 +319,14 @@ def wrong(page: str, folder: pathlib.Path) -> list[str]:
 
 
 def agrees(printed: str, expected: str) -> bool:
-    """Whether the output is what the page shows, but for spaces at line ends and what … hides."""
-    tidy = lambda text: '\n'.join(line.rstrip() for line in text.strip().splitlines())  # noqa: E731
+    """Returns whether the output is the page's, where … stands for any text.
+
+    Spaces at the ends of lines do not count.
+    """
+
+    def tidy(text: str) -> str:
+        return '\n'.join(line.rstrip() for line in text.strip().splitlines())
+
     pattern = '.*'.join(re.escape(part.strip(' ')) for part in tidy(expected).split('…'))
     return re.fullmatch(pattern, tidy(printed), re.DOTALL) is not None
 
@@ -301,7 +336,13 @@ def test_page_names_what_exists(page):
     assert wrong(page.read_text(), page.parent) == []
 
 
-# Runs blocks of Python in one namespace, and says what each printed.
+def test_the_readme_lists_every_module():
+    readme = (ROOT / 'README.md').read_text()
+    listing = blocks(readme[readme.index('\n## The files\n') :])[0].text
+    assert {str(path.relative_to(ROOT)) for path in modules().values()} <= {*listed_files(listing)}
+
+
+# Runs blocks of Python in one namespace, and prints the output of each as a JSON list.
 RUNNER = """
 import contextlib, io, json, sys
 namespace, printed = {'__name__': '__main__'}, []
@@ -314,19 +355,23 @@ print(json.dumps(printed))
 
 
 def copy_of_project(folder: pathlib.Path) -> pathlib.Path:
+    """Copies the project into a folder, without runs and hidden files; returns the copy."""
     hidden = shutil.ignore_patterns('.*', '__pycache__', 'runs')
     return pathlib.Path(shutil.copytree(ROOT, folder / 'project', ignore=hidden))
 
 
 def of_language(page: pathlib.Path, language: str) -> list[Block]:
+    """Returns the blocks of a page in this language."""
     return [block for block in blocks(page.read_text()) if block.language == language]
 
 
 def with_blocks(language: str) -> list[pathlib.Path]:
+    """Returns the pages that have blocks in this language."""
     return [page for page in PAGES if of_language(page, language)]
 
 
 def compare(page: pathlib.Path, block: Block, printed: str) -> None:
+    """Fails the test if a block printed something else than the page shows."""
     if block.output is not None and not agrees(printed, block.output):
         pytest.fail(f'{page.name}, line {block.line} printed:\n{printed}\nnot:\n{block.output}')
 
@@ -381,6 +426,12 @@ XLA_FLAGS= python train.py --config=configs/tiny.py --cpu_devices=4 \\
 python benchmarks/train_step.py --nokeep_freed_memory | head
 scripts/tpu.sh start --config=configs/tiny.py --config.steps=9
 ```
+
+```text
+train.py     a file
+layers/      a folder
+  dense.py   a file in it
+```
 """
 
 
@@ -409,6 +460,8 @@ def test_a_right_page_is_right():
         ('requirements.txt', 'requirement.txt'),
         ('scripts/tpu.sh', 'scripts/tpus.sh'),
         ('--config.steps=9', '--config.step=9'),
+        ('  dense.py', '  dents.py'),
+        ('\ntrain.py', '\ntrains.py'),
         ('```bash', '```sh'),
         ('```bash\n', '\n    python train.py\n\n```bash\n'),
     ],

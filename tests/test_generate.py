@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from common import cpu_model, initial_params, set_up, small_config
 
+import decoding
 import generate
 from checkpoint import Checkpointer
 from generate import load
@@ -32,7 +33,7 @@ def config():
 
 
 def write_run(workdir: pathlib.Path, mesh: dict[str, int], c, steps: tuple[int, ...]) -> None:
-    """What generation needs of what train.py leaves."""
+    """Writes the files of a run that generation reads."""
     with Checkpointer(str(workdir / 'checkpoints')) as checkpoints:
         for step in steps:
             params = initial_params(cpu_model(c), make_mesh(mesh), step, c.pipeline.chunks)
@@ -116,7 +117,7 @@ def test_checkpoints_of_any_mesh_are_loaded_in_the_type_of_use(tmp_path, chunks)
         assert x.dtype == (np.float32 if exact else jax.numpy.bfloat16), name
         assert np.array_equal(x, y.astype(x.dtype))
     if chunks > 1:
-        assert len(generate.generate(params, cfg, [[1, 2, 3]], 5, 48)[0]) == 5
+        assert len(decoding.generate(params, cfg, [[1, 2, 3]], 5, 48)[0]) == 5
 
 
 def test_the_newest_step_is_taken(workdir):

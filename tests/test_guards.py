@@ -26,7 +26,7 @@ SKIPPED = 1
 
 
 def poisoned(compute):
-    """Of the devices that hold the poisoned row, one gets NaN in each leaf of its gradient."""
+    """Returns gradients with NaN in each leaf on one of the devices that hold the poisoned row."""
 
     def wrapped(params, tokens_MBT, *args, **kwargs):
         grads, nll, stats = compute(params, tokens_MBT, *args, **kwargs)

@@ -1,5 +1,6 @@
 """The command in several processes: the numbers of one, and an end for all when one is lost."""
 
+import functools
 import pathlib
 import signal
 import socket
@@ -10,13 +11,14 @@ import types
 
 import jax.numpy as jnp
 import pytest
-from test_resume import records
+from common_runs import records
 from training_worker import small_run
 
 import optimizer
 import train
 import train_step
 from checkpoint import CheckpointError
+from config import ConfigError
 from configs import default
 from machine import processes
 from machine.memory import OutOfMemoryError
@@ -203,7 +205,7 @@ def test_when_one_process_hangs_all_end(tokens, cache, tmp_path):
     [
         (guards.TrainingError('diverged'), 'diverged', 'diverged'),
         (CheckpointError('no room'), 'no room', 'no room'),
-        (ValueError('the config cannot run: x'), 'the config cannot run: x', None),
+        (ConfigError('the config cannot run: x'), 'the config cannot run: x', None),
         (OutOfMemoryError('out of memory'), 1, 1),
         (OSError('the network is gone'), OSError, guards.AGAIN),
         (ValueError('another one'), ValueError, guards.AGAIN),
@@ -227,7 +229,7 @@ def test_exit_codes(error, alone, of_two, monkeypatch):
     monkeypatch.setattr(train, 'train', fail)
     monkeypatch.setattr(processes.os, '_exit', leave)
     for n, code in ((1, alone), (2, of_two or alone)):
-        monkeypatch.setattr(train.jax, 'process_count', lambda n=n: n)
+        monkeypatch.setattr(train.jax, 'process_count', functools.partial(int, n))
         with pytest.raises(code if isinstance(code, type) else SystemExit) as caught:
             train.main(['train.py'])
         if not isinstance(code, type):

@@ -41,7 +41,7 @@ class Worker:
         return self.file.read_text()
 
     def wait_for(self, text: str, count: int = 1) -> None:
-        """Until the output holds the text so many times."""
+        """Returns once the output holds the text so many times."""
         deadline = time.monotonic() + TIMEOUT
         while self.output.count(text) < count:
             assert self.process.poll() is None, self.output
@@ -60,7 +60,7 @@ class Worker:
 
 
 def start_together(n: int, workdir: pathlib.Path, setup: dict, *each: dict, **options):
-    """n processes of one run; `each` has more options for process 0, 1, ..."""
+    """Starts n processes of one run; `each` has more options for process 0, 1, ..."""
     with socket.socket() as s:
         s.bind(('localhost', 0))
         options['address'] = f'localhost:{s.getsockname()[1]}'
@@ -72,7 +72,7 @@ def start_together(n: int, workdir: pathlib.Path, setup: dict, *each: dict, **op
 
 
 def committed(workdir: pathlib.Path) -> list[int]:
-    """The steps whose marker matches their metadata, found without the code under test."""
+    """Lists the steps, whose markers have to match; uses none of the code under test."""
     steps = []
     for marker in workdir.glob('checkpoints/*/COMMIT'):
         metadata = (marker.parent / 'metadata.json').read_bytes()
@@ -82,7 +82,7 @@ def committed(workdir: pathlib.Path) -> list[int]:
 
 
 def arrays(folder: pathlib.Path) -> dict[str, np.ndarray]:
-    """The leaves of a checkpoint by their zarr.json, without the code under test."""
+    """Returns the leaves of a step by their zarr.json, without the code under test."""
     found = {}
     for path in sorted((folder / 'arrays').iterdir()):
         spec = {'driver': 'zarr3', 'kvstore': {'driver': 'file', 'path': f'{path}/'}}
@@ -97,7 +97,7 @@ def assert_bit_equal(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None
 
 
 def said_start(workdir: pathlib.Path) -> str:
-    """What the next start has to say, if it does right."""
+    """Returns what the next start has to print."""
     steps = committed(workdir)
     return f'going on from step {steps[-1]} of {STEPS}' if steps else 'starting again'
 
@@ -110,13 +110,14 @@ def setup(tokens, tmp_path_factory) -> dict:
 
 @pytest.fixture(scope='module')
 def whole(setup, tmp_path_factory) -> pathlib.Path:
-    """The workdir of a run that nothing happened to."""
+    """Returns the workdir of a run that nothing happened to."""
     workdir = tmp_path_factory.mktemp('whole') / 'run'
     Worker(workdir, setup).succeed()
     return workdir
 
 
 def finish_and_compare(workdir: pathlib.Path, setup: dict, whole: pathlib.Path) -> None:
+    """Lets the run end, and compares its records and state with the whole one's, bit for bit."""
     expected = said_start(workdir)
     assert expected in Worker(workdir, setup).succeed()
     assert records(workdir) == records(whole)
@@ -191,7 +192,9 @@ def test_refused_killed_interrupted_and_stopped(setup, whole, tmp_path):
 @pytest.mark.slow
 def test_killed_before_the_first_save_and_around_the_marker(setup, whole, tmp_path):
     workdir = tmp_path / 'run'
-    worker = Worker(workdir, setup | {'config': setup['config'] | {'checkpoint__every': STEPS}})
+    # Compiling the evaluation after step 2 leaves seconds for the kill.
+    never = {'checkpoint__every': STEPS, 'eval__every': 2}
+    worker = Worker(workdir, setup | {'config': setup['config'] | never})
     worker.wait_for('step 1/')
     worker.send(signal.SIGKILL)
     worker.end()
@@ -242,7 +245,7 @@ LAYOUTS = [
 
 
 def dumped(folder: pathlib.Path) -> dict[str, np.ndarray]:
-    """The global arrays that the workers' shards make up."""
+    """Returns the global arrays that the workers' shards make up."""
     found: dict[str, np.ndarray] = {}
     for file in folder.glob('*.npz'):
         for key, piece in np.load(file).items():

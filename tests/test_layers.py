@@ -18,9 +18,10 @@ def test_rms_norm():
 
 def test_dropout_keeps_the_mean_and_differs_by_layer_and_key():
     x = jnp.ones((4, 8, 512))
-    drop = lambda seed: on_one_device(  # noqa: E731
-        lambda x: dropout(x, 0.25, jax.random.key(seed))
-    )(x)
+
+    def drop(seed: int) -> jax.Array:
+        return on_one_device(lambda x: dropout(x, 0.25, jax.random.key(seed)))(x)
+
     a = np.asarray(drop(0))
     assert a.mean() == pytest.approx(1, abs=0.03)
     assert set(np.unique(a)) == {0, np.float32(1 / 0.75)}

@@ -177,6 +177,6 @@ def test_rematerialization_computes_again_what_it_says():
 
 
 def test_no_gathered_weight_is_saved():
-    """Where nothing else is computed again, weights are gathered as often as where all is."""
+    """Weights are gathered as often with remat none as with remat full."""
     gathers = {r: traced_step(r, 2).count(" axis_name=('fsdp',)") for r in ('none', 'full')}
     assert gathers['none'] == gathers['full']

@@ -11,7 +11,8 @@ from parallel import P, Param, make_mesh, ones
 
 DEFAULTS = {
     'steps': 100, 'name': 'adamw', 'schedule': 'cosine', 'peak_lr': 1.0, 'final_lr': 0.1,
-    'warmup_steps': 10, 'decay_steps': 20, 'b1': 0.9, 'b2': 0.95, 'eps': 1e-8, 'weight_decay': 0.1, 'clip_norm': 1.0,
+    'warmup_steps': 10, 'decay_steps': 20, 'b1': 0.9, 'b2': 0.95, 'eps': 1e-8,
+    'weight_decay': 0.1, 'clip_norm': 1.0,
 }  # fmt: skip
 
 

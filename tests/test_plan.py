@@ -65,20 +65,17 @@ def test_state_and_network_are_those_of_the_compiled_step():
         assert e.axis_bytes[axis] == pytest.approx(n, rel=0.03), axis
 
 
-# Some with fewer kinds of layers than their config, so that they compile in a minute: one
-# microbatch and several, stages, experts, both attentions, all kinds of rematerialization.
-ONE_AXIS = {'pp': 1, 'fsdp': 32, 'tp': 1}
+# Three programs, since each takes a minute to compile. Between them: one microbatch and several, a
+# pipeline, experts, both attentions, an untied head, no, full and partial rematerialization.
 SPREAD = {
-    'llama3_8b': ('llama3_8b', 'v5p:4x4x4', {}, {}, {}),
-    'fsdp': ('tpu_v4', 'v4:2x4x4', {'microbatches': 1}, ONE_AXIS, {'block': ('dense',)}),
     'stages': ('tpu_v4', 'v4:2x4x4', {}, {}, {'block': ('dense',)}),
     'experts': (
-        'tpu_v4', 'v4:2x4x4', {'microbatches': 1}, ONE_AXIS | {'fsdp': 16, 'ep': 2},
+        'tpu_v4', 'v4:2x4x4', {'microbatches': 1}, {'pp': 1, 'fsdp': 16, 'ep': 2, 'tp': 1},
         {'block': ('moe',), 'n_layers': 8, 'remat': 'none'},
     ),
     'kept by name': (
         'gpu_h100', 'v5p:2x2x2', {'chip': 'v5p'}, {},
-        {'remat': 'full', 'remat_keep': ('attention', 'qkv')},
+        {'remat': 'full', 'remat_keep': ('attention', 'qkv'), 'tie_embeddings': False},
     ),
 }  # fmt: skip
 
@@ -94,7 +91,10 @@ ON_GPU = {
     'stages': (
         'tpu_v4', 'h100:8', {'chip': 'h100', 'batch_size': 64}, {'fsdp': 2}, {'block': ('dense',)}
     ),
-    'experts': ('tpu_v4_best', 'h100:8', {'chip': 'h100', 'batch_size': 64}, {'fsdp': 8}, {}),
+    'experts': (
+        'tpu_v4_best', 'h100:8', {'chip': 'h100', 'batch_size': 64}, {'fsdp': 8},
+        {'block': ('moe',), 'n_layers': 8},
+    ),
     'a head of its own': (
         'llama3_8b', 'h100:8', {'chip': 'h100', 'batch_size': 128, 'microbatches': 16},
         {'fsdp': 8}, {},

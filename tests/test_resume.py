@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from common import set_up
 from common_checkpoint import assert_placed, assert_same, config_on, state_on
+from common_runs import records
 from training_worker import small_run
 
 import train
@@ -19,14 +20,6 @@ from parallel import make_mesh
 from runtime.resume import load_params, restore_state
 from runtime.workdir import keep_records
 from train_step import setup
-
-MEASURED = {'tokens_per_second', 'mfu', 'host_bytes'}
-
-
-def records(workdir: pathlib.Path) -> list[dict]:
-    """metrics.jsonl without what was measured on the machine."""
-    lines = (workdir / 'metrics.jsonl').read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in MEASURED} for line in lines]
 
 
 def final_state(workdir: pathlib.Path, config):
@@ -153,14 +146,14 @@ def test_without_a_checkpoint_the_run_starts_again(whole, tokens, tmp_path, caps
 
 def test_init_from_takes_the_parameters_alone(whole, tokens, tmp_path):
     config = small_run(tokens, steps=1, seed=3)
-    mesh = make_mesh(config.mesh)
+    s = set_up(config)
     there = Checkpointer(f'{whole}/checkpoints')
-    fresh = train_step.init_state(setup(config, mesh))
+    fresh = train_step.init_state(s)
     workdir = tmp_path / 'run'
     checkpoints = Checkpointer(f'{workdir}/checkpoints')
     for source, step in ((f'{whole}/', 20), (f'{whole}/checkpoints/10', 10)):
-        state = train.start_state(config, mesh, checkpoints, 0, source)
-        saved = there.restore(step, train_step.abstract_state(setup(config, mesh)))
+        state = train.start_state(s, checkpoints, 0, source)
+        saved = there.restore(step, train_step.abstract_state(s))
         assert_same(state, fresh | {'params': saved['params']})
     # The same command goes on from its own checkpoint.
     train.train(config, str(workdir), str(whole))

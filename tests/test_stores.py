@@ -3,19 +3,26 @@
 import json
 
 import pytest
+from common_runs import share_programs
 from servers import serve_s3
 from training_worker import small_run
 
 import train
-from storage.stores import Lines, read_text, write_text
+from config import ConfigError
+from storage.stores import Lines, open_store, read_text, write_text
+
+
+@pytest.fixture(scope='module')
+def server():
+    with serve_s3() as environment:
+        yield environment
 
 
 @pytest.fixture
-def bucket(monkeypatch):
-    with serve_s3() as environment:
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-        yield 's3://bucket'
+def bucket(server, monkeypatch):
+    for name, value in server.items():
+        monkeypatch.setenv(name, value)
+    return 's3://bucket'
 
 
 @pytest.fixture(params=['folder', 'bucket'])
@@ -29,6 +36,12 @@ def test_small_files(place):
     for text in ('first\n', 'second, é\n'):
         write_text(path, text)
         assert read_text(path) == text
+
+
+@pytest.mark.parametrize('path', ['ftp://host/runs', 'gs://', 's3://No_bucket!/runs'])
+def test_what_cannot_be_opened_is_refused(path):
+    with pytest.raises(ConfigError, match=f'^{path} cannot be opened: .*; use a folder, gs://'):
+        open_store(path)
 
 
 def test_lines_go_on_where_a_file_ends(place):
@@ -51,16 +64,17 @@ def test_a_bucket_receives_lines_that_are_young_only_when_asked(bucket):
 
 
 def test_a_run_lives_in_a_bucket(bucket, tokens, tmp_path, monkeypatch):
+    share_programs(monkeypatch)
     monkeypatch.chdir(tmp_path)
-    workdir = f'{bucket}/runs/a'
-    config = small_run(tokens, steps=2, eval__every=0, log__every=1)
-    train.train(config, workdir)
-    config = small_run(tokens, steps=4, eval__every=0, log__every=1)
+    workdir, config = f'{bucket}/runs/a', small_run(tokens, steps=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(train.StopSignals, 'asked', lambda self: True)  # after the first step
+        train.train(config, workdir)
     train.train(config, workdir)
     steps = [
         json.loads(line)['step'] for line in read_text(f'{workdir}/metrics.jsonl').splitlines()
     ]
     assert steps == [1, 2, 3, 4]
-    assert len(json.loads(read_text(f'{workdir}/record.json'))) == 2
+    assert [e['from_step'] for e in json.loads(read_text(f'{workdir}/record.json'))] == [0, 1]
     assert json.loads(read_text(f'{workdir}/config.json'))['steps'] == 4
     assert not list(tmp_path.iterdir())  # and nowhere else

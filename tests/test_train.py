@@ -35,8 +35,8 @@ def test_every_config_loads_and_evaluates_its_shapes(name):
     step = train_step.make_train_step(setup(config, mesh))
     tokens = jax.ShapeDtypeStruct((1, config.batch_size, config.seq_len + 1), np.int32)
     new_state, metrics = jax.eval_shape(step, state, tokens)
-    shape = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
-    assert shape(new_state) == shape(state)
+    shapes, new_shapes = (jax.tree.map(lambda x: (x.shape, x.dtype), t) for t in (state, new_state))
+    assert new_shapes == shapes
     assert set(metrics) == NUMBERS | {'router'}
     assert all(metrics[name].shape == () for name in NUMBERS)
 
@@ -85,7 +85,8 @@ def run_command(corpus: pathlib.Path, workdir: pathlib.Path, *more: str):
         '--config.eval.every=6', '--config.model.n_layers=2', '--config.model.d_model=64',
         '--config.seq_len=32', '--config.model.vocab_size=264', '--config.model.attention_block=16',
         '--config.optimizer.warmup_steps=2', '--config.batch_size=32', '--config.eval.batches=1',
-        '--config.log.loads_every=6', '--config.log.sample_tokens=8', *more,
+        '--config.log.loads_every=6', '--config.log.sample_tokens=8', '--config.model.d_expert=32',
+        *more,
     ]  # fmt: skip
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
@@ -94,16 +95,24 @@ def read_metrics(workdir: pathlib.Path) -> list[dict]:
     return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
 
 
-def test_command_trains_alike_on_one_and_on_eight_devices(corpus, tmp_path):
-    samples = '--config.log.sample_every=6'
-    one = run_command(corpus, tmp_path / 'one', samples)
-    assert one.returncode == 0, one.stderr
+@pytest.fixture(scope='module')
+def one(corpus, tmp_path_factory) -> pathlib.Path:
+    """Trains on one device; the workdir."""
+    workdir = tmp_path_factory.mktemp('one') / 'run'
+    done = run_command(corpus, workdir)
+    assert done.returncode == 0, done.stderr
+    assert 'zlib_bits_per_byte' in done.stdout
+    return workdir
+
+
+def test_command_trains_alike_on_one_and_on_eight_devices(one, corpus, tmp_path):
     eight = run_command(
-        corpus, tmp_path / 'eight', samples, '--cpu_devices=8', '--config.mesh.ep=2',
-        '--config.mesh.fsdp=2', '--config.mesh.tp=2', '--config.microbatches=2',
+        corpus, tmp_path / 'eight', '--config.log.sample_every=6', '--cpu_devices=8',
+        '--config.mesh.ep=2', '--config.mesh.fsdp=2', '--config.mesh.tp=2',
+        '--config.microbatches=2',
     )  # fmt: skip
     assert eight.returncode == 0, eight.stderr
-    a, b = read_metrics(tmp_path / 'one'), read_metrics(tmp_path / 'eight')
+    a, b = read_metrics(one), read_metrics(tmp_path / 'eight')
     logged = [r for r in a if 'loss' in r]
     assert [r['step'] for r in logged] == [3, 6, 9, 12]
     names = NUMBERS | {'step', 'tokens', 'tokens_per_second', 'mfu', 'host_bytes'}
@@ -119,33 +128,29 @@ def test_command_trains_alike_on_one_and_on_eight_devices(corpus, tmp_path):
     assert evals[-1]['eval_bits_per_byte'] == pytest.approx(
         evals[-1]['eval_loss'] / np.log(2), rel=0.01
     )  # a byte is a token; only end-of-text is none
-    for x, y in zip(a, b, strict=True):
+    sampled = {r['step']: r['samples'] for r in b if 'samples' in r}
+    assert list(sampled) == [6, 12]
+    assert [s['prompt'] for s in sampled[12]] == ['def ']
+    assert 1 <= len(sampled[12][0]['text']) <= 8
+    for x, y in zip(a, [r for r in b if 'samples' not in r], strict=True):
         for name in {'loss', 'grad_norm', 'eval_loss'} & set(x):
             assert x[name] == pytest.approx(y[name], rel=1e-3)
-    for records in (a, b):
-        found = {r['step']: r['samples'] for r in records if 'samples' in r}
-        assert list(found) == [6, 12]
-        assert [s['prompt'] for s in found[12]] == ['def ']
-        assert 1 <= len(found[12][0]['text']) <= 8
-    assert run_encoding(str(tmp_path / 'one')).name == 'bytes'
-    saved = json.loads((tmp_path / 'one' / 'config.json').read_text())
+    assert run_encoding(str(one)).name == 'bytes'
+    saved = json.loads((one / 'config.json').read_text())
     assert saved['model']['d_model'] == 64
-    assert 'zlib_bits_per_byte' in one.stdout
 
-    again = run_command(corpus, tmp_path / 'one', samples)
+    again = run_command(corpus, one)
     assert again.returncode == 0
     assert 'is complete: step 12 of 12 is saved' in again.stdout
-    assert read_metrics(tmp_path / 'one') == a
+    assert read_metrics(one) == a
 
 
-def test_command_trains_on_a_mixture(corpus, tmp_path):
+def test_command_trains_on_a_mixture(one, corpus, tmp_path):
     given = f"--config.data.sources=(('a', '{corpus}', 0.75), ('b', '{corpus}', 0.25))"
     two = run_command(
         corpus, tmp_path / 'two', '--config.data.path=', given, '--config.data.isolate_documents'
     )
     assert two.returncode == 0, two.stderr
-    one = run_command(corpus, tmp_path / 'one')
-    assert one.returncode == 0, one.stderr
     evals = [r for r in read_metrics(tmp_path / 'two') if 'eval_loss' in r]
     names = {'eval_loss', 'eval_bits_per_byte'}
     assert set(evals[0]) == {'step', 'tokens'} | {n + s for n in names for s in ('', '/a', '/b')}
@@ -153,7 +158,7 @@ def test_command_trains_on_a_mixture(corpus, tmp_path):
         for name in names:  # twice the same source
             assert record[f'{name}/a'] == record[f'{name}/b'] == pytest.approx(record[name])
     assert 'zlib_bits_per_byte/b' in two.stdout
-    single = [r for r in read_metrics(tmp_path / 'one') if 'eval_loss' in r]
+    single = [r for r in read_metrics(one) if 'eval_loss' in r]
     assert single[-1]['eval_loss'] != evals[-1]['eval_loss']
     assert single[-1]['eval_loss'] == pytest.approx(evals[-1]['eval_loss'], rel=0.2)
 

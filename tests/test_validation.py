@@ -1,4 +1,4 @@
-"""What validation refuses, and that it names the remedy."""
+"""Validation refuses configs that cannot run, and names the remedy."""
 
 import importlib
 import itertools
