@@ -272,10 +272,9 @@ def _cross_entropy(
         top_T = pmax(jnp.max(logits_Tv, axis=-1), TP)
         exp_Tv = jnp.exp(logits_Tv - top_T[:, None])
         row_T = jnp.clip(labels_T - first_row, 0, w_vD.shape[0] - 1)
-        label_logit_T = jnp.take_along_axis(logits_Tv, row_T[:, None], axis=1)[:, 0]
-        label_logit_T = jnp.where(rows_v[row_T] == labels_T, label_logit_T, 0)
-        partial_2T = jnp.stack((jnp.sum(exp_Tv, axis=-1), label_logit_T))
-        sum_T, label_logit_T = psum(partial_2T, TP)
+        own_logit_T = jnp.take_along_axis(logits_Tv, row_T[:, None], axis=1)[:, 0]
+        own_logit_T = jnp.where(rows_v[row_T] == labels_T, own_logit_T, 0)
+        sum_T, label_logit_T = psum(jnp.stack((jnp.sum(exp_Tv, axis=-1), own_logit_T)), TP)
         logsumexp_T = top_T + jnp.log(sum_T)
         valid_T = labels_T >= 0
         nll = jnp.sum(jnp.where(valid_T, logsumexp_T - label_logit_T, 0))

@@ -170,12 +170,12 @@ def gradients(params: Tree, tokens_MBT: Array, key: Array, s: Setup) -> tuple[Tr
     n_targets = psum(jnp.sum(tokens_MBT[..., 1:] >= 0), BATCH).astype(jnp.float32)
     if ahead:
         dtype = jnp.dtype(s.model.compute_dtype)
-        params['blocks'] = gather_ahead(params['blocks'], blocks, dtype)
+        params = params | {'blocks': gather_ahead(params['blocks'], blocks, dtype)}
     grads, nll, stats = compute(params, tokens_MBT, key, n_targets, s.model)
     if ahead:
-        grads['blocks'] = scatter_gradients(grads['blocks'], blocks)
-    stats = jax.tree.map(lambda x: lax.psum(x, (*BATCH, TP)), stats)
-    return sum_gradients(grads, s.declared), {'loss': global_sum(nll), 'router': stats}
+        grads = grads | {'blocks': scatter_gradients(grads['blocks'], blocks)}
+    router = jax.tree.map(lambda x: lax.psum(x, (*BATCH, TP)), stats)
+    return sum_gradients(grads, s.declared), {'loss': global_sum(nll), 'router': router}
 
 
 def varying_params(params: Tree, declared: Tree) -> Tree:

@@ -15,8 +15,9 @@ from training_worker import small_run
 import train
 import train_step
 from checkpoint import Checkpointer
-from config import differences
+from config import FIXED, ConfigError, check_alike, differences
 from parallel import make_mesh
+from runtime.evaluation import checkpoint_config
 from runtime.resume import load_params, restore_state
 from runtime.workdir import keep_records
 from train_step import setup
@@ -92,6 +93,34 @@ def test_parameters_move_between_numbers_of_pipeline_chunks(source, target, tmp_
     laid_out = jax.tree.map(lambda x, want: np.reshape(x, want.shape), state, target)
     assert_same(restored, laid_out)
     assert_placed(restored, target)
+
+
+def test_isolated_documents_are_resumed_and_evaluated_by_the_same_command(tokens, tmp_path):
+    """The token that ends a document comes from the data, and is written into no config."""
+    config = small_run(tokens, steps=2, data__isolate_documents=True)
+    before = config.to_json()
+    train.train(config, str(tmp_path))
+    config.steps = 4
+    train.train(config, str(tmp_path))
+    assert [r['step'] for r in records(tmp_path)] == [1, 2, 3, 4]
+    step, saved = checkpoint_config(str(tmp_path), None, config)
+    assert train.evaluate_only(saved, str(tmp_path), step)['eval_loss'] > 0
+    config.steps = 2
+    assert config.to_json() == before
+    config.data.isolate_documents = False
+    with pytest.raises(ConfigError, match='isolate_documents: True there, False here'):
+        train.train(config, str(tmp_path))
+
+
+def test_an_older_checkpoint_names_the_end_of_documents_itself():
+    """Such a config is the same as one that leaves it to the data."""
+    config = small_run('tokens', data__isolate_documents=True)
+    old = config.to_dict() | {'model': dict(config.model) | {'document_end': 256}}
+    del old['optimizer']['name']
+    check_alike(old, config, FIXED, 'the workdir holds a run')
+    config.data.isolate_documents = old['data']['isolate_documents'] = False
+    with pytest.raises(ConfigError, match='document_end: 256 there, -1 here'):
+        check_alike(old, config, FIXED, 'the workdir holds a run')
 
 
 def test_a_complete_run_ends_at_once(whole, tokens, monkeypatch, capsys):
