@@ -115,7 +115,7 @@ class OptimizerConfig:
 
     steps: int
     name: str
-    schedule: str
+    lr_schedule: str
     peak_lr: float
     final_lr: float
     warmup_steps: int
@@ -144,6 +144,9 @@ def optimizer_config(config: ConfigDict) -> OptimizerConfig:
 # Compared
 # ---------------------------------------------------------------------------------------------
 
+# Fields that older checkpoints hold by another name.
+RENAMED = {'optimizer.schedule': 'optimizer.lr_schedule'}
+
 # The fields that a checkpoint, and the meaning of its step, depend on ...
 FIXED = ('seed', 'batch_size', 'seq_len', 'data.isolate_documents', 'model.')
 # ... but for those that say how the model is computed, not which one it is.
@@ -169,6 +172,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[st
     the data ended documents with, newer ones leave it to the data.
     """
     a, b = (flat(json.loads(json.dumps(config))) for config in (old, new))
+    a, b = ({RENAMED.get(name, name): x for name, x in fields.items()} for fields in (a, b))
     same = set()
     if a.get('data.isolate_documents') and b.get('data.isolate_documents'):
         same.add('model.document_end')
@@ -202,8 +206,15 @@ def saved_config(saved: Mapping[str, Any]) -> ConfigDict:
     config = default.get_config().to_dict()
     for name, value in saved.items():
         group = config.get(name)
-        config[name] = group | value if isinstance(group, dict) else value
+        if isinstance(group, dict):
+            value = group | {renamed(name, field): x for field, x in value.items()}
+        config[name] = value
     return ConfigDict({name: as_tuples(value) for name, value in config.items()})
+
+
+def renamed(group: str, field: str) -> str:
+    """Returns the present name of a group's field."""
+    return RENAMED.get(f'{group}.{field}', f'{group}.{field}').removeprefix(f'{group}.')
 
 
 def as_tuples(value: Any) -> Any:

@@ -36,6 +36,7 @@ from runtime.sampling import (
     run_encoding,
 )
 from runtime.workdir import CHECKPOINTS
+from storage.stores import store_errors
 from tokenizer import END_OF_TEXT
 
 # ---------------------------------------------------------------------------------------------
@@ -70,17 +71,24 @@ def make_decoding_mesh(declared: Tree, tp: int, fsdp: int) -> Mesh:
 
 
 def load(
-    workdir: str, step: int | None = None, tp: int = 1, fsdp: int = 1, dtype: str = ''
+    workdir: str,
+    step: int | None = None,
+    tp: int = 1,
+    fsdp: int = 1,
+    dtype: str = '',
+    tokenizer: str = '',
 ) -> tuple[Tree, ModelConfig, ConfigDict]:
     """Loads the parameters of a run's checkpoint onto this machine: (params, model, config).
 
     Any mesh may have written them; each is cast to the type that it is used in (`dtype`, or the
-    run's) as soon as it is read. `step` None is the newest. Raises ConfigError if there is no such
-    checkpoint or it does not fit the mesh, CheckpointError if it is damaged.
+    run's) as soon as it is read. `step` None is the newest, `tokenizer` as in `run_encoding`.
+    Raises ConfigError if there is no such checkpoint or it does not fit the mesh, CheckpointError
+    if it is damaged.
     """
     path = os.path.join(workdir, CHECKPOINTS)
     with Checkpointer(path) as checkpoints:
-        newest = checkpoints.latest_step()
+        with store_errors(f'{path} cannot be read'):
+            newest = checkpoints.latest_step()
         if newest is None:
             raise ConfigError(
                 f'{path} holds no checkpoint; use the --workdir of a run that has saved one'
@@ -88,7 +96,9 @@ def load(
         step = newest if step is None else step
         saved = checkpoints.metadata(step)['config']
         config = saved_config(saved | ({'compute_dtype': dtype} if dtype else {}))
-        cfg = model_for(config, jax.default_backend())
+        isolated = config.data.isolate_documents
+        end = end_of_text(run_encoding(workdir, tokenizer)) if isolated else -1
+        cfg = model_for(config, jax.default_backend(), end)
         declared = declared_params(config)
         mesh = make_decoding_mesh(declared, tp, fsdp)
         leaves, tree = jax.tree_util.tree_flatten_with_path(declared, is_leaf=is_param)
@@ -163,10 +173,8 @@ def run() -> None:
     """Continues the prompts of the flags."""
     f, prompts = FLAGS, read_prompts()
     sampling = Sampling(f.temperature, f.top_k, f.top_p, f.min_p)
-    params, _, config = load(f.workdir, f.step, f.tp, f.fsdp, f.dtype)
+    params, cfg, config = load(f.workdir, f.step, f.tp, f.fsdp, f.dtype, f.tokenizer)
     encoding = run_encoding(f.workdir, f.tokenizer)
-    end = end_of_text(encoding)
-    cfg = model_for(config, jax.default_backend(), end)
     allowed = allowed_tokens(encoding, cfg.vocab_size)
     completions = [Completion(prompt, encoding, f.stop) for prompt in prompts]
     active = jax.process_index() == 0
@@ -180,7 +188,7 @@ def run() -> None:
         f.context or config.seq_len,
         sampling=sampling,
         seed=f.seed,
-        stop=end,
+        stop=end_of_text(encoding),
         allowed=allowed,
     ):
         first = first or time.perf_counter() - started
@@ -210,19 +218,19 @@ if __name__ == '__main__':
     flags.DEFINE_string('workdir', None, 'The run, as train.py left it.', required=True)
     flags.DEFINE_integer('step', None, 'The checkpoint; the newest by default.', lower_bound=0)
     flags.DEFINE_multi_string('prompt', [], 'A text to continue; several times for several.')
-    flags.DEFINE_string('prompts_file', '', 'A prompt a line; .jsonl: each line a JSON string.')
+    flags.DEFINE_string('prompts_file', '', 'One prompt per line; .jsonl: each line a JSON string.')
     flags.DEFINE_integer('max_tokens', 200, 'The most tokens that follow a prompt.', lower_bound=1)
-    flags.DEFINE_integer('context', 0, 'Of prompt and tokens; 0: the seq_len of training.')
+    flags.DEFINE_integer('context', 0, 'Length of prompt and tokens; 0: the seq_len of training.')
     flags.DEFINE_float('temperature', 0.8, '0 takes the likeliest token.')
-    flags.DEFINE_integer('top_k', 0, 'Draw from so many likeliest tokens; 0: from all.')
-    flags.DEFINE_float('top_p', 1.0, 'Draw from the likeliest that reach this share together.')
-    flags.DEFINE_float('min_p', 0.0, 'Draw from those at least this share as likely as the first.')
-    flags.DEFINE_integer('seed', 0, 'Of what is drawn.', lower_bound=0, upper_bound=2**32 - 1)
+    flags.DEFINE_integer('top_k', 0, 'Number of likeliest tokens to draw from; 0: all.')
+    flags.DEFINE_float('top_p', 1.0, 'Sum of the likeliest probabilities to draw from.')
+    flags.DEFINE_float('min_p', 0.0, 'Least probability of a token, over that of the likeliest.')
+    flags.DEFINE_integer('seed', 0, 'Seed of the sampling.', lower_bound=0, upper_bound=2**32 - 1)
     flags.DEFINE_multi_string('stop', [], 'A text before which a completion ends.')
     flags.DEFINE_string('tokenizer', '', "Where the run's tokenizer is now, if it has moved.")
     flags.DEFINE_integer('tp', 1, 'Shards of heads, feed-forward and vocabulary.')
     flags.DEFINE_integer('fsdp', 1, 'Shards of the weights and of the prompts.')
     flags.DEFINE_enum('dtype', '', ['', 'float32', 'bfloat16'], "Compute type; the run's if empty.")
     flags.DEFINE_integer('cpu_devices', 0, 'Simulate this many devices on the CPU.')
-    flags.DEFINE_boolean('json', False, 'One JSON object a completion, and nothing else.')
+    flags.DEFINE_boolean('json', False, 'One JSON object per completion, and nothing else.')
     app.run(main)

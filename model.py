@@ -89,8 +89,11 @@ def layer(
     cfg: ModelConfig,
     kind: str,
 ) -> tuple[Array, Tree, dict[str, Array]]:
-    """One pre-norm layer, with `attend` (parameters, input) as its attention. x_BtD: [B, T/tp, D]
-    -> the same, what attention keeps for decoding, and the feed-forward's statistics."""
+    """Runs one pre-norm layer, with `attend` (parameters, input) as its attention.
+
+    x_BtD: [B, T/tp, D] -> the same, the arrays that attention keeps for decoding, and the
+    feed-forward's statistics.
+    """
     _, feed_forward = layer_kinds(cfg, kind)
     h_BtD = rms_norm(x_BtD, params['attention_norm'], cfg.norm_eps)
     with jax.named_scope('attention'):
@@ -169,13 +172,13 @@ def run_blocks(
     def block(x_BtD: Array, scanned: tuple[Tree, Array]):
         params, index = scanned
         stats, start = {}, first_layer + index * len(kinds)
-        for run in runs(kinds, params, cfg):
-            f = functools.partial(one_layer, kind=kinds[run[0]])
+        for group in groups_of_a_kind(kinds, params, cfg):
+            f = functools.partial(one_layer, kind=kinds[group[0]])
             f = jax.checkpoint(f, policy=remat_policy(cfg), prevent_cse=False)
-            layers = [(params[names[i]], jnp.asarray(start + i)) for i in run]
-            with jax.named_scope(f'layer_{names[run[0]]}' + f'_x{len(run)}' * (len(run) > 1)):
+            layers = [(params[names[i]], jnp.asarray(start + i)) for i in group]
+            with jax.named_scope(f'layer_{names[group[0]]}' + f'_x{len(group)}' * (len(group) > 1)):
                 x_BtD, found = run_layers(f, x_BtD, layers)
-            stats |= {names[i]: s for i, s in zip(run, found, strict=True) if s}
+            stats |= {names[i]: s for i, s in zip(group, found, strict=True) if s}
         return x_BtD, stats
 
     n_blocks = jax.tree.leaves(blocks)[0].shape[0]
@@ -193,9 +196,9 @@ def run_layers(f: Callable, x_BtD: Array, layers: list[Tree]) -> tuple[Array, li
     return x_BtD, [structure.unflatten([x[i] for x in leaves]) for i in range(len(layers))]
 
 
-def runs(kinds: tuple[str, ...], params: Tree, cfg: ModelConfig) -> list[list[int]]:
-    """Groups a block's layers into runs of one kind: these are scanned, so that the program holds
-    one of them.
+def groups_of_a_kind(kinds: tuple[str, ...], params: Tree, cfg: ModelConfig) -> list[list[int]]:
+    """Groups neighbouring layers of one kind: these are scanned, so that the program holds one of
+    them.
 
     That takes a copy of their shards. Weights whose gradient is deferred leave activations beside
     them, which are not worth copying: there each layer is alone. So it is with offloading: XLA's

@@ -38,6 +38,11 @@ def zeros_like(declared: Tree) -> Tree:
     return map_params(lambda p: dataclasses.replace(p, init=zeros), declared)
 
 
+# ---------------------------------------------------------------------------------------------
+# Learning rate and clipping
+# ---------------------------------------------------------------------------------------------
+
+
 def learning_rate(step: Array, cfg: OptimizerConfig) -> Array:
     """Returns the rate of update number `step` (from 0): float32 scalar.
 
@@ -47,7 +52,7 @@ def learning_rate(step: Array, cfg: OptimizerConfig) -> Array:
     """
     step = step.astype(jnp.float32)
     warmup = jnp.minimum(1.0, (step + 1) / max(cfg.warmup_steps, 1))
-    if cfg.schedule == 'cosine':
+    if cfg.lr_schedule == 'cosine':
         span = max(cfg.steps - 1 - cfg.warmup_steps, 1)
         done = jnp.clip((step - cfg.warmup_steps) / span, 0, 1)
         share = 0.5 * (1 + jnp.cos(math.pi * done))
@@ -102,19 +107,25 @@ def adamw(
 
 
 def adamw_rules(config: ConfigDict) -> Iterator[str]:
-    """Yields what of the constants cannot run."""
+    """Yields errors for constants out of range."""
     for name in ('b1', 'b2'):
         if config.optimizer[name] >= 1:
             yield (f'optimizer.{name}={config.optimizer[name]} never forgets; use a value below 1')
 
 
+# ---------------------------------------------------------------------------------------------
+# The table
+# ---------------------------------------------------------------------------------------------
+
 OPTIMIZERS: dict[str, Optimizer] = {'adamw': Optimizer(adamw_slots, adamw, adamw_rules)}
 
 # ---------------------------------------------------------------------------------------------
-# Steps that are skipped: a step whose gradient norm is not finite, or far above its recent history,
-# leaves parameters, slots and expert biases as they were; the step number, and with it the data,
-# goes on. The norm is one number that all devices hold, so they decide alike
+# Skipped steps
 # ---------------------------------------------------------------------------------------------
+
+# A step whose gradient norm is not finite, or far above its recent history, leaves parameters,
+# slots and expert biases as they were; the step number, and with it the data, goes on. The norm is
+# one number that all devices hold, so they decide alike.
 
 
 def init_history() -> Tree:

@@ -27,12 +27,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import jax
+import tiktoken
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from checkpoint import Checkpointer, CheckpointError
 from config import ConfigError
-from data import open_data, prefetch
+from data import Loader, Mixture, Source, open_data, prefetch
 from machine import processes
 from machine.memory import OutOfMemoryError, keep_freed_memory, out_of_memory_explained
 from machine.profiler import Tracer, parse_steps
@@ -91,14 +92,15 @@ class Due(NamedTuple):
 def due(step: int, config: ConfigDict, asked_to_stop: bool) -> Due:
     """Returns the tasks after this step. An `every` of 0 switches a task off."""
 
-    def multiple(every: int) -> bool:
-        return bool(every) and step % every == 0
-
     last = step == config.steps
-    stop = asked_to_stop and not last
+
+    def multiple(every: int) -> bool:
+        return every > 0 and step % every == 0
+
+    stop = asked_to_stop and step < config.steps
     return Due(
-        log=multiple(config.log.every) or (last and bool(config.log.every)),
-        evaluate=not stop and (multiple(config.eval.every) or (last and bool(config.eval.every))),
+        log=multiple(config.log.every) or (last and config.log.every > 0),
+        evaluate=not stop and (multiple(config.eval.every) or (last and config.eval.every > 0)),
         sample=not stop and multiple(config.log.sample_every),
         save=last or stop or multiple(config.checkpoint.every),
         stop=stop,
@@ -109,7 +111,7 @@ def run(r: Run) -> dict[str, Any]:
     """Takes the steps; returns the summary."""
     config, writer, started = r.config, r.writer, time.perf_counter()
     r.checkpoints.clean()
-    loader, sources, encoding = open_data(config)
+    loader, sources, encoding = opened_data(config)
     s = setup(config, make_mesh(config.mesh), encoding.eot_token)
     sample = make_sampler(s, encoding) if config.log.sample_every else None
     writer.keep(TOKENIZER, tokenizer_record(encoding))
@@ -156,6 +158,7 @@ def run(r: Run) -> dict[str, Any]:
     progress.log()
     r.tracer.close(state)
     r.checkpoints.wait()
+    seconds = time.perf_counter() - started
     if now.stop:
         writer.say(f'stopped by a signal: step {step} is saved, of {config.steps}')
     elif evaluation and writer.active:
@@ -164,9 +167,24 @@ def run(r: Run) -> dict[str, Any]:
         'parameters': count(s.declared),
         'active_parameters': count(s.declared, active=True),
         'tokens': (step - r.start) * progress.step_tokens,
-        'seconds': time.perf_counter() - started,
+        'seconds': seconds,
         **evaluation,
     }
+
+
+def opened_data(config: ConfigDict) -> tuple[Loader | Mixture, list[Source], tiktoken.Encoding]:
+    """Returns the training stream, its sources and their tokenizer.
+
+    Raises ConfigError on all processes if one of them cannot open the data.
+    """
+    opened, error = None, None
+    try:
+        opened = open_data(config)
+    except ConfigError as e:
+        error = e
+    if not processes.all_processes(error is None):
+        raise error or ConfigError('another process cannot open the data, see its message')
+    return opened
 
 
 def start_state(s: Setup, checkpoints: Checkpointer, start: int, init_from: str) -> Tree:
@@ -340,7 +358,7 @@ def define_flags() -> None:
     flags.DEFINE_string(
         'init_from', None, 'Start from the parameters of this workdir or checkpoint folder.'
     )
-    flags.DEFINE_integer('cpu_devices', 0, 'Simulate this many devices on the CPU, a process.')
+    flags.DEFINE_integer('cpu_devices', 0, 'Simulate this many devices on the CPU, per process.')
     flags.DEFINE_string(
         'coordinator', None, "HOST:PORT of process 0, for several processes; 'auto' asks a TPU VM."
     )

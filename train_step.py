@@ -285,7 +285,7 @@ def init_state(s: Setup) -> Tree:
     params = init_params(jax.random.key(s.config.seed), s.declared, s.mesh)
     slots = init_slots(s)
     numbers = jax.jit(init_numbers, out_shardings=NamedSharding(s.mesh, P()))()
-    return {'params': params, 'moments': slots, **numbers}
+    return {'params': params, 'moments': slots, **numbers}  # slots by the name in checkpoints
 
 
 def init_slots(s: Setup) -> dict[str, Tree]:

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 import decoding
 from config import ModelConfig
 from configs import default
+from layers.attention import attention_sizes
 from model import model_for, model_params
 from parallel import TP, Array, Tree, init_params, make_mesh
 
@@ -43,9 +44,8 @@ def configure(kind: str) -> ConfigDict:
 
 def formula_bytes(cfg: ModelConfig) -> int:
     """Returns the bytes of a token in the cache, over all layers and tp devices."""
-    numbers = 2 * cfg.n_kv_heads * cfg.head_dim
-    if cfg.attention == 'mla':
-        numbers = FLAGS.tp * (cfg.kv_rank + cfg.rope_dim)  # each tp device has the latent
+    copies = FLAGS.tp if cfg.attention == 'mla' else 1  # each tp device has the whole latent
+    numbers = copies * attention_sizes(cfg).cache
     return cfg.n_layers * numbers * np.dtype(cfg.compute_dtype).itemsize
 
 

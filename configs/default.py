@@ -88,7 +88,7 @@ def get_config() -> ConfigDict:
 
     c.optimizer = o = ConfigDict()
     o.name = 'adamw'  # 'adamw'; optimizer.OPTIMIZERS lists them
-    o.schedule = 'cosine'  # of the learning rate: 'cosine' | 'wsd' (warmup, stable, decay)
+    o.lr_schedule = 'cosine'  # of the learning rate: 'cosine' | 'wsd' (warmup, stable, decay)
     o.peak_lr = 1e-3
     o.final_lr = 1e-4
     o.warmup_steps = 100

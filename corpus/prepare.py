@@ -27,16 +27,9 @@ import tiktoken
 from config import ConfigError
 from corpus.documents import Bad, Document, Piece, cut_into_parts, documents
 from corpus.files import File, retry
-from corpus.shards import (
-    MANIFEST,
-    SPLITS,
-    VERSION,
-    ArrayWriter,
-    open_folder,
-    split_of,
-    store_errors,
-)
+from corpus.shards import MANIFEST, SPLITS, VERSION, ArrayWriter, split_of
 from corpus.workers import run
+from storage.stores import open_store, store_errors
 from tokenizer import END_OF_TEXT, fingerprint, get_encoding
 
 PART_BYTES = 32 << 20  # of input in one part, unless a file that cannot be cut is larger
@@ -82,7 +75,7 @@ def prepare(
     bad; RemoteError if a remote input fails; OSError or WorkerError if the work cannot go on.
     """
     enc = _checked_encoding(job, workers)
-    store = open_folder(job.output)
+    store = open_store(job.output)
     parts = cut_into_parts(files, part_bytes, job.text_field)
     manifest = _empty_manifest(job, enc, parts, part_bytes)
     with store_errors(f'{job.output} cannot be read'):
@@ -348,7 +341,7 @@ def write_part(
     The result, a JSON object, holds the key, the COUNTS, the shards by split, and reports of bad
     records.
     """
-    store = open_folder(job.output)
+    store = open_store(job.output)
     dtype, end = _dtype(enc), enc.eot_token
     arrays = {name: ArrayWriter(job.output, f'{name}/{index:05d}', dtype, end) for name in SPLITS}
     result = {'key': key, **dict.fromkeys(COUNTS, 0), 'shards': {}, 'reports': []}

@@ -5,7 +5,6 @@ other, each followed by the end-of-text token. DIR is a local folder or a tensor
 chunk has a crc32c checksum, and the manifest holds a digest of each shard.
 """
 
-import contextlib
 import hashlib
 import json
 import math
@@ -17,7 +16,7 @@ import tensorstore as ts
 import tiktoken
 
 from config import ConfigError
-from storage.stores import open_store
+from storage.stores import open_store, store_errors
 from tokenizer import fingerprint, get_encoding
 
 VERSION = 1  # of the manifest and the arrays
@@ -28,26 +27,6 @@ CHUNK_TOKENS = 1 << 15  # tokens that the smallest read fetches and checks
 OBJECT_TOKENS = 1 << 24  # tokens in one file or object of an array, a multiple of CHUNK_TOKENS
 CACHE_BYTES = 256 << 20  # decoded chunks that a split keeps in memory
 SAMPLE_TOKENS = 200  # at most, of a document that --inspect shows
-
-
-@contextlib.contextmanager
-def store_errors(action: str) -> Iterator[None]:
-    """Raises tensorstore's errors, which are plain ValueErrors, as ConfigError('action: error').
-
-    The body holds calls of tensorstore alone.
-    """
-    try:
-        yield
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(f'{action}: {error}') from error
-
-
-def open_folder(path: str) -> ts.KvStore:
-    """Opens a folder or URL of prepared data. Raises ConfigError if tensorstore cannot."""
-    with store_errors(f'{path} cannot be opened'):
-        return open_store(path)
 
 
 def array_spec(store: ts.KvStore, path: str) -> dict[str, Any]:
@@ -83,7 +62,7 @@ class ArrayWriter:
     def __init__(self, folder: str, path: str, dtype: np.dtype, end_of_text: int):
         """Starts the array at `path` below `folder`, a local one or a tensorstore URL."""
         self.documents = self._bytes = 0
-        self._store, self._path, self._dtype = open_folder(folder), path, dtype
+        self._store, self._path, self._dtype = open_store(folder), path, dtype
         self._name = f'{folder}/{path}'
         self._end = np.array([end_of_text], dtype)
         self._waiting = np.empty(OBJECT_TOKENS, dtype)
@@ -229,7 +208,7 @@ class Split:
         """
         if name not in SPLITS:
             raise ValueError(f'a split is one of {", ".join(SPLITS)}, not {name!r}')
-        self._path, self._store = path, open_folder(path)
+        self._path, self._store = path, open_store(path)
         manifest = read_manifest(self._store, path)
         split = manifest['splits'][name]
         if not split['tokens']:
@@ -268,8 +247,8 @@ class Split:
     def read_windows(self, starts: Sequence[int] | np.ndarray, length: int) -> np.ndarray:
         """Returns `length` tokens from each start on, int32 [len(starts), length].
 
-        Beyond the last token of the stream the rows hold -1. Raises ConfigError if a shard is
-        damaged or cannot be read.
+        Beyond the last token of the stream the rows hold -1. Raises OSError if a shard cannot be
+        read, or is damaged.
         """
         out = np.full((len(starts), length), -1, np.int32)
         pieces = []
@@ -282,7 +261,7 @@ class Split:
                 target = out[row, start - origin : end - origin]
                 pieces.append((target, shard, start - first, end - first))
                 start, shard = end, shard + 1
-        with store_errors(f'{self._path} cannot be read (--inspect verifies it)'):
+        try:
             # Starts to open all arrays before it waits for one, and then the reads likewise.
             opened = [self._array(shard) for _, shard, _, _ in pieces]
             reads = [
@@ -291,6 +270,10 @@ class Split:
             ]
             for (target, *_), read in zip(pieces, reads, strict=True):
                 target[:] = read.result()
+        except ValueError as error:  # tensorstore's, of one process alone: no ConfigError
+            raise OSError(
+                f'{self._path} cannot be read (--inspect verifies it): {error}'
+            ) from error
         return out
 
     def _array(self, shard: int) -> ts.Future:
@@ -316,7 +299,7 @@ def inspect(path: str, n_samples: int = 3) -> list[str]:
 
     Prints the manifest, statistics of the tokens, and `n_samples` documents of each split.
     """
-    store = open_folder(path)
+    store = open_store(path)
     manifest = read_manifest(store, path)
     summary = json.loads(json.dumps(manifest))
     for split in summary['splits'].values():

@@ -71,7 +71,7 @@ _given: list[Any] = []  # in a worker process: fn and shared
 def _start_worker(fn: Callable[..., Any], shared: Any) -> None:
     """Prepares a worker process, which ends when its parent does.
 
-    A worker that outlived a killed parent would write into the work of the next run.
+    A worker that outlived a killed parent would write into the work of the next job.
     """
     _given[:] = fn, shared
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -299,7 +299,7 @@ def mla_sizes(m: ModelConfig | ConfigDict) -> Sizes:
 
 
 def mla_rules(config: ConfigDict) -> Iterator[str]:
-    """Yields what of the sizes cannot run."""
+    """Yields errors for sizes that do not go together, or that the mesh does not divide."""
     m = config.model
     ranks = ['model.kv_rank', *(['model.q_rank'] if m.q_rank else [])]
     yield from indivisible(config, FSDP, ranks)
@@ -313,7 +313,7 @@ def odd_rotation(field: str, size: int) -> str:
 
 
 def mla(params: Tree, x_BtD: Array, table: Positions, cfg: ModelConfig) -> tuple[Array, Tree]:
-    """Multi-head latent attention (DeepSeek-V2, section 2.1; q_rank = 0 leaves the query whole).
+    """Runs multi-head latent attention (DeepSeek-V2, section 2.1; q_rank 0 has no query latent).
 
     Keys and values rise from one latent of R numbers per token; position enters through H_rope
     further ones, a single key shared by all heads. x_BtD: [B, T/tp, D] -> the same, and the part of
@@ -431,7 +431,7 @@ def gqa_sizes(m: ModelConfig | ConfigDict) -> Sizes:
 
 
 def gqa_rules(config: ConfigDict) -> Iterator[str]:
-    """Yields what of the sizes cannot run."""
+    """Yields errors for sizes that do not go together, or that the mesh does not divide."""
     m = config.model
     if m.n_kv_heads > 1:
         yield from indivisible(config, TP, ['model.n_kv_heads'])
@@ -445,7 +445,7 @@ def gqa_rules(config: ConfigDict) -> Iterator[str]:
 
 
 def gqa(params: Tree, x_BtD: Array, table: Positions, cfg: ModelConfig) -> tuple[Array, Tree]:
-    """Grouped-query attention (Ainslie et al. 2023).
+    """Runs grouped-query attention (Ainslie et al. 2023).
 
     n_kv_heads = n_heads is multi-head, 1 is multi-query, whose single key and value are made on the
     local positions and then gathered. x_BtD: [B, T/tp, D] -> the same, and the keys and values that

@@ -291,6 +291,11 @@ ATTENTION_KERNELS: dict[str, Kernel] = {
 }  # fmt: skip
 
 
+# ---------------------------------------------------------------------------------------------
+# For the layers
+# ---------------------------------------------------------------------------------------------
+
+
 def attention_scale(cfg: ModelConfig, key_size: int) -> float:
     """Returns 1/√H, which YaRN sharpens by (0.1·ln(factor) + 1)² (Peng et al. 2023, 3.4)."""
     sharpen = 0.1 * math.log(cfg.rope_factor) + 1 if cfg.rope_scaling == 'yarn' else 1.0
@@ -303,5 +308,5 @@ def attention(
     """Computes `causal_attention` by the kernel that the config names."""
     q_BkGTH, k_BkSH, v_BkSH = checkpoint_name((q_BkGTH, k_BkSH, v_BkSH), QKV)
     scale = attention_scale(cfg, q_BkGTH.shape[-1])
-    run = ATTENTION_KERNELS[cfg.attention_kernel].run
-    return run(q_BkGTH, k_BkSH, v_BkSH, documents_BT, scale, cfg.attention_block)
+    compute = ATTENTION_KERNELS[cfg.attention_kernel].compute
+    return compute(q_BkGTH, k_BkSH, v_BkSH, documents_BT, scale, cfg.attention_block)

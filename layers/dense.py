@@ -231,7 +231,7 @@ def dense_params(cfg: ModelConfig) -> Tree:
 
 
 def swiglu(params: Tree, x_BtD: Array, cfg: ModelConfig) -> tuple[Array, dict[str, Array]]:
-    """The dense feed-forward: [B, T/tp, D] -> the same, and no statistics."""
+    """Runs the dense feed-forward: [B, T/tp, D] -> the same, and no statistics."""
     w = unshard(params, dense_params(cfg), x_BtD.dtype)
     x_BTD = all_gather(x_BtD, TP, 1)
     return reduce_scatter(swiglu_shards(w, x_BTD), TP, 1), {}
@@ -243,7 +243,7 @@ def dense_width(m: ModelConfig | ConfigDict) -> int:
 
 
 def dense_rules(config: ConfigDict) -> Iterator[str]:
-    """Yields what of the sizes cannot run."""
+    """Yields errors for sizes that do not go together, or that the mesh does not divide."""
     yield from indivisible(config, TP, ['model.d_ff'])
 
 

@@ -47,22 +47,24 @@ def grouped_swiglu(x_XD: Array, w: Tree, sizes_e: Array, kernel: str) -> Array:
 
 
 def _grouped_forward(x_XD: Array, w: Tree, sizes_e: Array, kernel: str):
-    y_XD, gate_Xf, up_Xf = EXPERT_KERNELS[kernel].run.forward(x_XD, w, sizes_e)
+    y_XD, gate_Xf, up_Xf = EXPERT_KERNELS[kernel].compute.forward(x_XD, w, sizes_e)
     gate_Xf, up_Xf = checkpoint_name((gate_Xf, up_Xf), HIDDEN)
     return y_XD, (x_XD, w, sizes_e, gate_Xf, up_Xf)
 
 
 def _grouped_backward(kernel: str, saved: tuple, dy_XD: Array):
-    dx_XD, dw = EXPERT_KERNELS[kernel].run.backward(*saved, dy_XD)
+    dx_XD, dw = EXPERT_KERNELS[kernel].compute.backward(*saved, dy_XD)
     return dx_XD, dw, None
 
 
 grouped_swiglu.defvjp(_grouped_forward, _grouped_backward)
 
 # ---------------------------------------------------------------------------------------------
-# By a loop over blocks of rows, as many as each expert has: what lies between the matmuls stays in
-# the cache, and each expert's matrices are fetched once
+# By a loop over blocks of rows
 # ---------------------------------------------------------------------------------------------
+
+# As many blocks as each expert has: the arrays between the matmuls stay in the cache, and each
+# expert's matrices are fetched once.
 
 
 def _block_rows(rows: int, groups: int) -> int:
@@ -107,7 +109,7 @@ def _blocked_forward(x_XD: Array, w: Tree, sizes_e: Array) -> tuple[Array, Array
         w_e, start, size = scanned
 
         def block(i: Array, out: Tree) -> Tree:
-            # a copy either way: of what is used, or once a group
+            # a copy either way: of what is used, or once per group
             m = jax.tree.map(lambda x: x[w_e], w) if few else w_e
             x = _rows_at(x_XD, start + i * rows, rows)
             gate, up = x @ m['w_gate'], x @ m['w_up']
@@ -126,7 +128,7 @@ def _blocked_backward(
 ) -> tuple[Array, Tree]:
     rows = _block_rows(x_XD.shape[0] - BLOCK, len(sizes_e))
     gradient = functools.partial(
-        jnp.einsum, 'gi,go->io', preferred_element_type=jnp.float32
+        jnp.einsum, 'xi,xo->io', preferred_element_type=jnp.float32
     )  # added up over blocks in float32
 
     def expert(dx_XD: Array, scanned: tuple):
@@ -197,13 +199,15 @@ def _ragged_gradient(x_XD: Array, d_Xf: Array, sizes_e: Array) -> Array:
 
 
 # ---------------------------------------------------------------------------------------------
-# Grouped matmuls in Pallas, by tiles of rows of one group (MegaBlocks, Gale et al. 2023). A tile
-# starts where its group does, not at a multiple of its size, so groups need no padding; the last
-# tile of a group does not write the rows of the next
+# Grouped matmuls in Pallas
 # ---------------------------------------------------------------------------------------------
 
+# By tiles of rows of one group (MegaBlocks, Gale et al. 2023). A tile starts where its group does,
+# not at a multiple of its size, so groups need no padding; the last tile of a group does not write
+# the rows of the next.
+
 ROWS, COLUMNS = 128, 128  # of a tile
-WARPS, STAGES = 8, 3  # by ptxas for sm_90a: 98 registers a thread, none spilled; 96 KiB shared
+WARPS, STAGES = 8, 3  # by ptxas for sm_90a: 98 registers per thread, none spilled; 96 KiB shared
 
 
 def grouped_matmul(
@@ -216,20 +220,20 @@ def grouped_matmul(
     """
     from jax.experimental import pallas as pl
 
-    X, E = len(x_XD), len(sizes_e)
-    F = w_eDf.shape[1 if transposed else 2]
+    X, e = len(x_XD), len(sizes_e)
+    f = w_eDf.shape[1 if transposed else 2]
     tiles_e = -(-sizes_e // ROWS)
     tile_ends_e, group_ends_e = jnp.cumsum(tiles_e), jnp.cumsum(sizes_e)
-    tiles = jnp.arange(-(-X // ROWS) + E)  # the most there can be; the last ones have no rows
+    tiles = jnp.arange(-(-X // ROWS) + e)  # the most there can be; the last ones have no rows
     expert_of_tile = jnp.searchsorted(tile_ends_e, tiles, side='right', method='compare_all')
-    expert_of_tile = jnp.minimum(expert_of_tile, E - 1).astype(jnp.int32)
+    expert_of_tile = jnp.minimum(expert_of_tile, e - 1).astype(jnp.int32)
     number = tiles - (tile_ends_e - tiles_e)[expert_of_tile]
     start_of_tile = (group_ends_e - sizes_e)[expert_of_tile] + number * ROWS
     kernel = functools.partial(_matmul_kernel, transposed=transposed, depth=_depth(x_XD))
     return pl.pallas_call(
         kernel,
-        out_shape=jax.ShapeDtypeStruct((X, F), x_XD.dtype),
-        grid=(len(tiles), pl.cdiv(F, COLUMNS)),
+        out_shape=jax.ShapeDtypeStruct((X, f), x_XD.dtype),
+        grid=(len(tiles), pl.cdiv(f, COLUMNS)),
         name='grouped_matmul',
         interpret=interpret,
         **_options(interpret),
@@ -240,12 +244,12 @@ def grouped_gradient(x_XD: Array, d_Xf: Array, sizes_e: Array, interpret: bool =
     """Sums xᵀ d over each group's rows, in float32, rounded to the rows' type: [E/ep, D, F/tp]."""
     from jax.experimental import pallas as pl
 
-    D, F, E = x_XD.shape[1], d_Xf.shape[1], len(sizes_e)
+    D, f, e = x_XD.shape[1], d_Xf.shape[1], len(sizes_e)
     ends_e = jnp.cumsum(sizes_e)
     return pl.pallas_call(
         functools.partial(_gradient_kernel, depth=_depth(x_XD)),
-        out_shape=jax.ShapeDtypeStruct((E, D, F), x_XD.dtype),
-        grid=(E, pl.cdiv(D, ROWS), pl.cdiv(F, COLUMNS)),
+        out_shape=jax.ShapeDtypeStruct((e, D, f), x_XD.dtype),
+        grid=(e, pl.cdiv(D, ROWS), pl.cdiv(f, COLUMNS)),
         name='grouped_gradient',
         interpret=interpret,
         **_options(interpret),
@@ -260,9 +264,9 @@ def _matmul_kernel(
     from jax.experimental.pallas import triton
 
     v, column = pl.program_id(0), pl.program_id(1) * COLUMNS
-    e, start, end = expert_of_tile[v], start_of_tile[v], end_of_tile[v]
-    D, F = x_XD.shape[1], y_Xf.shape[1]
-    in_f = (column + jnp.arange(COLUMNS)) < F
+    expert, start, end = expert_of_tile[v], start_of_tile[v], end_of_tile[v]
+    D, f = x_XD.shape[1], y_Xf.shape[1]
+    in_f = (column + jnp.arange(COLUMNS)) < f
 
     @pl.when(start < end)
     def _():
@@ -273,9 +277,15 @@ def _matmul_kernel(
                 x_XD.at[pl.ds(start, ROWS), pl.ds(at, depth)], mask=in_D[None], other=0
             )
             if transposed:
-                place, mask = (e, pl.ds(column, COLUMNS), pl.ds(at, depth)), in_f[:, None] & in_D
+                place, mask = (
+                    (expert, pl.ds(column, COLUMNS), pl.ds(at, depth)),
+                    in_f[:, None] & in_D,
+                )
             else:
-                place, mask = (e, pl.ds(at, depth), pl.ds(column, COLUMNS)), in_D[:, None] & in_f
+                place, mask = (
+                    (expert, pl.ds(at, depth), pl.ds(column, COLUMNS)),
+                    in_D[:, None] & in_f,
+                )
             w = triton.load(w_eDf.at[place], mask=mask, other=0)
             return total + triton.dot(x_tile, w.T if transposed else w)
 

@@ -26,7 +26,7 @@ def always(_: ConfigDict, __: int) -> bool:
 class Kernel(NamedTuple):
     """One way to compute the middle of a layer, the same numbers by other means.
 
-    run: the function, or functions, as the table says.
+    compute: the function, or functions, as the table says.
     platforms: those of jax that it is written for; 'auto' chooses among them.
     checked: its results carry the replication types that check_vma=True checks.
     rules: (config, head size of queries and keys) -> what of it the kernel does not take: the
@@ -37,7 +37,7 @@ class Kernel(NamedTuple):
     scores: arrays of scores reach the memory (attention), which planning counts.
     """
 
-    run: Any
+    compute: Any
     platforms: tuple[str, ...] = PLATFORMS
     checked: bool = True
     rules: Callable[[ConfigDict, int], Iterator[str]] = no_rules
@@ -65,7 +65,8 @@ def choose(table: Kernels, name: str, config: ConfigDict, head: int, platform: s
         stand_in = table[name].elsewhere
         return stand_in if stand_in and platform not in table[name].platforms else name
     for candidate, kernel in table.items():
-        fits = platform in kernel.platforms and (kernel.checked or not config.check_vma)
+        written = platform in kernel.platforms or kernel.platforms == PLATFORMS
+        fits = written and (kernel.checked or not config.check_vma)
         if fits and kernel.chosen(config, head) and not any(kernel.rules(config, head)):
             return candidate
     raise ValueError(f'no kernel of {", ".join(table)} runs on {platform}')

@@ -57,7 +57,7 @@ def moe_params(cfg: ModelConfig) -> Tree:
 
 
 def moe(params: Tree, x_BtD: Array, cfg: ModelConfig) -> tuple[Array, dict[str, Array]]:
-    """Routed experts plus shared ones. x_BtD: [B, T/tp, D] -> the same, and `route`'s statistics.
+    """Runs routed experts plus shared ones: [B, T/tp, D] -> the same, and `route`'s statistics.
 
     Each device routes its own positions; tokens and choices are then gathered over tp, rows
     travel over ep to their experts and back, and every tp device adds its slice of F.
@@ -224,23 +224,23 @@ def update_biases(params: Tree, stats: Tree, rate: float) -> Tree:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def permute(x_ID: Array, index_Z: Array, inverse_A: Array, copies: int) -> Array:
+def permute(x: Array, index: Array, inverse: Array, copies: int) -> Array:
     """Gathers the rows x[index // copies]; zeros where the index is out of range.
 
-    `inverse_A` has copies · I entries: the place of each copy of each row in the result (out of
+    `inverse` has copies · rows entries: the place of each copy of each row in the result (out of
     range: nowhere). So the backward pass is a gather too, not a scatter.
     """
-    return x_ID.at[index_Z // copies].get(mode='fill', fill_value=0)
+    return x.at[index // copies].get(mode='fill', fill_value=0)
 
 
-def _permute_forward(x_ID: Array, index_Z: Array, inverse_A: Array, copies: int):
-    return permute(x_ID, index_Z, inverse_A, copies), inverse_A
+def _permute_forward(x: Array, index: Array, inverse: Array, copies: int):
+    return permute(x, index, inverse, copies), inverse
 
 
-def _permute_backward(copies: int, inverse_A: Array, d_ZD: Array):
-    d_AD = d_ZD.at[inverse_A].get(mode='fill', fill_value=0)
-    d_ICD = d_AD.reshape(-1, copies, d_ZD.shape[-1])
-    return sum_choices(d_ICD).astype(d_ZD.dtype), None, None
+def _permute_backward(copies: int, inverse: Array, d_out: Array):
+    d_sorted = d_out.at[inverse].get(mode='fill', fill_value=0)
+    d_copies = d_sorted.reshape(-1, copies, d_out.shape[-1])
+    return sum_choices(d_copies).astype(d_out.dtype), None, None
 
 
 permute.defvjp(_permute_forward, _permute_backward)
@@ -350,7 +350,7 @@ def regroup(received_Pe: Array, slots: int) -> tuple[Array, Array]:
     of range: the slot is empty), and the rows of each local expert, int32 [E/ep]."""
     sizes_e = jnp.sum(received_Pe, axis=0)
     before_Pe = jnp.cumsum(received_Pe, axis=1)  # within what one peer sent
-    peers_Pe = jnp.cumsum(received_Pe, axis=0) - received_Pe  # from earlier peers, an expert
+    peers_Pe = jnp.cumsum(received_Pe, axis=0) - received_Pe  # from earlier peers, per expert
     z = jnp.arange(slots)
     expert_Pz = jnp.sum(z[None, :, None] >= before_Pe[:, None, :], axis=-1)
     shift_Pe = jnp.cumsum(sizes_e) - sizes_e + peers_Pe - (before_Pe - received_Pe)
@@ -360,7 +360,7 @@ def regroup(received_Pe: Array, slots: int) -> tuple[Array, Array]:
 
 
 # ---------------------------------------------------------------------------------------------
-# The record
+# Its record as a feed-forward
 # ---------------------------------------------------------------------------------------------
 
 
@@ -370,7 +370,7 @@ def moe_width(m: ModelConfig | ConfigDict) -> int:
 
 
 def moe_rules(config: ConfigDict) -> Iterator[str]:
-    """Yields what of the sizes and choices cannot run."""
+    """Yields errors for sizes and choices that do not go together or do not fit the mesh."""
     m, ep = config.model, config.mesh.ep
     yield from indivisible(config, TP, ['model.d_expert'])
     yield from indivisible(config, EP, ['model.n_experts'])

@@ -28,7 +28,7 @@ FLOAT32 = 4  # bytes of a master parameter, a moment, an accumulated gradient
 
 
 @dataclasses.dataclass(frozen=True)
-class Share:
+class Part:
     """One device's part of a config: its mesh, and the sizes of its part of a microbatch."""
 
     cfg: ModelConfig
@@ -92,7 +92,7 @@ class Share:
         return self.local // self.mesh['pp']
 
     @property
-    def chunk(self) -> int:
+    def loss_tokens(self) -> int:
         """Tokens whose logits exist at a time, as `cross_entropy` cuts them."""
         n = -(-self.head_tokens // self.cfg.loss_chunk)
         while self.head_tokens % n:
@@ -118,11 +118,11 @@ def layer_declaration(cfg: ModelConfig, kind: str) -> Tree:
     return layer_params(cfg, kind)
 
 
-def share(config: ConfigDict, platform: str) -> Share:
+def part_of(config: ConfigDict, platform: str) -> Part:
     """Returns one device's part of a config on devices of this jax platform."""
     mesh = dict(config.mesh)
     over = config.microbatches * mesh['dp'] * mesh['fsdp'] * mesh['ep']
-    return Share(
+    return Part(
         cfg=model_for(config, platform),
         platform=platform,
         mesh=mesh,
@@ -147,7 +147,7 @@ def leaves(tree: Tree) -> list[Param]:
     return jax.tree.leaves(tree, is_leaf=is_param)
 
 
-def gathered(tree: Tree, s: Share) -> float:
+def gathered(tree: Tree, s: Part) -> float:
     """Returns the bytes of a tree's matrices in matmuls: whole over fsdp, in the compute type."""
     return sum(shard_size(p, s.mesh, FSDP) * s.width for p in leaves(tree) if p.matrix)
 
@@ -168,7 +168,7 @@ class Value:
     group: str = ''
 
 
-def attention_values(s: Share) -> list[Value]:
+def attention_values(s: Part) -> list[Value]:
     """Lists the arrays of a layer's attention, and the residual stream after it."""
     cfg, c, tp, t = s.cfg, s.width, s.mesh[TP], s.tokens
     D, N, sizes = cfg.d_model, cfg.n_heads // tp, attention_sizes(cfg)
@@ -184,7 +184,7 @@ def attention_values(s: Share) -> list[Value]:
     ]
 
 
-def feed_forward_values(s: Share, kind: str) -> list[Value]:
+def feed_forward_values(s: Part, kind: str) -> list[Value]:
     """Lists the arrays of a layer's feed-forward."""
     cfg, c, tp, t = s.cfg, s.width, s.mesh[TP], s.tokens
     D, feed_forward = cfg.d_model, FEED_FORWARD[kind]
@@ -206,13 +206,13 @@ def swiglu_values(rows: int, width: int, c: int) -> list[Value]:
     return [Value(2 * rows * width * c, HIDDEN), Value(rows * width * c)]
 
 
-def layer_values(s: Share, kind: str) -> list[Value]:
+def layer_values(s: Part, kind: str) -> list[Value]:
     """Lists all arrays that a layer keeps from forward to backward without rematerialization."""
     x = Value(s.local * s.cfg.d_model * s.width, RESIDUAL)
     return [x, *attention_values(s), *feed_forward_values(s, kind)]
 
 
-def kept_of_layer(s: Share, kind: str) -> float:
+def kept_of_layer(s: Part, kind: str) -> float:
     """Returns the bytes that a layer keeps from forward to backward, by model.remat: its input and
     the arrays kept by name."""
     values = layer_values(s, kind)
@@ -223,12 +223,12 @@ def kept_of_layer(s: Share, kind: str) -> float:
     return kept + (RESIDUAL not in keep) * values[0].bytes
 
 
-def recomputed_of_layer(s: Share, kind: str) -> float:
+def recomputed_of_layer(s: Part, kind: str) -> float:
     """Returns the bytes that the backward pass of a layer computes again before it begins."""
     return sum(v.bytes for v in layer_values(s, kind)) - kept_of_layer(s, kind)
 
 
-def gradients_of_layer(s: Share, kind: str) -> float:
+def gradients_of_layer(s: Part, kind: str) -> float:
     """Returns the bytes of the gradients of activations at once in a layer's backward pass."""
     cfg, c, tp, t = s.cfg, s.width, s.mesh[TP], s.tokens
     width = FEED_FORWARD[kind].width(cfg)
@@ -249,7 +249,7 @@ def gradients_of_layer(s: Share, kind: str) -> float:
     return max(feed_forward, attention)
 
 
-def linear_values(s: Share, kind: str) -> float:
+def linear_values(s: Part, kind: str) -> float:
     """Returns the bytes of inputs and output gradients of all `linear` of a layer, for W."""
     numbers = 0
     for p in leaves(layer_declaration(s.cfg, kind)):
@@ -265,7 +265,7 @@ def linear_values(s: Share, kind: str) -> float:
     return numbers * s.width
 
 
-def pipeline_stash(s: Share) -> float:
+def pipeline_stash(s: Part) -> float:
     """Returns the bytes in flight between stages: inputs, output gradients, and all for W."""
     if s.schedule is None:
         return 0.0
@@ -277,12 +277,12 @@ def pipeline_stash(s: Share) -> float:
     return stash
 
 
-def head_parts(s: Share) -> tuple[float, float]:
+def head_parts(s: Part) -> tuple[float, float]:
     """Returns the bytes of a chunk's logits, float32, with their gradient in the compute type; and
     of the head's weight, gathered, with its gradient where that adds up over chunks."""
     matrix = s.cfg.vocab_size // s.mesh[TP] * s.cfg.d_model
-    logits = s.chunk * s.cfg.vocab_size // s.mesh[TP] * (FLOAT32 + s.width)
-    several = s.chunk < s.head_tokens * s.mesh[TP]
+    logits = s.loss_tokens * s.cfg.vocab_size // s.mesh[TP] * (FLOAT32 + s.width)
+    several = s.loss_tokens < s.head_tokens * s.mesh[TP]
     if s.platform == 'gpu':  # a matmul does not add to a sum, and its operands are laid out anew
         return logits, matrix * (3 * s.width + 2 * several * FLOAT32)
     return logits, matrix * (s.width + several * FLOAT32)
@@ -336,7 +336,7 @@ class Memory:
         return self.always + max(self.in_backward, self.in_head)
 
 
-def memory(s: Share) -> Memory:
+def memory(s: Part) -> Memory:
     """Estimates the memory of one device."""
     kinds, blocks = tuple(s.cfg.block), s.declared['blocks']
     count = sum(shard_size(p, s.mesh) for p in leaves(s.declared))

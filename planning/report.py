@@ -9,7 +9,7 @@ from machine.chips import Chip
 from machine.memory import OutOfMemoryError
 from parallel import AXES
 from planning.compiled import Compiled, Cost
-from planning.footprint import share
+from planning.footprint import part_of
 from planning.roofline import Estimate
 
 WIDTH = 44  # characters of the column of names
@@ -66,7 +66,7 @@ def layout_text(config: ConfigDict) -> str:
 
 def model_lines(config: ConfigDict, e: Estimate) -> list[str]:
     """Returns the part on parameters, FLOPs and tokens."""
-    rows = share(config, e.chip.platform).rows
+    rows = part_of(config, e.chip.platform).rows
     return [
         'model',
         row('parameters', f'{e.parameters:,}'),

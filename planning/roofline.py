@@ -27,7 +27,7 @@ from pipeline.schedules import ideal, lock_step
 from planning.footprint import (
     FLOAT32,
     Memory,
-    Share,
+    Part,
     declarations,
     gathered,
     kept_of_layer,
@@ -35,8 +35,8 @@ from planning.footprint import (
     layer_values,
     leaves,
     memory,
+    part_of,
     shard_size,
-    share,
 )
 from train_step import pipeline_costs
 
@@ -81,12 +81,12 @@ class Transfer:
 # ---------------------------------------------------------------------------------------------
 
 
-def forward_passes(s: Share) -> int:
+def forward_passes(s: Part) -> int:
     """Counts the whole forward passes of a microbatch: B of a pipeline runs the stage once more."""
     return 1 if s.schedule is None else 2
 
 
-def attention_flops(s: Share) -> tuple[float, float]:
+def attention_flops(s: Part) -> tuple[float, float]:
     """Returns the FLOPs of one layer's attention for a microbatch, forward and backward: two
     matmuls and five."""
     sizes = attention_sizes(s.cfg)
@@ -94,7 +94,7 @@ def attention_flops(s: Share) -> tuple[float, float]:
     return each * (sizes.key + sizes.value), each * (3 * sizes.key + 2 * sizes.value)
 
 
-def matmul_flops(s: Share, kind: str, again: bool = False) -> float:
+def matmul_flops(s: Part, kind: str, again: bool = False) -> float:
     """Returns the FLOPs of one pass over a layer's matrices, for a microbatch on a device: 2 per
     weight and token. With `again` only those that remat computes again."""
     kept = (*s.cfg.kept_names, NEVER) if again else ()
@@ -105,7 +105,7 @@ def matmul_flops(s: Share, kind: str, again: bool = False) -> float:
     )
 
 
-def layers_work(s: Share, part: str, kinds: tuple[str, ...], n: int) -> Work:
+def layers_work(s: Part, part: str, kinds: tuple[str, ...], n: int) -> Work:
     """Returns the work of `n` times layers of these kinds, for all microbatches of a step."""
     passes, remat = forward_passes(s), s.cfg.remat != 'none'
     attend, attend_back = attention_flops(s)
@@ -128,31 +128,31 @@ def layers_work(s: Share, part: str, kinds: tuple[str, ...], n: int) -> Work:
     return Work(part, s.microbatches * n * flops, s.microbatches * n * moved)
 
 
-def score_bytes(s: Share) -> float:
+def score_bytes(s: Part) -> float:
     """Returns the bytes of attention scores, written and read in float32 and the compute type."""
     scores = s.tokens * s.T / 2 * s.cfg.n_heads / s.mesh[TP]
     return 2 * scores * (FLOAT32 + s.width)
 
 
-def head_work(s: Share) -> Work:
+def head_work(s: Part) -> Work:
     """Returns the work of the head: three matmuls with the vocabulary; logits written and read,
     their gradient read twice."""
     cfg, tokens = s.cfg, s.head_tokens * s.mesh[TP]
     rows = cfg.vocab_size / s.mesh[TP]
     matrix, logits = rows * cfg.d_model, tokens * rows
-    chunks = tokens // s.chunk
+    chunks = tokens // s.loss_tokens
     moved = logits * (2 * FLOAT32 + 3 * s.width) + matrix * (3 * s.width + 2 * FLOAT32 * chunks)
     return Work('head', s.microbatches * 6 * tokens * matrix, s.microbatches * moved)
 
 
-def optimizer_work(s: Share) -> Work:
+def optimizer_work(s: Part) -> Work:
     """Returns the work of the update: gradients read twice, for the norm and the update; parameters
     and slots read and written."""
     n, slots = (sum(shard_size(p, s.mesh) for p in leaves(x)) for x in (s.declared, s.slots))
     return Work('optimizer', 12.0 * n, FLOAT32 * (4 * n + 2 * slots))
 
 
-def all_work(s: Share) -> list[Work]:
+def all_work(s: Part) -> list[Work]:
     """Lists the work of a step, part by part."""
     cfg = s.cfg
     parts = [layers_work(s, 'blocks', tuple(cfg.block), s.blocks)]
@@ -171,7 +171,7 @@ def part_sent(n: int) -> float:
     return (n - 1) / n
 
 
-def weight_transfers(s: Share) -> list[Transfer]:
+def weight_transfers(s: Part) -> list[Transfer]:
     """Lists the gathers of weights over fsdp and the way back of their gradients."""
     declared, once, M = s.declared, s.gather == 'step', s.microbatches
     blocks = gathered(declared['blocks'], s)
@@ -188,7 +188,7 @@ def weight_transfers(s: Share) -> list[Transfer]:
     ]
 
 
-def activations_sent(s: Share, kind: str) -> tuple[list[float], list[float]]:
+def activations_sent(s: Part, kind: str) -> tuple[list[float], list[float]]:
     """Returns the bytes that a layer gathers and scatters over tp in forward, each for attention
     and feed-forward."""
     cfg, c, t = s.cfg, s.width, s.tokens
@@ -198,7 +198,7 @@ def activations_sent(s: Share, kind: str) -> tuple[list[float], list[float]]:
     return [attention, x + choices], [x, x]
 
 
-def activation_transfers(s: Share) -> list[Transfer]:
+def activation_transfers(s: Part) -> list[Transfer]:
     """Lists what moves over tp: the residual stream, gathered and scattered by both parts of each
     layer."""
     cfg, passes, remat = s.cfg, forward_passes(s), s.cfg.remat != 'none'
@@ -221,7 +221,7 @@ def activation_transfers(s: Share) -> list[Transfer]:
     return [Transfer(TP, 'activations, gathered and scattered', sent)]
 
 
-def expert_transfers(s: Share) -> list[Transfer]:
+def expert_transfers(s: Part) -> list[Transfer]:
     """Lists what moves over ep: rows to their experts and back, and their gradients; again, by
     remat, those that are not kept."""
     cfg = s.cfg
@@ -234,7 +234,7 @@ def expert_transfers(s: Share) -> list[Transfer]:
     return [Transfer(EP, 'rows to their experts and back', sent)] if layers else []
 
 
-def pipeline_transfers(s: Share) -> list[Transfer]:
+def pipeline_transfers(s: Part) -> list[Transfer]:
     """Lists what moves over pp: activations between stages, and the shared head."""
     if s.schedule is None:
         return []
@@ -246,7 +246,7 @@ def pipeline_transfers(s: Share) -> list[Transfer]:
     ]
 
 
-def gradient_transfers(s: Share) -> list[Transfer]:
+def gradient_transfers(s: Part) -> list[Transfer]:
     """Lists the sums of gradients over the axes that do not shard their parameter, once per step:
     as a hierarchy, scattered over the innermost axis first."""
     sent = dict.fromkeys(AXES, 0.0)
@@ -258,7 +258,7 @@ def gradient_transfers(s: Share) -> list[Transfer]:
     return [Transfer(axis, 'gradients, summed', n) for axis, n in sent.items()]
 
 
-def all_transfers(s: Share) -> list[Transfer]:
+def all_transfers(s: Part) -> list[Transfer]:
     """Lists all that a device sends in a step."""
     found = [
         *weight_transfers(s),
@@ -275,7 +275,7 @@ def all_transfers(s: Share) -> list[Transfer]:
 # ---------------------------------------------------------------------------------------------
 
 
-def bubble(s: Share) -> float:
+def bubble(s: Part) -> float:
     """Returns the part of the blocks' time that a stage idles, the ticks being in lock step."""
     if s.schedule is None:
         return 0.0
@@ -292,8 +292,8 @@ class Estimate:
     tokens: int  # of a step, over all devices
     parameters: int
     active: int
-    useful: float  # FLOPs a token, of the model
-    computed: float  # FLOPs a token, with what is computed again; all devices
+    useful: float  # FLOPs per token, of the model
+    computed: float  # FLOPs per token, with all that is computed again; all devices
     memory: Memory
     work: list[Work]
     transfers: list[Transfer]
@@ -349,10 +349,10 @@ class Estimate:
 
 def estimate(config: ConfigDict, chip: Chip) -> Estimate:
     """Estimates a config that `validate` accepts, on devices of that chip."""
-    return estimate_share(share(config, chip.platform), chip)
+    return estimate_part(part_of(config, chip.platform), chip)
 
 
-def estimate_share(s: Share, chip: Chip) -> Estimate:
+def estimate_part(s: Part, chip: Chip) -> Estimate:
     """Estimates one device's part, which its share describes."""
     work, sizes = all_work(s), [s.mesh[axis] for axis in AXES]
     return Estimate(

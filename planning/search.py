@@ -7,9 +7,10 @@ from ml_collections import ConfigDict
 
 from config import ConfigError
 from machine.chips import Chip
+from model import FEED_FORWARD
 from parallel import AXES
-from planning.footprint import share
-from planning.roofline import Estimate, estimate_share
+from planning.footprint import part_of
+from planning.roofline import Estimate, estimate_part
 from runtime.config_checks import validate
 
 # (model.remat, model.remat_keep), from the least memory to the most.
@@ -61,7 +62,7 @@ def candidates(config: ConfigDict, devices: int) -> Iterator[ConfigDict]:
     the batch size stays as it is."""
     m = config.model
     for mesh in meshes(devices):
-        if mesh['ep'] > 1 and 'moe' not in m.block:
+        if mesh['ep'] > 1 and not any(FEED_FORWARD[kind].routed for kind in m.block):
             continue  # without experts, ep is fsdp without its shards
         shards = mesh['dp'] * mesh['fsdp'] * mesh['ep']
         if config.batch_size % shards or m.n_heads % mesh['tp'] or mesh['tp'] > m.n_heads:
@@ -91,10 +92,10 @@ def search(
     best: dict[tuple[int, ...], tuple[ConfigDict, Estimate]] = {}
     tried = 0
     for c in candidates(config, devices):
-        s, key = share(c, chip.platform), tuple(c.mesh[axis] for axis in AXES)
+        s, key = part_of(c, chip.platform), tuple(c.mesh[axis] for axis in AXES)
         for remat, keep in REMAT_CHOICES:
             cfg = dataclasses.replace(s.cfg, remat=remat, remat_keep=keep, remat_offload=())
-            e = estimate_share(dataclasses.replace(s, cfg=cfg), chip)
+            e = estimate_part(dataclasses.replace(s, cfg=cfg), chip)
             tried += 1
             if e.memory.peak > room * chip.memory:
                 break  # the next choices keep more

@@ -68,7 +68,7 @@ def choice_errors(config: ConfigDict) -> Iterator[str]:
         'pipeline.schedule': NAMES,
         'model.rope_scaling': ('none', 'linear', 'yarn'),
         'optimizer.name': OPTIMIZERS,
-        'optimizer.schedule': ('cosine', 'wsd'),
+        'optimizer.lr_schedule': ('cosine', 'wsd'),
         'chip': ('cpu', *CHIPS),
     }
     for name, allowed in choices.items():

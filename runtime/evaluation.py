@@ -16,6 +16,7 @@ from config import ConfigError, check_alike, saved_config
 from data import EvaluationSet, Source
 from parallel import P, Tree
 from runtime.workdir import CHECKPOINTS
+from storage.stores import store_errors
 from tokenizer import token_bytes
 from train_step import Setup, make_eval_step, put_batch
 
@@ -79,7 +80,8 @@ def checkpoint_config(
     """
     with Checkpointer(os.path.join(workdir, CHECKPOINTS)) as checkpoints:
         if step is None:
-            step = checkpoints.latest_step()
+            with store_errors(f'the config cannot run: {checkpoints.path} cannot be read'):
+                step = checkpoints.latest_step()
         if step is None:
             raise ConfigError(
                 f'the config cannot run: {workdir} holds no checkpoint to evaluate; use the '
@@ -91,5 +93,5 @@ def checkpoint_config(
             raise ConfigError(f'the config cannot run: --eval_only={step}: {error}') from error
     if given is None:
         return step, saved_config(saved)
-    check_alike(saved, given, ('model.',), f'{workdir} holds a model')
+    check_alike(saved, given, ('model.', 'data.isolate_documents'), f'{workdir} holds a model')
     return step, given

@@ -32,7 +32,7 @@ class TrainingError(Exception):
 class Watchdog:
     """Follows the steps from the loop, and ends the process when none finishes for a set time.
 
-    `follow` is called once a step and looks at the step *before* it, which is finished or about
+    `follow` is called once per step and looks at the step *before* it, which is finished or about
     to be while the present one runs: the loop never waits for the step that it has just started.
     A time of 0 waits for ever.
     """

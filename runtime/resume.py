@@ -18,7 +18,7 @@ from config import FIXED, ConfigError, check_alike, differences
 from parallel import P, Tree
 from runtime.workdir import CHECKPOINTS, CONFIG
 from storage.leaves import leaf_names
-from storage.stores import read_text
+from storage.stores import read_text, store_errors
 
 
 def first_step(config: ConfigDict, workdir: str, checkpoints: Checkpointer) -> tuple[int, str]:
@@ -93,7 +93,8 @@ def load_params(path: str, shapes: Tree) -> Tree:
     root, name = os.path.split(path.rstrip('/'))
     is_step = os.path.basename(root) == CHECKPOINTS and name.isdecimal()
     with Checkpointer(root if is_step else os.path.join(path, CHECKPOINTS)) as source:
-        step = int(name) if is_step else source.latest_step()
+        with store_errors(f'the config cannot run: {source.path} cannot be read'):
+            step = int(name) if is_step else source.latest_step()
         if step is None:
             raise ConfigError(
                 f'the config cannot run: {path} holds no checkpoint to start from; use the workdir '

@@ -13,7 +13,7 @@ from config import ConfigError
 from decoding import Sampling, check_prompts, generate
 from parallel import Tree
 from runtime.workdir import TOKENIZER
-from storage.stores import read_text
+from storage.stores import read_text, store_errors
 from tokenizer import END_OF_TEXT, fingerprint, get_encoding, token_bytes
 from train_step import Setup
 
@@ -23,7 +23,15 @@ def run_encoding(workdir: str, name: str = '') -> tiktoken.Encoding:
 
     Raises ConfigError if it is unknown or another one than the run's.
     """
-    record = json.loads(read_text(os.path.join(workdir, TOKENIZER)) or '{}')
+    path = os.path.join(workdir, TOKENIZER)
+    with store_errors(f'{path} cannot be read'):
+        text = read_text(path) or '{}'
+    try:
+        record = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(
+            f'{path} is damaged ({error}): remove it, and name the tokenizer with --tokenizer'
+        ) from error
     if not name and not record:
         raise ConfigError(
             f'{workdir} does not say which tokenizer its run has: there is no {TOKENIZER}; name '
@@ -60,9 +68,14 @@ def allowed_tokens(encoding: tiktoken.Encoding, vocab_size: int) -> np.ndarray:
 
 def encode(encoding: tiktoken.Encoding, prompt: str) -> list[int]:
     """Encodes a prompt; <|endoftext|> in it stands for the token of that name."""
-    return encoding.encode(
-        prompt, allowed_special={END_OF_TEXT} & encoding.special_tokens_set, disallowed_special=()
-    )
+    try:
+        return encoding.encode(
+            prompt,
+            allowed_special={END_OF_TEXT} & encoding.special_tokens_set,
+            disallowed_special=(),
+        )
+    except ValueError as error:  # such as a million spaces
+        raise ConfigError(f'the tokenizer cannot encode a prompt ({error}); shorten it') from error
 
 
 class Completion:

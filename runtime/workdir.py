@@ -7,6 +7,8 @@ metrics.jsonl     an object per logged step
 eval.jsonl        an object per evaluated checkpoint
 tokenizer.json    name and fingerprint of the vocabulary
 profile/          traces, with --profile
+metrics.png       curves, by --plot
+tensorboard/      event files, and wandb.json the id of the run there, with log.writers
 """
 
 import datetime

@@ -1,9 +1,11 @@
 """Key-value stores below local folders and URLs that tensorstore knows, and small text files in
 them."""
 
+import contextlib
 import os
 import time
 import urllib.parse
+from collections.abc import Iterator
 
 import tensorstore as ts
 
@@ -15,6 +17,20 @@ def local_folder(path: str) -> str | None:
     if path.startswith('file://'):
         return path.removeprefix('file://')
     return None if '://' in path else os.path.abspath(path)
+
+
+@contextlib.contextmanager
+def store_errors(action: str) -> Iterator[None]:
+    """Raises tensorstore's errors, which are plain ValueErrors, as ConfigError('action: error').
+
+    For calls of tensorstore alone: a ValueError of other code is a bug.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f'{action}: {error}') from error
 
 
 def open_store(path: str, context: ts.Context | None = None) -> ts.KvStore:

@@ -3,15 +3,20 @@
 import os
 import pathlib
 from importlib.metadata import version
+from importlib.util import find_spec
 
 # Most of the time goes into compiling small programs that run for milliseconds: LLVM's part of that
-# is halved, and jaxlib 0.10 is told to emit fusions as it did before MLIR, which halves it again
-# (later ones have no choice). XLA's own passes, which decide what is computed, stay as they are.
+# is halved, and jaxlib 0.10 is told to emit fusions as it did before MLIR, which halves it again.
+# Later ones have no choice, and end over a flag that they do not know, as do the compilers of TPUs
+# and GPUs. XLA's own passes, which decide what is computed, stay as they are.
 os.environ['XLA_FLAGS'] = ' '.join(
     [
         os.environ.get('XLA_FLAGS', ''),
         '--xla_backend_optimization_level=0',
-        *('--xla_cpu_use_fusion_emitters=false',) * version('jaxlib').startswith('0.10.'),
+        '--xla_cpu_use_fusion_emitters=false'
+        if version('jaxlib').startswith('0.10.')
+        and not (find_spec('libtpu') or find_spec('jax_cuda12_plugin'))
+        else '',
     ]
 )
 # Programs that several tests, processes or runs of the tests compile alike are compiled once.

@@ -10,7 +10,7 @@ from optimizer import adamw, adamw_slots, clip_by_global_norm, learning_rate
 from parallel import P, Param, make_mesh, ones
 
 DEFAULTS = {
-    'steps': 100, 'name': 'adamw', 'schedule': 'cosine', 'peak_lr': 1.0, 'final_lr': 0.1,
+    'steps': 100, 'name': 'adamw', 'lr_schedule': 'cosine', 'peak_lr': 1.0, 'final_lr': 0.1,
     'warmup_steps': 10, 'decay_steps': 20, 'b1': 0.9, 'b2': 0.95, 'eps': 1e-8,
     'weight_decay': 0.1, 'clip_norm': 1.0,
 }  # fmt: skip
@@ -34,9 +34,9 @@ def test_cosine_schedule():
 
 
 def test_wsd_schedule():
-    assert rate(10, schedule='wsd') == rate(79, schedule='wsd') == 1.0
-    assert rate(89, schedule='wsd') == pytest.approx(0.55)
-    assert rate(99, schedule='wsd') == pytest.approx(0.1)
+    assert rate(10, lr_schedule='wsd') == rate(79, lr_schedule='wsd') == 1.0
+    assert rate(89, lr_schedule='wsd') == pytest.approx(0.55)
+    assert rate(99, lr_schedule='wsd') == pytest.approx(0.1)
 
 
 def test_adamw_is_the_paper():

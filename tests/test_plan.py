@@ -16,7 +16,7 @@ from machine.chips import CHIPS, Chip, chip_of
 from parallel import make_mesh
 from planning import report
 from planning.compiled import compile_step, read_cost
-from planning.footprint import memory, share
+from planning.footprint import memory, part_of
 from planning.roofline import estimate
 from planning.search import expected, search
 from runtime.config_checks import validate
@@ -143,7 +143,9 @@ def test_search_finds_what_fits_and_is_fastest():
         assert math.prod(c.mesh.values()) == 4
         assert e.fits
     assert times[0] <= expected(estimate(config, CPU))
-    small = Chip('small', 'cpu', ('cpu',), 1e11, memory(share(config, 'cpu')).state, 1e10, 1e10, '')
+    small = Chip(
+        'small', 'cpu', ('cpu',), 1e11, memory(part_of(config, 'cpu')).state, 1e10, 1e10, ''
+    )
     assert all(e.memory.peak < small.memory for _, e in search(config, 4, small)[0])
 
 

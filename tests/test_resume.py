@@ -15,7 +15,7 @@ from training_worker import small_run
 import train
 import train_step
 from checkpoint import Checkpointer
-from config import FIXED, ConfigError, check_alike, differences
+from config import FIXED, ConfigError, check_alike, differences, saved_config
 from parallel import make_mesh
 from runtime.evaluation import checkpoint_config
 from runtime.resume import load_params, restore_state
@@ -110,6 +110,8 @@ def test_isolated_documents_are_resumed_and_evaluated_by_the_same_command(tokens
     config.data.isolate_documents = False
     with pytest.raises(ConfigError, match='isolate_documents: True there, False here'):
         train.train(config, str(tmp_path))
+    with pytest.raises(ConfigError, match='isolate_documents: True there, False here'):
+        checkpoint_config(str(tmp_path), None, config)
 
 
 def test_an_older_checkpoint_names_the_end_of_documents_itself():
@@ -117,6 +119,9 @@ def test_an_older_checkpoint_names_the_end_of_documents_itself():
     config = small_run('tokens', data__isolate_documents=True)
     old = config.to_dict() | {'model': dict(config.model) | {'document_end': 256}}
     del old['optimizer']['name']
+    old['optimizer']['schedule'] = old['optimizer'].pop('lr_schedule')
+    assert saved_config(old).optimizer.lr_schedule == 'cosine'
+    assert differences(old, config.to_dict()) == []
     check_alike(old, config, FIXED, 'the workdir holds a run')
     config.data.isolate_documents = old['data']['isolate_documents'] = False
     with pytest.raises(ConfigError, match='document_end: 256 there, -1 here'):
@@ -134,9 +139,11 @@ def test_a_complete_run_ends_at_once(whole, tokens, monkeypatch, capsys):
 
 def test_more_steps_continue_a_complete_run(whole, tokens, tmp_path, capsys):
     shutil.copytree(whole, tmp_path / 'run')
-    config = small_run(tokens, steps=22, eval__every=0, optimizer__schedule='wsd')
+    config = small_run(tokens, steps=22, eval__every=0, optimizer__lr_schedule='wsd')
     train.train(config, str(tmp_path / 'run'))
-    assert " · optimizer.schedule 'cosine' -> 'wsd' · steps 20 -> 22\n" in capsys.readouterr().out
+    assert (
+        " · optimizer.lr_schedule 'cosine' -> 'wsd' · steps 20 -> 22\n" in capsys.readouterr().out
+    )
     found = records(tmp_path / 'run')
     assert found[: len(records(whole))] == records(whole)
     assert [r['step'] for r in found[-2:]] == [21, 22]

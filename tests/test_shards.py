@@ -38,14 +38,14 @@ def test_damaged_shard_is_an_error(tmp_path):
     damaged = bytearray(path.read_bytes())
     damaged[100] ^= 1
     path.write_bytes(damaged)
-    with pytest.raises(ConfigError, match=r'train/00000.*Digest mismatch'):
+    with pytest.raises(OSError, match=r'train/00000.*Digest mismatch'):
         Split(str(tmp_path / 'tokens'), 'train').read(0, 500)
 
 
 def test_lost_chunk_is_an_error(tmp_path):
     split_of_length(tmp_path, 500)
     (tmp_path / 'tokens/train/00000/c/0').unlink()
-    with pytest.raises(ConfigError, match=r'train/00000.*is missing'):
+    with pytest.raises(OSError, match=r'train/00000.*is missing'):
         Split(str(tmp_path / 'tokens'), 'train').read(0, 500)
 
 

@@ -93,7 +93,7 @@ def remove_slowly(folder: str) -> None:
 
 
 def dump_restored(folder: str) -> None:
-    """Writes the shards of the state that training starts from, a file a process."""
+    """Writes the shards of the state that training starts from, one file per process."""
     original = train.start_state
 
     def wrapped(*args):
