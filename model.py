@@ -37,7 +37,7 @@ from parallel import (
     reduce_scatter,
     stacked,
     unshard,
-)  # fmt: skip
+)
 
 # The kinds of layers that model.block may name: their feed-forward part.
 FEED_FORWARD: dict[str, FeedForward] = {'dense': DENSE, 'moe': MOE}

@@ -55,7 +55,7 @@ from runtime.workdir import (
     new_workdir,
     start_entry,
     tokenizer_record,
-)  # fmt: skip
+)
 from train_step import Setup, abstract_state, init_state, lower_train_step, put_batch, setup
 
 T = TypeVar('T')
@@ -91,7 +91,6 @@ class Due(NamedTuple):
 
 def due(step: int, config: ConfigDict, asked_to_stop: bool) -> Due:
     """Returns the tasks after this step. An `every` of 0 switches a task off."""
-
     last = step == config.steps
 
     def multiple(every: int) -> bool:

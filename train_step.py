@@ -33,7 +33,7 @@ from model import (
     run_blocks,
     split_router_loss,
     token_loss,
-)  # fmt: skip
+)
 from optimizer import OPTIMIZERS, clip_by_global_norm, init_history, judge, learning_rate, select
 from parallel import (
     BATCH,
@@ -56,7 +56,7 @@ from parallel import (
     specs,
     sum_gradients,
     varying,
-)  # fmt: skip
+)
 from pipeline.executor import Functions, Sums, run_pipeline
 from pipeline.schedules import make_schedule
 from pipeline.tables import Schedule

@@ -28,7 +28,7 @@ from parallel import (
     ones,
     reduce_scatter,
     unshard,
-)  # fmt: skip
+)
 
 NEVER = 'never'  # `Param.kept_by` of a weight whose product no backward pass needs
 

@@ -34,7 +34,7 @@ from parallel import (
     reduce_scatter,
     unshard,
     zeros,
-)  # fmt: skip
+)
 
 
 def moe_params(cfg: ModelConfig) -> Tree:

@@ -14,7 +14,7 @@ from common import (
     on_mesh,
     set_up,
     small_config,
-)  # fmt: skip
+)
 from ml_collections import ConfigDict
 
 from config import ConfigError, OptimizerConfig

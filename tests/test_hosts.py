@@ -236,6 +236,19 @@ def test_exit_codes(error, alone, of_two, monkeypatch):
             assert caught.value.code == code
 
 
+@pytest.mark.parametrize('here', [True, False])
+def test_data_that_one_process_cannot_open_stops_all(here, monkeypatch):
+    def open_data(_):
+        if not here:
+            raise ConfigError('the cache folder cannot be written')
+
+    monkeypatch.setattr(train, 'open_data', open_data)
+    monkeypatch.setattr(processes, 'all_processes', lambda flag: False)
+    said = 'another process cannot open the data' if here else 'the cache folder'
+    with pytest.raises(ConfigError, match=said):
+        train.opened_data(default.get_config())
+
+
 @pytest.mark.slow
 def test_a_run_that_skips_too_many_steps_stops(tokens, tmp_path, monkeypatch):
     def judge(norm, history, guard):

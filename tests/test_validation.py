@@ -88,7 +88,7 @@ def test_tiny_divides_on_every_mesh(name, sizes):
             'microbatches=1 is not a multiple of stages=2',
         ),
         ({'fsdp_gather': 'never'}, 'layer, step'),
-        ({'optimizer__schedule': 'step'}, 'cosine, wsd'),
+        ({'optimizer__lr_schedule': 'step'}, 'cosine, wsd'),
         ({'optimizer__peak_lr': -1.0}, 'optimizer.peak_lr=-1.0 is negative'),
         ({'steps': 0}, 'steps=0 is below 1'),
         ({'data__path': ''}, 'data.path is empty'),
