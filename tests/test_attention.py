@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import cpu_model, small_config
+from common import cpu_model, on_one_device, small_config
 
 from layers import kernels
-from layers.attention import positions, rope, rope_frequencies, rope_table
+from layers.attention import ATTENTION, positions, rope, rope_frequencies, rope_table
 from layers.attention_kernels import (
     ATTENTION_KERNELS,
     attention_scale,
@@ -18,6 +18,7 @@ from layers.attention_kernels import (
     cudnn_attention,
     splash_attention,
 )
+from parallel import init_params, make_mesh
 
 
 def plain_attention(q, k, v, documents, scale):
@@ -154,6 +155,24 @@ def test_rope_depends_on_relative_position_only(scaling):
 
     assert score(7, 3) == pytest.approx(score(107, 103), abs=1e-4)
     assert abs(score(7, 3) - score(7, 4)) > 1e-3
+
+
+@pytest.mark.parametrize('kind', ['mla', 'gqa'])
+def test_layers_feel_relative_positions_only(kind):
+    """A shift of all positions changes nothing, a stretch does."""
+    cfg = cpu_model(small_config(kind))
+    params = init_params(jax.random.key(0), ATTENTION[kind].params(cfg), make_mesh({}))
+    x = jax.random.normal(jax.random.key(1), (2, 16, cfg.d_model))
+
+    def layer(positions: jax.Array) -> np.ndarray:
+        f = on_one_device(
+            lambda p, x: ATTENTION[kind].forward(p, x, rope_table(cfg, positions), cfg)[0]
+        )
+        return np.asarray(f(params, x))
+
+    plain = layer(jnp.arange(16))
+    np.testing.assert_allclose(layer(jnp.arange(16) + 100), plain, atol=1e-5)
+    assert np.abs(layer(3 * jnp.arange(16)) - plain).max() > 1e-3
 
 
 def test_positions_start_anew_after_the_end_of_a_document():

@@ -4,6 +4,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from common import cpu_model, initial_params, set_up, small_config
 import decoding
 import generate
 from checkpoint import Checkpointer
+from config import ConfigError
 from generate import load
 from parallel import make_mesh
 from runtime import sampling
@@ -170,6 +172,21 @@ def test_stop_strings_are_held_back_and_left_out():
     completion, taken = text_of(b'one\n', stops=('\n\ndef',))
     completion.finish()
     assert [*taken, completion.take()] == ['one', '\n']
+
+
+def test_a_bug_shows_its_traceback(monkeypatch):
+    """Only errors of the user end as a message."""
+
+    def fail(error: Exception) -> None:
+        raise error
+
+    monkeypatch.setattr(generate, 'FLAGS', types.SimpleNamespace(cpu_devices=0))
+    monkeypatch.setattr(generate, 'run', lambda: fail(ValueError('a bug')))
+    with pytest.raises(ValueError, match='a bug'):
+        generate.main([])
+    monkeypatch.setattr(generate, 'run', lambda: fail(ConfigError('use another prompt')))
+    with pytest.raises(SystemExit, match='use another prompt'):
+        generate.main([])
 
 
 def test_end_of_text_ends_a_completion():

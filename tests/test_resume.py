@@ -95,7 +95,19 @@ def test_parameters_move_between_numbers_of_pipeline_chunks(source, target, tmp_
     assert_placed(restored, target)
 
 
-def test_isolated_documents_are_resumed_and_evaluated_by_the_same_command(tokens, tmp_path):
+def test_a_step_is_logged_before_the_checkpoint_that_includes_it(tokens, tmp_path, monkeypatch):
+    logged, original = [], Checkpointer.save
+
+    def save(self: Checkpointer, step: int, *args) -> None:
+        logged.append((step, records(tmp_path)[-1]['step']))
+        original(self, step, *args)
+
+    monkeypatch.setattr(Checkpointer, 'save', save)
+    train.train(small_run(tokens, steps=4), str(tmp_path))
+    assert logged == [(2, 2), (4, 4)]
+
+
+def test_isolated_documents_are_resumed_and_evaluated_by_the_same_command(whole, tokens, tmp_path):
     """The token that ends a document comes from the data, and is written into no config."""
     config = small_run(tokens, steps=2, data__isolate_documents=True)
     before = config.to_json()

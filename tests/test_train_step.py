@@ -17,6 +17,15 @@ from train_step import COMPILER_OPTIONS, compiler_options, lower_train_step, set
 ATTENTION_AGAIN = 'custom_call_target="__cudnn[$]fmhaSoftmax".*rematted_computation'
 
 
+def test_documents_end_with_the_token_of_the_data_if_they_are_isolated():
+    config = small_config()
+    assert setup(config, make_mesh({}), 7).model.document_end == -1
+    config.data.isolate_documents = True
+    assert setup(config, make_mesh({}), 7).model.document_end == 7
+    config.model.document_end = 3
+    assert setup(config, make_mesh({}), 7).model.document_end == 3
+
+
 def test_compiler_options_override_the_table():
     name = 'xla_enable_async_all_gather'
     options = compiler_options(f'{name}=false xla_other=1', 'tpu')

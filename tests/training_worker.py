@@ -80,7 +80,7 @@ def slow_down(phase: str, active) -> None:
     elif phase == 'clean-up':
         shutil.rmtree = remove_slowly
     elif phase == 'step':
-        train.due = before(train.due)
+        train.Tracer.before = before(train.Tracer.before)  # so that this step is the last one
     else:
         raise ValueError(phase)
 
