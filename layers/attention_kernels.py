@@ -310,3 +310,30 @@ def attention(
     scale = attention_scale(cfg, q_BkGTH.shape[-1])
     compute = ATTENTION_KERNELS[cfg.attention_kernel].compute
     return compute(q_BkGTH, k_BkSH, v_BkSH, documents_BT, scale, cfg.attention_block)
+
+
+def cached_attention(
+    q_BkGH: Array,
+    cache: tuple[Array, Array],
+    own: tuple[Array, Array],
+    visible_BS: Array,
+    scale: float,
+) -> Array:
+    """Computes the attention of one query per row: [B, K, G, value head size].
+
+    It sees the cached positions that are visible, and its own. `cache` is (k_BkSH, v_BkSH), whose
+    other entries may be anything finite; `own` is (k_BkH, v_BkH) of the query's position. All S
+    positions are computed, so the time does not depend on how many are visible. Scores and softmax
+    are float32.
+    """
+    (k_BkSH, v_BkSH), (own_k_BkH, own_v_BkH) = cache, own
+    f32 = {'preferred_element_type': jnp.float32}
+    scores_BkGS = jnp.einsum('bkgh,bksh->bkgs', q_BkGH, k_BkSH, **f32) * scale
+    scores_BkGS = jnp.where(visible_BS[:, None, None], scores_BkGS, MASKED)
+    own_BkG1 = (jnp.einsum('bkgh,bkh->bkg', q_BkGH, own_k_BkH, **f32) * scale)[..., None]
+    top_BkG1 = jnp.maximum(jnp.max(scores_BkGS, axis=-1, keepdims=True), own_BkG1)
+    p_BkGS, own_p_BkG1 = jnp.exp(scores_BkGS - top_BkG1), jnp.exp(own_BkG1 - top_BkG1)
+    out_BkGH = jnp.einsum('bkgs,bksh->bkgh', p_BkGS.astype(v_BkSH.dtype), v_BkSH, **f32)
+    out_BkGH += own_p_BkG1 * own_v_BkH[:, :, None]
+    total_BkG1 = jnp.sum(p_BkGS, axis=-1, keepdims=True) + own_p_BkG1
+    return (out_BkGH / total_BkG1).astype(q_BkGH.dtype)

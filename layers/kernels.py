@@ -29,8 +29,8 @@ class Kernel(NamedTuple):
     compute: the function, or functions, as the table says.
     platforms: those of jax that it is written for; 'auto' chooses among them.
     checked: its results carry the replication types that check_vma=True checks.
-    rules: (config, head size of queries and keys) -> what of it the kernel does not take: the
-        rule, the values, the remedy.
+    rules: (config, head size of queries and keys) -> errors, if the kernel does not take them:
+        the rule, the values, the remedy.
     chosen: (the same) -> False where 'auto' goes on to the next kernel though no rule is broken.
     elsewhere: the name of the kernel that runs in its place on other platforms; '': itself.
     keeps: the primitive whose results rematerialization keeps as a whole; '': those with a name.
