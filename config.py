@@ -14,7 +14,9 @@ B is written large all the same: it counts the rows of this device.
 """
 
 import dataclasses
+import functools
 import json
+import operator
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -237,10 +239,11 @@ def divisors(n: int) -> str:
 
 def indivisible(config: ConfigDict, axis: str, fields: Iterable[str]) -> Iterable[str]:
     """Yields an error for each field, named in full, that the mesh axis does not divide."""
-    values, size = flat(config.to_dict()), config.mesh[axis]
+    size = config.mesh[axis]
     for name in fields:
-        if values[name] % size:
+        value = functools.reduce(operator.getitem, name.split('.'), config)
+        if value % size:
             yield (
-                f'{name}={values[name]} is not divisible by mesh.{axis}={size}; '
-                f'use a {axis} of {divisors(values[name])}'
+                f'{name}={value} is not divisible by mesh.{axis}={size}; '
+                f'use a {axis} of {divisors(value)}'
             )

@@ -5,6 +5,7 @@ Rules of one layer kind, kernel or optimizer stand beside it, in its record.
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -18,8 +19,9 @@ from machine.chips import CHIPS
 from model import FEED_FORWARD, REMAT
 from optimizer import OPTIMIZERS
 from parallel import AXES, FSDP, TP
-from pipeline.schedules import NAMES, make_schedule
+from pipeline.schedules import NAMES
 from runtime.writers import WRITERS
+from train_step import train_schedule
 
 MAY_BE_ZERO = {
     'seed', 'eval.every', 'eval.batches', 'log.every', 'optimizer.warmup_steps',
@@ -36,7 +38,8 @@ def validate(
 
     `needs_data=False` leaves out data.path and data.sources, for plans.
     """
-    errors = [*choice_errors(config), *number_errors(config), *value_errors(config)]
+    fields = flat(config.to_dict())
+    errors = [*choice_errors(fields), *number_errors(fields), *value_errors(config)]
     if needs_data:
         errors += source_errors(config)
     if not errors:
@@ -54,9 +57,8 @@ def validate(
 # ---------------------------------------------------------------------------------------------
 
 
-def choice_errors(config: ConfigDict) -> Iterator[str]:
+def choice_errors(fields: dict[str, Any]) -> Iterator[str]:
     """Yields errors for names that do not exist."""
-    fields = flat(config.to_dict())
     choices = {
         'compute_dtype': ('float32', 'bfloat16'),
         'model.attention': ATTENTION,
@@ -95,9 +97,9 @@ def choice_errors(config: ConfigDict) -> Iterator[str]:
             yield f"compiler_options has {entry!r}, which sets nothing; use 'name=value ...'"
 
 
-def number_errors(config: ConfigDict) -> Iterator[str]:
+def number_errors(fields: dict[str, Any]) -> Iterator[str]:
     """Yields errors for counts below 1, or 0 where they may be, and for negative numbers."""
-    for name, value in flat(config.to_dict()).items():
+    for name, value in fields.items():
         least = -1 if name == 'model.document_end' else 0 if name in MAY_BE_ZERO else 1
         if isinstance(value, int) and not isinstance(value, bool) and value < least:
             yield f'{name}={value} is below {least}; use {least} or more'
@@ -197,7 +199,7 @@ def pipeline_errors(config: ConfigDict) -> Iterator[str]:
             f'whose stages share the head; use a pp of {divisors(tokens)}'
         )
     try:
-        make_schedule(p.schedule, mesh.pp, config.microbatches, p.chunks)
+        train_schedule(config)
     except ConfigError as error:
         yield f'pipeline: {error}'
 
