@@ -49,7 +49,8 @@ ATTENTION_OUTPUT, QKV, RESIDUAL, HIDDEN = REMAT_NAMES
 class ModelConfig:
     """Sizes and choices of one model; configs/default.py explains each field.
 
-    Equal configs are one model, and hash alike: compiled programs are kept by them.
+    Equal configs are one model, and hash alike: compiled programs are kept by them. A field that
+    comes later has a default here too, so that code that makes one by hand need not know it.
     """
 
     vocab_size: int
@@ -99,6 +100,11 @@ class ModelConfig:
     remat_keep: tuple[str, ...]
     remat_offload: tuple[str, ...]
     compute_dtype: str
+    rope_beta_fast: float = 32.0
+    rope_beta_slow: float = 1.0
+    rope_mscale: float = 1.0
+    rope_mscale_all_dim: float = 0.0
+    rope_attention_factor: float = 0.0
 
     @property
     def n_blocks(self) -> int:
@@ -149,6 +155,12 @@ def optimizer_config(config: ConfigDict) -> OptimizerConfig:
 # Fields that older checkpoints hold by another name.
 RENAMED = {'optimizer.schedule': 'optimizer.lr_schedule'}
 
+# Fields that mean nothing with model.rope_scaling='none'.
+OF_ROPE_SCALING = (
+    'model.rope_factor', 'model.rope_original_len', 'model.rope_beta_fast', 'model.rope_beta_slow',
+    'model.rope_mscale', 'model.rope_mscale_all_dim', 'model.rope_attention_factor',
+)  # fmt: skip
+
 # The fields that a checkpoint, and the meaning of its step, depend on ...
 FIXED = ('seed', 'batch_size', 'seq_len', 'data.isolate_documents', 'model.')
 # ... but for those that say how the model is computed, not which one it is.
@@ -170,14 +182,17 @@ def flat(config: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """Lists (field, old value, new value) for the fields of both configs whose values differ.
 
-    With isolated documents model.document_end is left out: older checkpoints hold the token that
-    the data ended documents with, newer ones leave it to the data.
+    Fields that mean nothing are left out: those of model.rope_scaling where it is 'none' in both.
+    So is model.document_end with isolated documents: older checkpoints hold the token that the data
+    ended documents with, newer ones leave it to the data.
     """
     a, b = (flat(json.loads(json.dumps(config))) for config in (old, new))
     a, b = ({RENAMED.get(name, name): x for name, x in fields.items()} for fields in (a, b))
     same = set()
     if a.get('data.isolate_documents') and b.get('data.isolate_documents'):
         same.add('model.document_end')
+    if a.get('model.rope_scaling') == b.get('model.rope_scaling') == 'none':
+        same.update(OF_ROPE_SCALING)
     return [(n, a[n], b[n]) for n in a if n in b and n not in same and a[n] != b[n]]
 
 
@@ -188,6 +203,7 @@ def check_alike(
 
     `fixed` lists names or beginnings of names; FREE fields may differ.
     """
+    check_yarn(old)
     changed = differences(old, config.to_dict())
     changed = [c for c in changed if c[0].startswith(fixed) and c[0] not in FREE]
     if changed:
@@ -205,6 +221,7 @@ def check_alike(
 
 def saved_config(saved: Mapping[str, Any]) -> ConfigDict:
     """Returns the config of a checkpoint; fields that came later have their defaults."""
+    check_yarn(saved)
     config = default.get_config().to_dict()
     for name, value in saved.items():
         group = config.get(name)
@@ -212,6 +229,19 @@ def saved_config(saved: Mapping[str, Any]) -> ConfigDict:
             value = group | {renamed(name, field): x for field, x in value.items()}
         config[name] = value
     return ConfigDict({name: as_tuples(value) for name, value in config.items()})
+
+
+def check_yarn(saved: Mapping[str, Any]) -> None:
+    """Raises ConfigError for the config of an older run with YaRN.
+
+    Its ramp was not yet that of released models, and other frequencies would be another model.
+    """
+    model = saved.get('model', {})
+    if model.get('rope_scaling') == 'yarn' and 'rope_beta_fast' not in model:
+        raise ConfigError(
+            "the run was trained with model.rope_scaling='yarn' by an older version, whose "
+            'frequencies this one does not compute; go on with it by the version that trained it'
+        )
 
 
 def renamed(group: str, field: str) -> str:

@@ -25,7 +25,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from config import ConfigError, ModelConfig
 from layers.attention import ATTENTION, positions, rope_table
-from layers.attention_kernels import ATTENTION_KERNELS
+from layers.attention_kernels import ATTENTION_KERNELS, cached_visible
 from layers.expert_kernels import EXPERT_KERNELS
 from layers.kernels import portable
 from model import block_names, embed, head_logits, layer, model_params
@@ -234,7 +234,7 @@ def decode_logits(
     the position `starts`: logits after it, float32 [B, V], and the cache with it."""
     rows, tp = ids_B.shape[0], lax.axis_size(TP)
     S = jax.tree.leaves(cache)[0].shape[-2]
-    visible_BS = (jnp.arange(S) >= starts_B[:, None]) & (jnp.arange(S) < positions_B[:, None])
+    visible_BS = cached_visible(positions_B, starts_B, S, cfg)
 
     def filled(x_B: Array) -> Array:
         return jnp.pad(x_B, (0, -rows % tp), mode='edge')

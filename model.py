@@ -242,6 +242,8 @@ def embed(params: Tree, ids_BT: Array, cfg: ModelConfig) -> Array:
     return reduce_scatter(partial_BTD, TP, 1)
 
 
+# Its derivative is written by hand, in `_cross_entropy` where it is with_grads: change both.
+# tests/test_derivatives.py compares them.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def cross_entropy(
     x_tD: Array, w_vD: Array, labels_t: Array, z_loss: float, chunk: int

@@ -24,12 +24,13 @@ class Optimizer(NamedTuple):
 
     slots(declared) declares the arrays that it keeps beside the parameters, {name: tree of Param}:
     layout, checkpoints and plans follow from that. A slot starts as its `Param.init` says.
-    update(params, grads, slots, step, declared, cfg) returns the new parameters and slots, all
-    float32; step counts from 0. rules(config) yields what cannot run.
+    update(params, grads, slots, lr, updates, declared, cfg) returns the new parameters and slots,
+    all float32; lr is the rate of this step, updates the number of those before it, which does not
+    count steps that were skipped. rules(config) yields what cannot run.
     """
 
     slots: Callable[[Tree], dict[str, Tree]]
-    update: Callable[[Tree, Tree, Tree, Array, Tree, OptimizerConfig], tuple[Tree, Tree]]
+    update: Callable[[Tree, Tree, Tree, Array, Array, Tree, OptimizerConfig], tuple[Tree, Tree]]
     rules: Callable[[ConfigDict], Iterator[str]]
 
 
@@ -44,7 +45,7 @@ def zeros_like(declared: Tree) -> Tree:
 
 
 def learning_rate(step: Array, cfg: OptimizerConfig) -> Array:
-    """Returns the rate of update number `step` (from 0): float32 scalar.
+    """Returns the rate of step number `step` (from 0, with skipped ones): float32 scalar.
 
     Linear warmup to peak_lr, then 'cosine': half a cosine to final_lr at the last step
     (Loshchilov & Hutter 2017); 'wsd': constant, then linear to final_lr over the last decay_steps
@@ -84,14 +85,20 @@ def adamw_slots(declared: Tree) -> dict[str, Tree]:
 
 
 def adamw(
-    params: Tree, grads: Tree, slots: Tree, step: Array, declared: Tree, cfg: OptimizerConfig
+    params: Tree,
+    grads: Tree,
+    slots: Tree,
+    lr: Array,
+    updates: Array,
+    declared: Tree,
+    cfg: OptimizerConfig,
 ) -> tuple[Tree, Tree]:
     """Makes one update of AdamW.
 
-    Decay is decoupled (Loshchilov & Hutter 2019) and for matrices only: gains stay free.
+    Decay is decoupled (Loshchilov & Hutter 2019) and for matrices only: gains stay free. The bias
+    correction counts updates, as the moments hold no more gradients than that.
     """
-    lr = learning_rate(step, cfg)
-    t = (step + 1).astype(jnp.float32)
+    t = (updates + 1).astype(jnp.float32)
     m_scale, v_scale = 1 / (1 - cfg.b1**t), 1 / (1 - cfg.b2**t)
     m = jax.tree.map(lambda m, g: cfg.b1 * m + (1 - cfg.b1) * g, slots['m'], grads)
     v = jax.tree.map(lambda v, g: cfg.b2 * v + (1 - cfg.b2) * g * g, slots['v'], grads)
@@ -124,8 +131,8 @@ OPTIMIZERS: dict[str, Optimizer] = {'adamw': Optimizer(adamw_slots, adamw, adamw
 # ---------------------------------------------------------------------------------------------
 
 # A step whose gradient norm is not finite, or far above its recent history, leaves parameters,
-# slots and expert biases as they were; the step number, and with it the data, goes on. The norm is
-# one number that all devices hold, so they decide alike.
+# slots and expert biases as they were; the step number, and with it data and learning rate, goes
+# on. The norm is one number that all devices hold, so they decide alike.
 
 
 def init_history() -> Tree:
@@ -136,6 +143,11 @@ def init_history() -> Tree:
     """
     counts = {name: jnp.zeros((), jnp.int32) for name in ('counted', 'skipped', 'in_a_row')}
     return {'log_norm': jnp.zeros((), jnp.float32)} | counts
+
+
+def count_updates(step: Array, history: Tree) -> Array:
+    """Returns the number of updates before this step: all steps but those that were skipped."""
+    return step - history['skipped']
 
 
 def judge(norm: Array, history: Tree, guard: ConfigDict) -> tuple[Array, Tree]:

@@ -34,7 +34,15 @@ from model import (
     split_router_loss,
     token_loss,
 )
-from optimizer import OPTIMIZERS, clip_by_global_norm, init_history, judge, learning_rate, select
+from optimizer import (
+    OPTIMIZERS,
+    clip_by_global_norm,
+    count_updates,
+    init_history,
+    judge,
+    learning_rate,
+    select,
+)
 from parallel import (
     BATCH,
     PP,
@@ -102,11 +110,13 @@ def train_step(state: Tree, tokens_MBT: Array, s: Setup) -> tuple[Tree, dict[str
     `history` alone.
     """
     key = jax.random.fold_in(jax.random.key(s.config.seed), state['step'])
+    lr = learning_rate(state['step'], s.optimizer)
+    updates = count_updates(state['step'], state['history'])
     grads, metrics = gradients(state['params'], tokens_MBT, key, s)
     with jax.named_scope('optimizer'):
         grads, norm = clip_by_global_norm(grads, s.declared, s.optimizer.clip_norm)
         params, slots = OPTIMIZERS[s.optimizer.name].update(
-            state['params'], grads, state['moments'], state['step'], s.declared, s.optimizer
+            state['params'], grads, state['moments'], lr, updates, s.declared, s.optimizer
         )
     params['blocks'] = update_biases(params['blocks'], metrics['router'], s.model.bias_rate)
     apply, history = judge(norm, state['history'], s.config.guard)
@@ -116,7 +126,7 @@ def train_step(state: Tree, tokens_MBT: Array, s: Setup) -> tuple[Tree, dict[str
         'router': whole_router_statistics(metrics['router'], s),
         'grad_norm': norm,
         'grad_norm_mean': jnp.exp(history['log_norm']),
-        'lr': learning_rate(state['step'], s.optimizer),
+        'lr': lr,
         'skipped': history['skipped'],
         'skips_in_a_row': history['in_a_row'],
     }

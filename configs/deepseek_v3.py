@@ -52,6 +52,12 @@ def get_config() -> ConfigDict:
     m.kv_rank = 512
     m.nope_dim = 128
     m.rope_dim = 64
+    # The released model's values for --config.model.rope_scaling=yarn, by which section 4.3 extends
+    # the context to 131,072 after this run; with 'none' they count for nothing.
+    m.rope_factor = 40.0
+    m.rope_original_len = 4096
+    m.rope_mscale = 1.0
+    m.rope_mscale_all_dim = 1.0
     m.v_dim = 128
     m.attention_block = 512
     m.tie_embeddings = False

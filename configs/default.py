@@ -56,6 +56,11 @@ def get_config() -> ConfigDict:
     m.rope_scaling = 'none'  # 'none' | 'linear' | 'yarn'
     m.rope_factor = 1.0  # linear and yarn: context length over the original one
     m.rope_original_len = 256  # yarn: the original context length
+    m.rope_beta_fast = 32.0  # yarn: pairs that turn more often in that context stay as they are
+    m.rope_beta_slow = 1.0  # yarn: those that turn less often are slowed down by the whole factor
+    m.rope_mscale = 1.0  # yarn: sharpens the rotary part of heads by 0.1·mscale·ln(factor) + 1 ...
+    m.rope_mscale_all_dim = 0.0  # yarn: ... over the same of this, which sharpens whole heads
+    m.rope_attention_factor = 0.0  # yarn: factor on cosines and sines; 0: by the two mscales
     # 'blockwise' (any platform) | 'splash' (TPU) | 'cudnn' (GPU) | 'auto': the platform's with
     # check_vma off, cuDNN's for bfloat16 and heads up to 128; else blockwise
     m.attention_kernel = 'auto'

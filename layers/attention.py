@@ -14,8 +14,14 @@ from jax import lax
 from ml_collections import ConfigDict
 
 from config import QKV, RESIDUAL, ModelConfig, divisors, indivisible
-from layers.attention_kernels import attention, attention_scale, cached_attention
+from layers.attention_kernels import attention, cached_attention
 from layers.dense import gain, linear, rms_norm, weight
+from layers.rope_scaling import (
+    attention_scale,
+    rope_attention_factor,
+    rope_frequencies,
+    rope_rules,
+)
 from parallel import (
     FSDP,
     TP,
@@ -81,36 +87,20 @@ class Attention(NamedTuple):
 # ---------------------------------------------------------------------------------------------
 
 
-def rope_frequencies(cfg: ModelConfig) -> np.ndarray:
-    """Returns the radians per position of each pair of rotary dimensions: float64 [rotary / 2].
-
-    'linear' divides all by the factor (position interpolation, Chen et al. 2023). 'yarn' leaves
-    those that turn more than 32 times within the original context, divides those that turn less
-    than once, and blends linearly between (Peng et al. 2023, section 3.2).
-    """
-    half = attention_sizes(cfg).rotary // 2
-    freqs = cfg.rope_base ** (-np.arange(half) / half)
-    if cfg.rope_scaling == 'none':
-        return freqs
-    if cfg.rope_scaling == 'linear':
-        return freqs / cfg.rope_factor
-    turns = cfg.rope_original_len * freqs / (2 * np.pi)
-    kept = np.clip((turns - 1) / (32 - 1), 0, 1)
-    return freqs * kept + freqs / cfg.rope_factor * (1 - kept)
-
-
 class Positions(NamedTuple):
-    """Rotation angles and documents of the tokens of a batch."""
+    """Rotations and documents of the tokens of a batch."""
 
-    cos: Array  # of the rotation angles, float32 [T, rotary / 2], or [B, 1, T, ...]
-    sin: Array
+    cos: Array  # of the rotation angles, times YaRN's factor: float32 [T, rotary / 2], or [B, 1, T,
+    sin: Array  # rotary / 2]
     documents: Array | None = None  # [B, T] the number of each token's document; None: all are one
 
 
 def rope_table(cfg: ModelConfig, positions_T: Array) -> Positions:
-    """Returns the angles of positions [..., T]: [..., T, rotary / 2]."""
-    angles = positions_T[..., None].astype(jnp.float32) * rope_frequencies(cfg).astype(np.float32)
-    return Positions(jnp.cos(angles), jnp.sin(angles))
+    """Returns the rotations of positions [..., T]: [..., T, rotary / 2]."""
+    freqs = rope_frequencies(cfg, attention_sizes(cfg).rotary)
+    angles = positions_T[..., None].astype(jnp.float32) * freqs.astype(np.float32)
+    factor = rope_attention_factor(cfg)
+    return Positions(factor * jnp.cos(angles), factor * jnp.sin(angles))
 
 
 def positions(ids_BT: Array, cfg: ModelConfig) -> Positions:
@@ -139,6 +129,7 @@ def rope(x: Array, table: Positions) -> Array:
     return _rotate(x, table.cos, table.sin)
 
 
+# Its derivative is written by hand, below: change both. tests/test_derivatives.py compares them.
 @jax.custom_vjp
 def _rotate(x: Array, cos: Array, sin: Array) -> Array:
     return lax.platform_dependent(x, cos, sin, tpu=_rotate_whole, default=_rotate_parts)
@@ -278,6 +269,7 @@ def mla_rules(config: ConfigDict) -> Iterator[str]:
     yield from indivisible(config, FSDP, ranks)
     if m.rope_dim % 2:
         yield odd_rotation('rope_dim', m.rope_dim)
+    yield from rope_rules(config)
 
 
 def odd_rotation(field: str, size: int) -> str:
@@ -415,6 +407,7 @@ def gqa_rules(config: ConfigDict) -> Iterator[str]:
         )
     if m.head_dim % 2:
         yield odd_rotation('head_dim', m.head_dim)
+    yield from rope_rules(config)
 
 
 def gqa(params: Tree, x_BtD: Array, table: Positions, cfg: ModelConfig) -> tuple[Array, Tree]:

@@ -1,12 +1,11 @@
 """Causal attention for one device's heads: blockwise on any platform, and the kernels that ship in
 jax, splash attention on TPU and cuDNN's on GPU. ATTENTION_KERNELS lists them.
 
-All take (q_BkGTH, k_BkSH, v_BkSH, documents_BT or None, scale, block) and return [B, K, G, T, value
-head size].
+All take (q_BkGTH, k_BkSH, v_BkSH, documents_BT or None, scale, cfg) and return [B, K, G, T, value
+head size]. What a query sees stands once, in `visible`.
 """
 
 import functools
-import math
 from collections.abc import Iterator
 
 import jax
@@ -18,7 +17,58 @@ from ml_collections import ConfigDict
 
 from config import ATTENTION_OUTPUT, QKV, ModelConfig
 from layers.kernels import Kernel
+from layers.rope_scaling import attention_scale
 from parallel import Array
+
+# ---------------------------------------------------------------------------------------------
+# The mask
+# ---------------------------------------------------------------------------------------------
+
+
+def visible(
+    q_position: Array,
+    k_position: Array,
+    q_document: Array | None,
+    k_document: Array | None,
+    cfg: ModelConfig | ConfigDict,
+) -> Array:
+    """Returns whether queries see keys: the one mask of training, prefill and decoding.
+
+    Positions count from the start of a row; documents are numbers, or None where all is one. Shapes
+    are broadcast. An edit here, of a sliding window say, changes all three alike; a query must see
+    itself and nothing later. Kernels with a causal mask of their own are then refused, and 'auto'
+    takes blockwise (`own_mask_errors`).
+    """
+    seen = q_position >= k_position
+    return seen if q_document is None else seen & (q_document == k_document)
+
+
+def cached_visible(positions_B: Array, starts_B: Array, S: int, cfg: ModelConfig) -> Array:
+    """Returns which positions of a cache of S the query at each row's position sees: bool [B, S].
+
+    Its document began at the position `starts`. Its own entry is not in the cache yet.
+    """
+    k_S = jnp.arange(S)
+    before_BS = (k_S < starts_B[:, None]).astype(jnp.int32)  # 1: another document
+    seen_BS = visible(positions_B[:, None], k_S, 0, before_BS, cfg)
+    return seen_BS & (k_S < positions_B[:, None])
+
+
+def own_mask_errors(kernel: str, config: ConfigDict) -> Iterator[str]:
+    """Yields an error if `visible` is not the causal mask that the kernel computes by itself.
+
+    Looks at the first query and the last one, which sees keys at all distances.
+    """
+    q, k = np.array([[0], [config.seq_len - 1]]), np.arange(config.seq_len)
+    for documents in ((None, None), (0, k % 2)):
+        causal = (q >= k) & (True if documents[0] is None else documents[1] == 0)
+        if not np.array_equal(visible(q, k, *documents, config.model), causal):
+            yield (
+                f'model.attention_kernel={kernel!r} computes a causal mask of its own, and '
+                f"attention_kernels.visible another one; use the kernel 'blockwise'"
+            )
+            return
+
 
 # ---------------------------------------------------------------------------------------------
 # Blockwise, on any platform
@@ -48,18 +98,27 @@ def _put(x: Array, i: Array, value: Array) -> Array:
     return lax.dynamic_update_slice_in_dim(x, value, i * value.shape[-2], axis=-2)
 
 
-def _scores(q: Array, k: Array, documents: Array | None, i: Array, j: Array, scale: float) -> Array:
+def _scores(
+    q: Array,
+    k: Array,
+    documents: Array | None,
+    i: Array,
+    j: Array,
+    scale: float,
+    cfg: ModelConfig,
+) -> Array:
     """Returns masked scores of query block i and key block j: float32 [B, K, G, block, block]."""
     block = q.shape[-2]
-    within = jnp.arange(block)
-    visible = (i * block + within)[:, None] >= j * block + within
+    within, of_q, of_k = jnp.arange(block), None, None
     if documents is not None:
         of_q, of_k = (lax.dynamic_slice_in_dim(documents, n * block, block, 1) for n in (i, j))
-        visible &= (of_q[:, :, None] == of_k[:, None, :])[:, None, None]
+        of_q, of_k = of_q[:, None, None, :, None], of_k[:, None, None, None, :]
+    seen = visible((i * block + within)[:, None], j * block + within, of_q, of_k, cfg)
     scores = jnp.einsum('bkgth,bksh->bkgts', q, k, preferred_element_type=jnp.float32)
-    return jnp.where(visible, scores * scale, MASKED)
+    return jnp.where(seen, scores * scale, MASKED)
 
 
+# Its derivative is written by hand, below: change both. tests/test_derivatives.py compares them.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def causal_attention(
     q_BkGTH: Array,
@@ -67,27 +126,27 @@ def causal_attention(
     v_BkSH: Array,
     documents_BT: Array | None,
     scale: float,
-    block: int,
+    cfg: ModelConfig,
 ) -> Array:
     """Computes softmax(scale · q kᵀ + mask) v: [B, K, G, T, value head size].
 
-    A query sees the keys that are not later, and those of its own document where documents are
-    numbered. Blockwise with a running maximum and sum (FlashAttention-2, Dao 2023): one scan over
-    the pairs of blocks on and below the diagonal, so the program does not grow with T, blocks above
-    the diagonal cost nothing, and no score array exceeds B·N·block². The backward pass recomputes
-    the scores from the saved log-sum-exp. Scores and softmax are float32 whatever the inputs are.
+    A query sees the keys that are `visible`. Blockwise with a running maximum and sum
+    (FlashAttention-2, Dao 2023): one scan over the pairs of blocks on and below the diagonal, so
+    the program does not grow with T, blocks above the diagonal cost nothing, and no score array
+    exceeds B·N·block². The backward pass recomputes the scores from the saved log-sum-exp. Scores
+    and softmax are float32 whatever the inputs are.
     """
-    return _attention_forward(q_BkGTH, k_BkSH, v_BkSH, documents_BT, scale, block)[0]
+    return _attention_forward(q_BkGTH, k_BkSH, v_BkSH, documents_BT, scale, cfg)[0]
 
 
-def _attention_forward(q, k, v, documents: Array | None, scale: float, block: int):
-    block, pairs = _lower_triangle(q.shape[-2], block)
+def _attention_forward(q, k, v, documents: Array | None, scale: float, cfg: ModelConfig):
+    block, pairs = _lower_triangle(q.shape[-2], cfg.attention_block)
     f32 = {'preferred_element_type': jnp.float32}
 
     def step(carry: tuple, pair: Array):
         out, top, total = carry
         i, j = pair
-        scores = _scores(_block(q, i, block), _block(k, j, block), documents, i, j, scale)
+        scores = _scores(_block(q, i, block), _block(k, j, block), documents, i, j, scale, cfg)
         old_top = _block(top, i, block)
         new_top = jnp.maximum(old_top, jnp.max(scores, axis=-1, keepdims=True))
         p = jnp.exp(scores - new_top)
@@ -107,9 +166,9 @@ def _attention_forward(q, k, v, documents: Array | None, scale: float, block: in
     return out, (q, k, v, documents, out, logsumexp)
 
 
-def _attention_backward(scale: float, block: int, saved: tuple, d_out: Array):
+def _attention_backward(scale: float, cfg: ModelConfig, saved: tuple, d_out: Array):
     q, k, v, documents, out, logsumexp = saved
-    block, pairs = _lower_triangle(q.shape[-2], block)
+    block, pairs = _lower_triangle(q.shape[-2], cfg.attention_block)
     f32 = {'preferred_element_type': jnp.float32}
     delta = jnp.einsum('...h,...h->...', out, d_out, **f32)[..., None]
 
@@ -118,7 +177,8 @@ def _attention_backward(scale: float, block: int, saved: tuple, d_out: Array):
         i, j = pair
         q_i, k_j, v_j = _block(q, i, block), _block(k, j, block), _block(v, j, block)
         do_i = _block(d_out, i, block)
-        p = jnp.exp(_scores(q_i, k_j, documents, i, j, scale) - _block(logsumexp, i, block))
+        scores = _scores(q_i, k_j, documents, i, j, scale, cfg)
+        p = jnp.exp(scores - _block(logsumexp, i, block))
         dp = jnp.einsum('bkgth,bksh->bkgts', do_i, v_j, **f32)
         ds = (p * (dp - _block(delta, i, block)) * scale).astype(q.dtype)
         p = p.astype(q.dtype)
@@ -151,7 +211,7 @@ def splash_attention(
     v_BkSH: Array,
     documents_BT: Array | None,
     scale: float,
-    block: int,
+    cfg: ModelConfig,
     interpret: bool = False,
 ) -> Array:
     """Computes `causal_attention` by a Pallas kernel for TPU (jax's splash attention).
@@ -166,7 +226,7 @@ def splash_attention(
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     B, K, G, T, H = q_BkGTH.shape
-    size = min(block, T)
+    size = min(cfg.attention_block, T)
     keys = 2 * size if T % (2 * size) == 0 else size  # fewer partial dq, some blocks in vain
     kernel = splash.make_splash_mha(
         masks.MultiHeadMask([masks.CausalMask((T, T))] * (K * G)),
@@ -193,7 +253,7 @@ def splash_attention(
 
 
 def splash_rules(config: ConfigDict, _: int) -> Iterator[str]:
-    """Yields an error for blocks that splash attention does not take."""
+    """Yields errors for blocks and masks that splash attention does not take."""
     block = min(config.model.attention_block, config.seq_len)
     if block % SPLASH_LANES:
         yield (
@@ -201,6 +261,7 @@ def splash_rules(config: ConfigDict, _: int) -> Iterator[str]:
             f'makes blocks of {block}, and splash takes multiples of {SPLASH_LANES}; use a '
             f'multiple of it that divides seq_len'
         )
+    yield from own_mask_errors('splash', config)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -217,7 +278,7 @@ def cudnn_attention(
     v_BkSH: Array,
     documents_BT: Array | None,
     scale: float,
-    block: int = 0,
+    cfg: ModelConfig | None = None,
     implementation: str = 'cudnn',
 ) -> Array:
     """Computes `causal_attention` by cuDNN, in bfloat16 (`jax.nn.dot_product_attention`).
@@ -227,7 +288,7 @@ def cudnn_attention(
     a mask of [B, 1, T, T], which cuDNN reads as a bias: B·T² numbers more, where blockwise and
     splash hold none. jax names no result of it, so what backward needs is kept by its primitive.
     """
-    del block
+    del cfg
     B, K, G, T, H = q_BkGTH.shape
     v_dim, mask = v_BkSH.shape[-1], None
     v_BkSH = jnp.pad(v_BkSH, ((0, 0), (0, 0), (0, 0), (0, H - v_dim)))
@@ -246,7 +307,8 @@ def cudnn_attention(
 
 
 def cudnn_rules(config: ConfigDict, head: int) -> Iterator[str]:
-    """Yields errors for the types and head sizes that cuDNN does not take."""
+    """Yields errors for types, head sizes and masks that cuDNN does not take."""
+    yield from own_mask_errors('cudnn', config)
     if config.compute_dtype != 'bfloat16':
         yield (
             f"model.attention_kernel='cudnn' does not take compute_dtype={config.compute_dtype!r}; "
@@ -296,12 +358,6 @@ ATTENTION_KERNELS: dict[str, Kernel] = {
 # ---------------------------------------------------------------------------------------------
 
 
-def attention_scale(cfg: ModelConfig, key_size: int) -> float:
-    """Returns 1/√H, which YaRN sharpens by (0.1·ln(factor) + 1)² (Peng et al. 2023, 3.4)."""
-    sharpen = 0.1 * math.log(cfg.rope_factor) + 1 if cfg.rope_scaling == 'yarn' else 1.0
-    return sharpen**2 / math.sqrt(key_size)
-
-
 def attention(
     q_BkGTH: Array, k_BkSH: Array, v_BkSH: Array, documents_BT: Array | None, cfg: ModelConfig
 ) -> Array:
@@ -309,7 +365,7 @@ def attention(
     q_BkGTH, k_BkSH, v_BkSH = checkpoint_name((q_BkGTH, k_BkSH, v_BkSH), QKV)
     scale = attention_scale(cfg, q_BkGTH.shape[-1])
     compute = ATTENTION_KERNELS[cfg.attention_kernel].compute
-    return compute(q_BkGTH, k_BkSH, v_BkSH, documents_BT, scale, cfg.attention_block)
+    return compute(q_BkGTH, k_BkSH, v_BkSH, documents_BT, scale, cfg)
 
 
 def cached_attention(
@@ -321,10 +377,10 @@ def cached_attention(
 ) -> Array:
     """Computes the attention of one query per row: [B, K, G, value head size].
 
-    It sees the cached positions that are visible, and its own. `cache` is (k_BkSH, v_BkSH), whose
-    other entries may be anything finite; `own` is (k_BkH, v_BkH) of the query's position. All S
-    positions are computed, so the time does not depend on how many are visible. Scores and softmax
-    are float32.
+    It sees the cached positions that are visible (`cached_visible`), and its own. `cache` is
+    (k_BkSH, v_BkSH), whose other entries may be anything finite; `own` is (k_BkH, v_BkH) of the
+    query's position. All S positions are computed, so the time does not depend on how many are
+    visible. Scores and softmax are float32.
     """
     (k_BkSH, v_BkSH), (own_k_BkH, own_v_BkH) = cache, own
     f32 = {'preferred_element_type': jnp.float32}

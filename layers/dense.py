@@ -69,6 +69,7 @@ def weight(shape: tuple[int, ...], spec: P, std: float, kept_by: str = '') -> Pa
 # ---------------------------------------------------------------------------------------------
 
 
+# Its derivative is written by hand, below: change both. tests/test_derivatives.py compares them.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rms_norm(x: Array, gain: Array, eps: float) -> Array:
     """Computes x / rms(x) · gain over the last dimension, in float32 (Zhang & Sennrich 2019).
@@ -95,6 +96,7 @@ def _rms_norm_backward(eps: float, saved: tuple, dy: Array):
 rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
+# Its derivative is written by hand, below: change both. tests/test_derivatives.py compares them.
 @jax.custom_vjp
 def _matmul(x_BTI: Array, w: Array) -> Array:
     """Computes x w, with a weight gradient that transposes the narrower operand.
@@ -124,6 +126,7 @@ def _matmul_backward(saved: tuple[Array, Array], d_BTO: Array):
 _matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
+# Its derivative is written by hand, below: change both. tests/test_derivatives.py compares them.
 @jax.custom_vjp
 def _deferred_matmul(x_BTI: Array, w_IO: Array, sink: tuple[Array, Array]) -> Array:
     """Computes x w; backward leaves the weight gradient's operands in the sink (`Deferred`)."""
@@ -189,17 +192,26 @@ def dropout(x_BtD: Array, rate: float, key: Array) -> Array:
 # ---------------------------------------------------------------------------------------------
 
 
+def activation(x: Array) -> Array:
+    """Computes the activation of every feed-forward, dense or of experts, elementwise.
+
+    To change it, edit this function: its derivative follows.
+    """
+    return jax.nn.silu(x)
+
+
+# Its derivative is written by hand, below: change both. tests/test_derivatives.py compares them.
 @jax.custom_vjp
 def gated(gate: Array, up: Array) -> Array:
-    """Computes silu(gate) · up. Saves its inputs; autodiff would save three further arrays."""
-    return jax.nn.silu(gate) * up
+    """Computes activation(gate) · up. Saves its inputs; autodiff would save three further
+    arrays."""
+    return activation(gate) * up
 
 
 def _gated_backward(saved: tuple[Array, Array], d_out: Array):
     gate, up = saved
-    sigmoid = jax.nn.sigmoid(gate)
-    silu = gate * sigmoid
-    return d_out * up * (sigmoid + silu * (1 - sigmoid)), d_out * silu
+    active, slope = jax.jvp(activation, (gate,), (jnp.ones_like(gate),))
+    return d_out * up * slope, d_out * active
 
 
 gated.defvjp(lambda gate, up: (gated(gate, up), (gate, up)), _gated_backward)
@@ -216,7 +228,8 @@ def swiglu_params(cfg: ModelConfig, d_ff: int) -> Tree:
 
 
 def swiglu_shards(w: Tree, x_BTD: Array) -> Array:
-    """Computes (silu(x W_gate) · x W_up) W_down (Shazeer 2020) for this device's slice of F.
+    """Computes (activation(x W_gate) · x W_up) W_down (SwiGLU, Shazeer 2020) for this device's
+    slice of F.
 
     The results, [B, T, D], add up over tp.
     """

@@ -36,6 +36,7 @@ class Grouped(NamedTuple):
     backward: Callable[..., tuple[Array, Tree]]
 
 
+# Its derivative is the kernel's own backward: change both. tests/test_derivatives.py compares them.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def grouped_swiglu(x_XD: Array, w: Tree, sizes_e: Array, kernel: str) -> Array:
     """Runs each row through the SwiGLU of its group: [X, D] -> the same, a partial sum over tp.

@@ -100,36 +100,42 @@ def route(params: Tree, x_BtD: Array, cfg: ModelConfig) -> tuple[Array, Array, d
 
     The bias enters the choice and not the weight (auxiliary-loss-free balancing, Wang et al.
     2024). With groups, only experts of the best `n_top_groups` are eligible, a group's score
-    being the sum of its two best (DeepSeek-V3). All in float32. Statistics are sums over this
-    device's tokens: `load` [E] assignments, `entropy` nats, `tokens`; and `loss`, its share of the
-    balance and z-losses' mean over the microbatch.
+    being the sum of its two best (DeepSeek-V3). All in float32, and weights and probabilities from
+    logarithms of the scores, so that they add up to 1 where the scores themselves underflow.
+    Statistics are sums over this device's tokens: `load` [E] assignments, `entropy` nats, `tokens`;
+    and `loss`, its share of the balance and z-losses' mean over the microbatch.
     """
     logits_BtE = jnp.einsum(
         'btd,de->bte', x_BtD.astype(jnp.float32), params['router'], precision='highest'
     )
     if cfg.router == 'sigmoid':
-        scores_BtE = jax.nn.sigmoid(logits_BtE)
-        probs_BtE = scores_BtE / jnp.sum(scores_BtE, axis=-1, keepdims=True)
+        log_score_BtE = jax.nn.log_sigmoid(logits_BtE)
+        log_prob_BtE = jax.nn.log_softmax(log_score_BtE, axis=-1)  # of scores over their sum
     else:
-        scores_BtE = probs_BtE = jax.nn.softmax(logits_BtE, axis=-1)
-    choice_BtE = lax.stop_gradient(scores_BtE) + lax.stop_gradient(params['bias'])
+        log_score_BtE = log_prob_BtE = jax.nn.log_softmax(logits_BtE, axis=-1)
+    choice_BtE = lax.stop_gradient(jnp.exp(log_score_BtE)) + lax.stop_gradient(params['bias'])
     if cfg.n_expert_groups > 1:
         choice_BtE = mask_groups(choice_BtE, cfg)
     expert_BtC = lax.top_k(choice_BtE, cfg.experts_per_token)[1]
-    weight_BtC = jnp.take_along_axis(scores_BtE, expert_BtC, axis=-1)
+    log_score_BtC = jnp.take_along_axis(log_score_BtE, expert_BtC, axis=-1)
     if cfg.normalize_weights:
-        weight_BtC /= jnp.sum(weight_BtC, axis=-1, keepdims=True) + 1e-20
-    B, t, E = probs_BtE.shape
-    rows_B = jnp.arange(B)[:, None, None]
-    load_BE = jnp.zeros_like(probs_BtE, shape=(B, E)).at[rows_B, expert_BtC].add(1.0)
-    entropy = -jnp.sum(probs_BtE * jnp.log(probs_BtE + 1e-20))
+        log_score_BtC = jax.nn.log_softmax(log_score_BtC, axis=-1)
+    probs_BtE = jnp.exp(log_prob_BtE)
+    entropy = -jnp.sum(probs_BtE * log_prob_BtE)
     stats = {
-        'load': jnp.sum(load_BE, axis=0),
+        'load': jnp.sum(count_choices(expert_BtC, cfg.n_experts), axis=0),
         'entropy': lax.stop_gradient(entropy),
-        'tokens': jnp.full_like(entropy, B * t),
-        'loss': router_losses(logits_BtE, probs_BtE, load_BE, cfg),
+        'tokens': jnp.full_like(entropy, expert_BtC.shape[0] * expert_BtC.shape[1]),
+        'loss': router_losses(logits_BtE, probs_BtE, cfg),
     }
-    return expert_BtC, weight_BtC * cfg.routed_scale, stats
+    return expert_BtC, jnp.exp(log_score_BtC) * cfg.routed_scale, stats
+
+
+def count_choices(expert_BtC: Array, n_experts: int) -> Array:
+    """Counts the choices of each expert in each sequence: float32 [B, E]."""
+    B = expert_BtC.shape[0]
+    zeros_BE = jnp.zeros_like(expert_BtC, shape=(B, n_experts), dtype=jnp.float32)
+    return zeros_BE.at[jnp.arange(B)[:, None, None], expert_BtC].add(1.0)
 
 
 def mask_groups(choice_BtE: Array, cfg: ModelConfig) -> Array:
@@ -141,11 +147,13 @@ def mask_groups(choice_BtE: Array, cfg: ModelConfig) -> Array:
     return jnp.where(kept[..., None], groups, -jnp.inf).reshape(choice_BtE.shape)
 
 
-def router_losses(logits_BtE: Array, probs_BtE: Array, load_BE: Array, cfg: ModelConfig) -> Array:
+def router_losses(logits_BtE: Array, probs_BtE: Array, cfg: ModelConfig) -> Array:
     """Returns this device's share of the routers' losses, averaged over the microbatch.
 
     balance_loss · Σ_e f_e P_e per sequence (DeepSeek-V3, equations 17-20), and router_z_loss ·
-    logsumexp(logits)² per token (ST-MoE, Zoph et al. 2022).
+    logsumexp(logits)² per token (ST-MoE, Zoph et al. 2022). f counts the best C experts by their
+    scores alone, without biases and groups (equation 18): what the router prefers, not what the
+    balancing made of it. Scores rise with logits, so the best logits are the best scores.
     """
     _, t, E = probs_BtE.shape
     tp, devices = lax.axis_size(TP), lax.axis_size((*BATCH, TP))
@@ -154,7 +162,9 @@ def router_losses(logits_BtE: Array, probs_BtE: Array, load_BE: Array, cfg: Mode
         z_Bt = jnp.square(jax.nn.logsumexp(logits_BtE, axis=-1))
         total += cfg.router_z_loss * jnp.mean(z_Bt) / devices
     if cfg.balance_loss:
-        chosen_BE, prob_BE = psum(jnp.stack((load_BE, jnp.sum(probs_BtE, axis=1))), TP)
+        best_BtC = lax.top_k(lax.stop_gradient(logits_BtE), cfg.experts_per_token)[1]
+        best_BE = count_choices(best_BtC, E)
+        chosen_BE, prob_BE = psum(jnp.stack((best_BE, jnp.sum(probs_BtE, axis=1))), TP)
         chosen_BE *= E / (cfg.experts_per_token * t * tp)
         balance_B = jnp.sum(chosen_BE * prob_BE / (t * tp), axis=-1)
         total += cfg.balance_loss * jnp.mean(balance_B) / devices
@@ -223,6 +233,7 @@ def update_biases(params: Tree, stats: Tree, rate: float) -> Tree:
 # ---------------------------------------------------------------------------------------------
 
 
+# Its derivative is written by hand, below: change both. tests/test_derivatives.py compares them.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def permute(x: Array, index: Array, inverse: Array, copies: int) -> Array:
     """Gathers the rows x[index // copies]; zeros where the index is out of range.
@@ -251,6 +262,7 @@ def sum_choices(x_TCD: Array) -> Array:
     return sum(x_TCD[:, c].astype(jnp.float32) for c in range(x_TCD.shape[1]))
 
 
+# Its derivative is written by hand, below: change both. tests/test_derivatives.py compares them.
 @jax.custom_vjp
 def combine(y_TCD: Array, weight_TC: Array) -> Array:
     """Computes Σ_C weight · y in float32: [T, D] in the type of y, which is saved as it comes."""
@@ -379,6 +391,7 @@ def moe_rules(config: ConfigDict) -> Iterator[str]:
             f'model.experts_per_token={m.experts_per_token} is above model.n_experts='
             f'{m.n_experts}; use {m.n_experts} or fewer'
         )
+    yield from router_gradient_errors(m)
     if m.n_experts % m.n_expert_groups:
         yield (
             f'model.n_experts={m.n_experts} is not divisible by model.n_expert_groups='
@@ -398,6 +411,27 @@ def moe_rules(config: ConfigDict) -> Iterator[str]:
         yield (
             f'model.buffer_factor={m.buffer_factor} has less room than an even spread takes; '
             f'use 1 or more, or 0 for room for all'
+        )
+
+
+def router_gradient_errors(m: ConfigDict) -> Iterator[str]:
+    """Yields an error where the weights of the chosen experts are constants, so that the router
+    gets no gradient from what the experts do."""
+    if m.experts_per_token == 1 and m.normalize_weights:
+        yield (
+            'model.experts_per_token=1 with model.normalize_weights=True gives every token the '
+            'weight 1 and the router no gradient; use normalize_weights=False, or 2 or more '
+            'experts per token'
+        )
+    elif m.n_experts == 1 and m.router == 'softmax':
+        yield (
+            "model.n_experts=1 with model.router='softmax' gives every token the weight 1 and the "
+            "router no gradient; use more experts, the router 'sigmoid', or a 'dense' layer"
+        )
+    elif m.routed_scale == 0:
+        yield (
+            'model.routed_scale=0 gives the experts the weight 0, and them and the router no '
+            'gradient; use a factor above 0'
         )
 
 

@@ -1,7 +1,9 @@
 """Every attention kernel against the plain formula; rotary positions."""
 
+import dataclasses
 import functools
-import math
+import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -9,16 +11,26 @@ import numpy as np
 import pytest
 from common import cpu_model, on_one_device, small_config
 
-from layers import kernels
-from layers.attention import ATTENTION, positions, rope, rope_frequencies, rope_table
+from config import ModelConfig
+from layers import attention_kernels, kernels
+from layers.attention import ATTENTION, attention_sizes, positions, rope, rope_table
 from layers.attention_kernels import (
     ATTENTION_KERNELS,
-    attention_scale,
     causal_attention,
     cudnn_attention,
     splash_attention,
 )
+from layers.rope_scaling import (
+    attention_scale,
+    rope_attention_factor,
+    rope_frequencies,
+    rope_rules,
+)
 from parallel import init_params, make_mesh
+
+
+def in_blocks(block: int) -> ModelConfig:
+    return dataclasses.replace(cpu_model(small_config()), attention_block=block)
 
 
 def plain_attention(q, k, v, documents, scale):
@@ -41,7 +53,8 @@ def test_blockwise_attention_is_softmax_attention(block, packed):
     k = 3 * jax.random.normal(keys[1], (2, 2, 16, 8))
     v = jax.random.normal(keys[2], (2, 2, 16, 5))
     d_out = jax.random.normal(keys[3], (2, 2, 3, 16, 5))
-    got, got_vjp = jax.vjp(lambda *x: causal_attention(*x, documents, 0.3, block), q, k, v)
+    cfg = in_blocks(block)
+    got, got_vjp = jax.vjp(lambda *x: causal_attention(*x, documents, 0.3, cfg), q, k, v)
     want, want_vjp = jax.vjp(lambda *x: plain_attention(*x, documents, 0.3), q, k, v)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
     for a, b in zip(got_vjp(d_out), want_vjp(d_out), strict=True):
@@ -51,9 +64,7 @@ def test_blockwise_attention_is_softmax_attention(block, packed):
 # cuDNN itself needs its GPU: here its arguments go through the plain XLA implementation.
 KERNELS = {
     'splash': functools.partial(splash_attention, interpret=True),
-    'cudnn': lambda q, k, v, documents, scale, block: cudnn_attention(
-        q, k, v, documents, scale, implementation='xla'
-    ),
+    'cudnn': functools.partial(cudnn_attention, implementation='xla'),
 }
 
 
@@ -75,7 +86,7 @@ def test_kernels_are_softmax_attention(kernel, packed):
         out, vjp = jax.vjp(lambda *x: attend(*x, documents, 0.2), *arrays)
         return out, *vjp(d_out)
 
-    got = run(functools.partial(KERNELS[kernel], block=block), q, k, v)
+    got = run(functools.partial(KERNELS[kernel], cfg=in_blocks(block)), q, k, v)
     for a, b in zip(got, run(plain_attention, q, k, v), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5 * np.abs(b).max())
 
@@ -92,8 +103,8 @@ def test_kernels_lower_for_their_platform(kernel, platform, call):
     if platform == 'cuda':
         pytest.importorskip('jax_cuda12_plugin', reason='needs requirements/gpu.txt')
     attend = {
-        'splash': functools.partial(splash_attention, block=128),
-        'cudnn': cudnn_attention,
+        'splash': functools.partial(splash_attention, cfg=in_blocks(128)),
+        'cudnn': functools.partial(cudnn_attention, cfg=in_blocks(128)),
     }[kernel]
     q = jax.ShapeDtypeStruct((2, 2, 2, 256, 128), jnp.bfloat16)
     kv = [jax.ShapeDtypeStruct((2, 2, 256, size), jnp.bfloat16) for size in (128, 64)]
@@ -122,10 +133,63 @@ def test_auto_is_the_kernel_of_the_platform():
     assert choose('auto', 'gpu', head=12) == 'blockwise'
 
 
+def windowed(window: int):
+    """Returns a mask of the last positions, in place of `attention_kernels.visible`."""
+    causal = attention_kernels.visible
+
+    def visible(q_position, k_position, q_document, k_document, cfg):
+        seen = causal(q_position, k_position, q_document, k_document, cfg)
+        return seen & (q_position - k_position < window)
+
+    return visible
+
+
+def test_an_edit_of_the_mask_is_the_mask_of_blockwise_attention(monkeypatch):
+    """Both ways, with blocks of which a query sees nothing."""
+    monkeypatch.setattr(attention_kernels, 'visible', windowed(3))
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v, d_out = (jax.random.normal(key, (1, 1, 1, 16, 4)) for key in keys)
+    k, v = k[:, 0], v[:, 0]
+    distance = np.arange(16)[:, None] - np.arange(16)
+    hidden = (distance < 0) | (distance >= 3)
+
+    def plain(q, k, v):
+        scores = jnp.where(hidden, -jnp.inf, jnp.einsum('bkgth,bksh->bkgts', q, k))
+        return jnp.einsum('bkgts,bksh->bkgth', jax.nn.softmax(scores), v)
+
+    got, got_vjp = jax.vjp(lambda *x: causal_attention(*x, None, 1.0, in_blocks(4)), q, k, v)
+    want, want_vjp = jax.vjp(plain, q, k, v)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    for a, b in zip(got_vjp(d_out), want_vjp(d_out), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6)
+
+
+def other_documents(q_position, k_position, q_document, k_document, cfg):
+    """A mask that forgets the documents."""
+    return q_position >= k_position
+
+
+@pytest.mark.parametrize('mask', [windowed(127), other_documents])
+@pytest.mark.parametrize(('kernel', 'platform'), [('splash', 'tpu'), ('cudnn', 'gpu')])
+def test_kernels_with_a_causal_mask_of_their_own_refuse_another(
+    kernel, platform, mask, monkeypatch
+):
+    config = small_config()
+    config.model.attention_block = config.seq_len = 128
+    config.update({'check_vma': False, 'compute_dtype': 'bfloat16'})
+    assert not list(ATTENTION_KERNELS[kernel].rules(config, 128))
+    monkeypatch.setattr(attention_kernels, 'visible', mask)
+    errors = list(ATTENTION_KERNELS[kernel].rules(config, 128))
+    assert len(errors) == 1
+    assert f"attention_kernel='{kernel}'" in errors[0]
+    assert "use the kernel 'blockwise'" in errors[0]
+    assert kernels.choose(ATTENTION_KERNELS, 'auto', config, 128, platform) == 'blockwise'
+
+
 def test_attention_block_must_divide():
     x = jnp.ones((1, 1, 1, 12, 4))
     with pytest.raises(ValueError, match='attention_block=8'):
-        causal_attention(x, x[:, 0], x[:, 0], None, 1.0, 8)
+        causal_attention(x, x[:, 0], x[:, 0], None, 1.0, in_blocks(8))
 
 
 def test_attention_memory_grows_linearly():
@@ -133,7 +197,8 @@ def test_attention_memory_grows_linearly():
         q = jax.ShapeDtypeStruct((1, 2, 1, T, 16), jnp.float32)
         kv = jax.ShapeDtypeStruct((1, 2, T, 16), jnp.float32)
         f = jax.grad(
-            lambda q, k, v: causal_attention(q, k, v, None, 1.0, 64).sum(), argnums=(0, 1, 2)
+            lambda q, k, v: causal_attention(q, k, v, None, 1.0, in_blocks(64)).sum(),
+            argnums=(0, 1, 2),
         )
         return jax.jit(f).lower(q, kv, kv).compile().memory_analysis().temp_size_in_bytes
 
@@ -190,12 +255,63 @@ def test_positions_start_anew_after_the_end_of_a_document():
 def test_rope_scaling_keeps_fast_and_slows_slow_pairs():
     config = small_config('gqa')
     config.model.update(head_dim=64, rope_factor=8.0, rope_original_len=256)
-    plain = rope_frequencies(cpu_model(config))
+    plain = rope_frequencies(cpu_model(config), 64)
     config.model.rope_scaling = 'linear'
-    np.testing.assert_allclose(rope_frequencies(cpu_model(config)), plain / 8)
+    np.testing.assert_allclose(rope_frequencies(cpu_model(config), 64), plain / 8)
     config.model.rope_scaling = 'yarn'
-    yarn = rope_frequencies(cpu_model(config))
+    yarn = rope_frequencies(cpu_model(config), 64)
     assert yarn[0] == plain[0]
     assert yarn[-1] == pytest.approx(plain[-1] / 8)
     assert np.all(np.diff(yarn) < 0)
-    assert attention_scale(cpu_model(config), 64) == pytest.approx((0.1 * math.log(8) + 1) ** 2 / 8)
+
+
+GOLDEN = json.loads((pathlib.Path(__file__).parent / 'golden' / 'yarn.json').read_text())['cases']
+
+
+def golden_config(name: str):
+    """Returns the config that a golden case's fields mean here."""
+    case, config = GOLDEN[name], small_config(GOLDEN[name]['attention'])
+    sizes = {'mla': {'rope_dim': 64, 'nope_dim': 128}, 'gqa': {'head_dim': 128}}
+    config.model.update(sizes[case['attention']], rope_scaling='yarn')
+    names = {'rope_theta': 'rope_base', 'original_max_position_embeddings': 'rope_original_len'}
+    for field, value in case['rope'].items():
+        config.model[names.get(field, f'rope_{field}')] = value
+    return config
+
+
+@pytest.mark.parametrize('name', GOLDEN)
+def test_yarn_is_that_of_released_models(name):
+    """By the code of transformers: tests/golden/make_yarn.py."""
+    case, cfg = GOLDEN[name], cpu_model(golden_config(name))
+    sizes = attention_sizes(cfg)
+    np.testing.assert_allclose(rope_frequencies(cfg, sizes.rotary), case['frequencies'], rtol=2e-6)
+    assert rope_attention_factor(cfg) == pytest.approx(case['attention_factor'])
+    assert attention_scale(cfg, sizes.key) == pytest.approx(case['scale'])
+
+
+def test_yarn_of_all_of_a_head_is_a_factor_on_its_scores():
+    """So both ways of sharpening are one where all of a head rotates."""
+    config = small_config('gqa')
+    config.model.update(rope_scaling='yarn', rope_factor=8.0)
+    cfgs = [cpu_model(config)]
+    config.model.rope_mscale_all_dim = 1.0
+    cfgs.append(cpu_model(config))
+    x_TH = jax.random.normal(jax.random.key(0), (4, 8))
+
+    def scores(cfg: ModelConfig) -> jax.Array:
+        rotated_TH = rope(x_TH, rope_table(cfg, jnp.arange(4)))
+        return rotated_TH @ rotated_TH.T * attention_scale(cfg, 8)
+
+    assert [rope_attention_factor(cfg) > 1 for cfg in cfgs] == [True, False]
+    np.testing.assert_allclose(*map(scores, cfgs), rtol=1e-5, atol=1e-5)
+
+
+def test_yarn_has_rules():
+    config = golden_config('qwen')
+    assert not list(rope_rules(config))
+    config.model.update(rope_beta_slow=32.0, rope_base=1.0)
+    slow, base = rope_rules(config)
+    assert slow.startswith('model.rope_beta_slow=32.0 and model.rope_beta_fast=32.0')
+    assert base.startswith('model.rope_base=1.0')
+    config.model.rope_scaling = 'linear'
+    assert not list(rope_rules(config))

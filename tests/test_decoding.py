@@ -20,6 +20,7 @@ from decoding import (
     next_starts,
     prefill_logits,
 )
+from layers import attention_kernels
 from model import logits, model_for, model_params
 from parallel import AXES, TP, P, free_axes, make_mesh, map_params, specs, varying
 
@@ -121,6 +122,34 @@ def test_cached_logits_are_the_uncached_ones(name, sizes):
     assert want.std() > 0.1
     for i in range(tp):
         np.testing.assert_allclose(got[:, :, i].reshape(want.shape), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', ['gqa documents', 'mla'])
+def test_an_edit_of_the_mask_reaches_training_prefill_and_decoding(name, monkeypatch):
+    """A sliding window, made in the one place that says what a query sees."""
+    cfg = decoding_config(config_of(name))
+    ids = np.random.default_rng(0).integers(0, 64, (8, CONTEXT)).astype(np.int32)
+    lengths = np.arange(1, 16, 2, dtype=np.int32)
+    whole = np.asarray(whole_model(cfg)(ids))
+    causal = attention_kernels.visible
+
+    def visible(q_position, k_position, q_document, k_document, cfg):
+        seen = causal(q_position, k_position, q_document, k_document, cfg)
+        return seen & (q_position - k_position < 4)
+
+    monkeypatch.setattr(attention_kernels, 'visible', visible)
+    want_BTV = np.asarray(whole_model.__wrapped__(cfg)(ids))
+    np.testing.assert_allclose(want_BTV[:, :4], whole[:, :4], rtol=1e-5, atol=1e-5)
+    assert np.abs(want_BTV[:, 4:] - whole[:, 4:]).max() > 0.01
+    sharded = jax.shard_map(
+        functools.partial(cached_logits, cfg=cfg, n=8),
+        mesh=make_mesh({}),
+        in_specs=(specs(model_params(cfg)), P(ROWS), P(ROWS)),
+        out_specs=P(None, AXES),
+    )
+    got = jax.jit(sharded)(params_of(cfg), ids, lengths)
+    want = np.stack([want_BTV[np.arange(8), lengths - 1 + i] for i in range(8)])
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
 def without_cache(cfg: ModelConfig, prompts: list[list[int]], n: int) -> list[list[int]]:

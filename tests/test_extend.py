@@ -24,7 +24,7 @@ from layers.dense import FeedForward, linear, weight
 from layers.kernels import Kernel
 from machine.chips import CHIPS
 from model import FEED_FORWARD
-from optimizer import OPTIMIZERS, Optimizer, learning_rate, zeros_like
+from optimizer import OPTIMIZERS, Optimizer, zeros_like
 from parallel import FSDP, TP, Array, P, Tree, all_gather, map_params, reduce_scatter, unshard
 from planning.roofline import estimate
 from runtime.config_checks import validate
@@ -83,9 +83,8 @@ def sign_slots(declared: Tree) -> dict[str, Tree]:
     return {'momentum': zeros_like(declared)}
 
 
-def sign(params, grads, slots, step, declared, cfg: OptimizerConfig) -> tuple[Tree, Tree]:
+def sign(params, grads, slots, lr, updates, declared, cfg: OptimizerConfig) -> tuple[Tree, Tree]:
     momentum = jax.tree.map(lambda m, g: cfg.b1 * m + (1 - cfg.b1) * g, slots['momentum'], grads)
-    lr = learning_rate(step, cfg)
     params = map_params(
         lambda p, x, m: x - lr * jnp.sign(m) if p.trainable else x, declared, params, momentum
     )

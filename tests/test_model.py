@@ -1,6 +1,7 @@
 """The loss against the plain formula, and the properties that a language model must have."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,16 @@ from common import cpu_model, initial_params, on_one_device, small_config
 
 import model
 import train_step
+from config import (
+    FIXED,
+    ConfigError,
+    check_alike,
+    differences,
+    model_config,
+    optimizer_config,
+    saved_config,
+)
+from configs import default
 from model import cross_entropy, flops_per_token, logits, model_params
 from parallel import AXES, count, init_params, make_mesh, varying
 from train_step import setup
@@ -180,3 +191,40 @@ def test_no_gathered_weight_is_saved():
     """Weights are gathered as often with remat none as with remat full."""
     gathers = {r: traced_step(r, 2).count(" axis_name=('fsdp',)") for r in ('none', 'full')}
     assert gathers['none'] == gathers['full']
+
+
+# ---------------------------------------------------------------------------------------------
+# Its config
+# ---------------------------------------------------------------------------------------------
+
+
+def test_fields_that_came_later_have_one_default():
+    """Where a dataclass has one too, it is that of configs/default.py."""
+    config = default.get_config()
+    for made in (model_config(config), optimizer_config(config)):
+        for field in dataclasses.fields(made):
+            if field.default is not dataclasses.MISSING:
+                assert field.default == getattr(made, field.name), field.name
+
+
+def test_yarn_of_an_older_run_is_another_model():
+    config = default.get_config()
+    config.model.update(rope_scaling='yarn', rope_factor=4.0)
+    saved = json.loads(config.to_json())
+    assert saved_config(saved).to_dict() == config.to_dict()
+    check_alike(saved, config, FIXED, 'the folder')
+    del saved['model']['rope_beta_fast']
+    for read in (saved_config, lambda old: check_alike(old, config, FIXED, 'the folder')):
+        with pytest.raises(ConfigError, match="rope_scaling='yarn' by an older version"):
+            read(saved)
+    saved['model']['rope_scaling'] = 'linear'
+    assert saved_config(saved).model.rope_beta_fast == 32.0
+
+
+def test_fields_of_rope_scaling_count_where_it_is_on():
+    saved, config = (default.get_config().to_dict() for _ in range(2))
+    config['model']['rope_factor'] = 40.0
+    assert differences(saved, config) == []
+    for fields in (saved, config):
+        fields['model']['rope_scaling'] = 'linear'
+    assert differences(saved, config) == [('model.rope_factor', 1.0, 40.0)]

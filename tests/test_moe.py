@@ -1,5 +1,7 @@
 """The MoE layer against a plain loop over tokens and experts; routing, capacity, dispatch."""
 
+import json
+import pathlib
 import re
 
 import jax
@@ -10,7 +12,17 @@ from common import batch_at, cpu_model, initial_state, on_mesh, on_one_device, s
 
 import train_step
 from layers.expert_kernels import BLOCK, grouped_swiglu
-from layers.moe import inverted, moe, moe_params, permute, rank_within, regroup, update_biases
+from layers.moe import (
+    inverted,
+    moe,
+    moe_params,
+    moe_rules,
+    permute,
+    rank_within,
+    regroup,
+    route,
+    update_biases,
+)
 from parallel import AXES, P, global_sum, init_params, make_mesh, varying
 from train_step import setup
 
@@ -263,6 +275,101 @@ def test_experts_are_computed_again_only_where_asked(remat, keep, again, ep):
     matmuls = re.findall(r'op_name="[^"]*/experts/[^"]*dot_general"', text)
     assert len(matmuls) >= 3 + 6
     assert any('rematted_computation' in name for name in matmuls) == again
+
+
+# ---------------------------------------------------------------------------------------------
+# The router alone. With the identity as its matrix, a token is its own logits.
+# ---------------------------------------------------------------------------------------------
+
+
+def route_logits(logits_BTE, cfg, of=lambda found: found):
+    """Returns what `of` takes of `route`, as a function of the logits, and its value there."""
+    E = logits_BTE.shape[-1]
+    params = {'router': jnp.eye(E), 'bias': jnp.linspace(-3, 3, E)}
+    f = on_one_device(lambda logits_BTE, params: of(route(params, logits_BTE, cfg)))
+
+    def call(logits_BTE):
+        return f(logits_BTE, params)
+
+    return call, call(jnp.float32(logits_BTE))
+
+
+GOLDEN = json.loads((pathlib.Path(__file__).parent / 'golden' / 'balance_loss.json').read_text())
+
+
+@pytest.mark.parametrize('case', GOLDEN['cases'], ids=lambda case: case['router'])
+def test_balance_loss_is_that_of_another_trainer(case):
+    """By the code of Megatron-Core: tests/golden/make_balance_loss.py. It counts the best scores,
+    whatever biases and groups make of the choice."""
+    cfg = layer_config(
+        router=case['router'], n_experts=8, experts_per_token=case['experts_per_token'],
+        n_expert_groups=4, n_top_groups=2, balance_loss=1.0, router_z_loss=0.0,
+    )  # fmt: skip
+    logits_BTE = jnp.float32(case['logits'])
+    f, loss = route_logits(logits_BTE, cfg, lambda found: found[2]['loss'])
+    assert float(loss) == pytest.approx(case['loss'], rel=1e-5)
+    np.testing.assert_allclose(jax.grad(f)(logits_BTE), case['gradient'], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize('normalize', [True, False])
+@pytest.mark.parametrize('router', ['sigmoid', 'softmax'])
+def test_router_is_exact_for_any_logits(router, normalize):
+    """Weights, entropy and gradients, where scores underflow and where they saturate."""
+    cfg = layer_config(
+        router=router, normalize_weights=normalize, n_expert_groups=1, n_top_groups=1,
+        balance_loss=1.0, router_z_loss=1e-9, routed_scale=1.0,
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    sizes = np.array([1, 50, 100, 1000, 1e4])[:, None]
+    shifts = np.array([-1e4, -1000, -100, -45, 0, 100, 1e4])[:, None]
+    near = np.clip(shifts + rng.normal(size=(7, 8)), -1e4, 1e4)
+    rows = [*sizes * rng.uniform(-1, 1, (5, 8)), *near]
+    logits_BTE = np.float32(rows)[None]
+    f, (expert_BTC, weight_BTC, stats) = route_logits(logits_BTE, cfg)
+    x = np.float64(logits_BTE)
+    log_score = -np.logaddexp(0, -x)
+    if router == 'softmax':
+        log_score = x - np.logaddexp.reduce(x, axis=-1, keepdims=True)
+    log_prob = log_score - np.logaddexp.reduce(log_score, axis=-1, keepdims=True)
+    log_weight = np.take_along_axis(log_score, np.asarray(expert_BTC), axis=-1)
+    if normalize:
+        log_weight -= np.logaddexp.reduce(log_weight, axis=-1, keepdims=True)
+        np.testing.assert_allclose(np.sum(weight_BTC, axis=-1), 1, rtol=1e-5)
+    np.testing.assert_allclose(weight_BTC, np.exp(log_weight), rtol=2e-5, atol=1e-30)
+    entropy = -np.sum(np.exp(log_prob) * log_prob)
+    assert float(stats['entropy']) == pytest.approx(entropy, rel=1e-5)
+
+    def total(logits_BTE):
+        _, weight_BTC, stats = f(logits_BTE)
+        return jnp.sum(weight_BTC * jnp.arange(1.0, 4)) + stats['loss']
+
+    gradient = np.asarray(jax.grad(total)(jnp.float32(logits_BTE)))
+    assert np.isfinite(gradient).all()
+    assert np.abs(gradient[0, 0]).max() > 0.01
+
+
+@pytest.mark.parametrize('scale', [1.5, 0.0])
+@pytest.mark.parametrize(('n_experts', 'experts_per_token'), [(1, 1), (2, 1), (2, 2)])
+@pytest.mark.parametrize('router', ['sigmoid', 'softmax'])
+@pytest.mark.parametrize('normalize', [True, False])
+def test_a_router_without_gradient_is_refused(
+    normalize, router, n_experts, experts_per_token, scale
+):
+    """And no other one: the rule is compared with the gradient of the weights."""
+    config = small_config(moe=True)
+    config.model.update(
+        normalize_weights=normalize, router=router, n_experts=n_experts, n_expert_groups=1,
+        experts_per_token=experts_per_token, n_top_groups=1, balance_loss=0.0, router_z_loss=0.0,
+        routed_scale=scale,
+    )  # fmt: skip
+    errors = [e for e in moe_rules(config) if 'router no gradient' in e]
+    logits_BTE = jax.random.normal(jax.random.key(0), (1, 4, n_experts))
+    f, _ = route_logits(
+        logits_BTE, cpu_model(config), lambda found: jnp.sum(found[1] * jnp.cos(found[0]))
+    )
+    gradient = float(jnp.abs(jax.grad(f)(logits_BTE)).max())
+    assert len(errors) == (gradient < 1e-6), (gradient, errors)
+    assert all('use ' in error for error in errors)
 
 
 @pytest.mark.tpu

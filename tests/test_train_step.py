@@ -3,16 +3,26 @@
 import re
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
-from common import set_up, small_config
+from common import batch_at, initial_state, set_up, small_config
 
+import train_step
 from machine.chips import CHIPS
 from parallel import make_mesh
 from planning.compiled import read_cost
 from planning.roofline import estimate
 from planning.topology import topology_devices
 from runtime.config_checks import validate
-from train_step import COMPILER_OPTIONS, compiler_options, lower_train_step, setup
+from train_step import (
+    COMPILER_OPTIONS,
+    compiler_options,
+    lower_train_step,
+    make_train_step,
+    put_batch,
+    setup,
+)
 
 ATTENTION_AGAIN = 'custom_call_target="__cudnn[$]fmhaSoftmax".*rematted_computation'
 
@@ -24,6 +34,35 @@ def test_documents_end_with_the_token_of_the_data_if_they_are_isolated():
     assert setup(config, make_mesh({}), 7).model.document_end == 7
     config.model.document_end = 3
     assert setup(config, make_mesh({}), 7).model.document_end == 3
+
+
+def test_skipped_steps_do_not_count_for_the_moments(monkeypatch):
+    """Adam's first update moves each number by the rate, whatever was skipped before it."""
+    compute = train_step.accumulated
+
+    def poisoned(params, tokens_MBT, *args):
+        grads, nll, stats = compute(params, tokens_MBT, *args)
+        bad = jnp.any(tokens_MBT == -2)
+        return jax.tree.map(lambda g: jnp.where(bad, jnp.nan, g), grads), nll, stats
+
+    def poison(step, rows):
+        return np.where(batch_at(step, rows) < 0, -2, batch_at(step, rows))
+
+    monkeypatch.setattr(train_step, 'accumulated', poisoned)
+    config = small_config('gqa')
+    config.model.update(n_layers=1, block=('dense',))
+    config.optimizer.update(warmup_steps=10, weight_decay=0.0, clip_norm=0.0)
+    s = set_up(config)
+    state, step = initial_state(s), make_train_step(s)
+    for _ in range(3):
+        state, metrics = step(state, put_batch(poison, 0, s))
+    assert (int(metrics['skipped']), int(state['step'])) == (3, 3)
+    before = jax.device_get(state['params'])
+    state, metrics = step(state, put_batch(batch_at, 0, s))
+    assert float(metrics['lr']) == pytest.approx(4e-4)  # the schedule goes by steps
+    moved = jax.tree.map(lambda x, y: np.abs(x - y), jax.device_get(state['params']), before)
+    for leaf in jax.tree.leaves(moved):
+        assert np.median(leaf) == pytest.approx(4e-4, rel=2e-3)
 
 
 def test_compiler_options_override_the_table():
