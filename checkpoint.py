@@ -11,9 +11,10 @@ agreement on what failed. While processes write, they meet in the store alone: a
 background would run into those of the training step.
 """
 
+import contextlib
 import secrets
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
@@ -23,8 +24,10 @@ import tensorstore as ts
 from config import ConfigError
 from machine.processes import all_processes, from_process_0
 from storage.leaves import Tree, check_leaves, copy_to_host, leaf_names
-from storage.steps import DamagedError, StepFiles, Steps, encode_metadata, listed
+from storage.metadata import encode_metadata, with_checksums
+from storage.steps import DamagedError, NotOwnerError, StepFiles, Steps, listed
 
+UNREADABLE = -2  # instead of a step
 GRACE_SECONDS = 60  # for the other processes' chunks when this one ends by an exception
 
 
@@ -36,8 +39,12 @@ class Saving(NamedTuple):
     """A save under way."""
 
     step: int
-    written: Future  # this process's files
+    written: Future  # this process's files; its result are their checksums
     committed: Future  # on process 0 the marker, too, and the removal of old steps
+
+    def failure(self) -> BaseException | None:
+        """Waits for the save, and returns the error of this process."""
+        return self.written.exception() or self.committed.exception()
 
 
 class Checkpointer:
@@ -48,16 +55,26 @@ class Checkpointer:
     """
 
     def __init__(
-        self, path: str, keep: int = 0, keep_every: int = 0, context: ts.Context | None = None
+        self,
+        path: str,
+        keep: int = 0,
+        keep_every: int = 0,
+        context: ts.Context | None = None,
+        check_owner: Callable[[], None] | None = None,
     ):
         """Keeps the newest `keep` steps (0: all), and each multiple of `keep_every` for ever (0:
-        none). `context` brings what a URL needs: credentials, or the memory behind memory://."""
+        none).
+
+        `context` brings what a URL needs: credentials, or the memory behind memory://.
+        `check_owner` is called, in any thread, before a step is committed or removed; if it raises,
+        because another run writes here now, nothing is, and that is a CheckpointError.
+        """
         if keep < 0 or keep_every < 0:
             raise ConfigError(
                 f'keep and keep_every count steps, but are {keep} and {keep_every}: use 0 or more'
             )
         self.keep, self.keep_every = keep, keep_every
-        self._steps = Steps(path, context)
+        self._steps = Steps(path, context, check_owner)
         self._pool = ThreadPoolExecutor(1, 'checkpoint')
         self._saving: Saving | None = None
         self._give_up = threading.Event()
@@ -75,13 +92,14 @@ class Checkpointer:
         if error is None:
             return self.close()
         # The other processes may never come to an agreement: finish alone what is under way.
-        if self._saving:
-            step, written, committed = self._saving
-            wait([written])
-            wait([committed], GRACE_SECONDS)
+        if saving := self._saving:
+            wait([saving.written])
+            wait([saving.committed], GRACE_SECONDS)
             self._give_up.set()
-            if failure := written.exception() or committed.exception():
-                error.add_note(self._not_saved(step, failure))
+            if failure := saving.failure():
+                if jax.process_count() == 1:  # others may still be writing
+                    self._remove_unfinished(saving.step)
+                error.add_note(self._not_saved(saving.step, failure))
         self._pool.shutdown()
 
     def close(self) -> None:
@@ -92,13 +110,29 @@ class Checkpointer:
             self._pool.shutdown()
 
     def steps(self) -> list[int]:
-        """Lists the committed steps, in order."""
+        """Lists the committed steps, in order. Raises ConfigError if they cannot be listed."""
         return self._steps.committed()
 
     def latest_step(self) -> int | None:
-        """Returns the newest committed step as process 0 sees it, or None."""
-        step = from_process_0(max(self.steps(), default=-1))
+        """Returns the newest committed step as process 0 sees it, or None.
+
+        Raises ConfigError on all processes if process 0 cannot list them.
+        """
+        step = self._of_process_0(lambda: max(self.steps(), default=-1))
         return None if step < 0 else step
+
+    def _of_process_0(self, look: Callable[[], int]) -> int:
+        """Returns what process 0 sees in the store; raises its ConfigError on all processes."""
+        seen, error = 0, None
+        try:
+            if jax.process_index() == 0:
+                seen = look()
+        except ConfigError as e:
+            seen, error = UNREADABLE, e
+        seen = from_process_0(seen)
+        if seen == UNREADABLE:
+            raise error or ConfigError(f'process 0 cannot read {self.path}, see its message')
+        return seen
 
     def metadata(self, step: int) -> dict[str, Any]:
         """Returns the content of a committed step's metadata.json.
@@ -124,15 +158,15 @@ class Checkpointer:
     def clean(self) -> list[int]:
         """Removes the steps that were never committed; process 0 returns those that it removed.
 
-        Raises CheckpointError if process 0 could not.
+        Raises CheckpointError if process 0 could not. Nothing is removed if one of them is a link,
+        or holds one.
         """
         unfinished, error = [], None
         try:
             if jax.process_index() == 0:
-                unfinished = sorted(self._steps.begun() - set(self.steps()))
-            for step in unfinished:
-                self._steps.files(step).remove()
-        except (OSError, ValueError) as e:
+                unfinished = self._steps.unfinished()
+                self._steps.remove_all(unfinished)
+        except (OSError, ValueError, NotOwnerError) as e:
             error = e
         if not all_processes(error is None):
             raise CheckpointError(
@@ -145,69 +179,90 @@ class Checkpointer:
     # Saving
     # ---------------------------------------------------------------------------------------------
 
-    def save(self, step: int, tree: Tree, config: Mapping[str, Any] | None = None) -> None:
+    def save(
+        self,
+        step: int,
+        tree: Tree,
+        config: Mapping[str, Any] | None = None,
+        data: Mapping[str, Any] | None = None,
+    ) -> None:
         """Copies the tree to host memory, and writes it in the background.
 
-        First waits for the save before, so that host memory holds one copy. `config` is any JSON;
-        `metadata` returns it. Raises CheckpointError if the save before failed, ConfigError if the
-        step is there already.
+        First waits for the save before, so that host memory holds one copy. `config` and `data` are
+        any JSON; `metadata` returns them. Raises CheckpointError if the save before failed,
+        ConfigError if the step is there already.
         """
         self.wait()
         files = self._steps.files(step)
-        if files.is_committed():
+        if self._of_process_0(files.is_committed):
             raise ConfigError(f'{self.path} holds step {step} already: remove it to save it again')
         leaves = copy_to_host(tree)
-        metadata = encode_metadata(step, leaves, config)
+        metadata = encode_metadata(step, leaves, config, data)
         self._run_id = self._run_id or from_process_0(secrets.randbits(31))
         self._saves += 1
         save_id = f'{self._run_id}-{self._saves}'.encode()
         self._give_up.clear()
-        written = self._pool.submit(files.write, leaves, metadata, save_id)
+        written = self._pool.submit(files.write, leaves, save_id)
         committed = self._pool.submit(self._commit, files, written, metadata, save_id)
         self._saving = Saving(step, written, committed)
 
-    def _commit(self, files: StepFiles, written: Future, metadata: bytes, save_id: bytes) -> None:
+    def _commit(self, files: StepFiles, written: Future, metadata: str, save_id: bytes) -> None:
         """On process 0, writes the marker once all processes have written; then removes old steps.
 
         Runs in the background, after this process has written its own files.
         """
         if jax.process_index() != 0 or written.exception() is not None:
             return
-        files.wait_for_processes(save_id, self._give_up)
-        files.commit(metadata)
+        checksums = files.gather(save_id, written.result(), self._give_up)
+        files.commit(with_checksums(metadata, checksums))
         step = files.step
         try:
             self._steps.remove_old(step, self.keep, self.keep_every)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, NotOwnerError) as error:
             raise CheckpointError(
                 f'step {step} is saved in {self.path}, but older ones could not be removed: {error}'
                 f'\nMend the access; the same command then goes on from step {step}.'
             ) from error
 
+    def failed(self) -> bool:
+        """Returns True if the save under way has failed on this process, as far as is known.
+
+        Does not wait. `wait` and the next `save` raise on all processes then.
+        """
+        if self._saving is None:
+            return False
+        futures = (self._saving.written, self._saving.committed)
+        return any(future.done() and future.exception() for future in futures)
+
     def wait(self) -> None:
         """Waits until the save under way is committed.
 
-        Raises CheckpointError on all processes if the save failed on any.
+        Raises CheckpointError on all processes if the save failed on any; what it has written is
+        removed then, if that is possible.
         """
         if self._saving is None:
             return
-        (step, written, committed), self._saving = self._saving, None
-        if not all_processes(written.exception() is None):
+        saving, self._saving = self._saving, None
+        if not all_processes(saving.written.exception() is None):
             self._give_up.set()
-        error = written.exception() or committed.exception()
-        if not all_processes(error is None):
-            raise CheckpointError(self._not_saved(step, error)) from error
+        error = saving.failure()
+        if not all_processes(error is None):  # now no process writes any more
+            self._remove_unfinished(saving.step)
+            raise CheckpointError(self._not_saved(saving.step, error)) from error
+
+    def _remove_unfinished(self, step: int) -> None:
+        """Frees, on process 0, the room that a failed save has taken, unless it is committed."""
+        files = self._steps.files(step)
+        # Where the store fails or another run writes, the next start removes it.
+        with contextlib.suppress(OSError, ValueError, NotOwnerError):
+            if jax.process_index() == 0 and not files.is_committed():
+                files.remove()
 
     def _not_saved(self, step: int, error: BaseException | None) -> str:
         """Returns the message of a failed save; `error` is None if another process failed."""
         if isinstance(error, CheckpointError):
             return str(error)
-        cause = error or 'another process failed, see its message'
-        return (
-            f'step {step} could not be saved in {self.path}: {cause}\nSteps that are safe there: '
-            f'{listed(self.steps())}. Make room or mend the access; the same command then goes on '
-            f'from the newest.'
-        )
+        return self._steps.not_saved(step, error)
 
     # ---------------------------------------------------------------------------------------------
     # Restoring
@@ -225,7 +280,7 @@ class Checkpointer:
         try:
             entries = self._steps.metadata(step)['leaves']
             check_leaves(wanted, entries, f'{self.path}/{step}')
-            leaves = self._steps.files(step).read(wanted, entries)
+            leaves = self._steps.files(step).reader().read(wanted, entries)
         except (DamagedError, OSError, ValueError) as e:
             error = e
         if all_processes(error is None):

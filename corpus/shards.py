@@ -2,12 +2,15 @@
 
 Each array DIR/train/00000 and so on holds the documents of one part of the input, one after the
 other, each followed by the end-of-text token. DIR is a local folder or a tensorstore URL. Each
-chunk has a crc32c checksum, and the manifest holds a digest of each shard.
+chunk has a crc32c checksum, which is checked as it is read. The manifest holds a digest of each
+shard, which inspection checks, others of the checksums in it, which are checked when it is opened,
+and a digest of itself.
 """
 
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -16,17 +19,25 @@ import tensorstore as ts
 import tiktoken
 
 from config import ConfigError
-from storage.stores import open_store, store_errors
+from storage.stores import expanded, local_folder, open_store, store_errors
 from tokenizer import fingerprint, get_encoding
 
-VERSION = 1  # of the manifest and the arrays
+VERSION = 1  # of the arrays
+MANIFEST_VERSION = 2  # version 1 has no digest
 MANIFEST = 'manifest.json'
+# Digests in a shard's entry: over the crc32c of each file's last chunk, compared when the shard is
+# opened, and of all its chunks, compared before its first read unless it lies in a bucket, of which
+# that is too much to ask.
+CHECKSUMS = ('ends', 'checksums')
+CRC_BYTES = 4  # of the crc32c behind the tokens of a chunk
 SPLITS = ('train', 'validation')
 
 CHUNK_TOKENS = 1 << 15  # tokens that the smallest read fetches and checks
 OBJECT_TOKENS = 1 << 24  # tokens in one file or object of an array, a multiple of CHUNK_TOKENS
 CACHE_BYTES = 256 << 20  # decoded chunks that a split keeps in memory
-SAMPLE_TOKENS = 200  # at most, of a document that --inspect shows
+OPENED_AT_ONCE = 512  # shards compared when a split is opened; the others when first read
+
+_TOTALS = ('tokens', 'documents', 'bytes')  # of a shard, and in all of a split
 
 
 def array_spec(store: ts.KvStore, path: str) -> dict[str, Any]:
@@ -51,6 +62,10 @@ def split_of(document: str, validation_share: float) -> str:
 # ---------------------------------------------------------------------------------------------
 # Writing
 # ---------------------------------------------------------------------------------------------
+
+
+class UnreadableError(OSError):
+    """Tokens cannot be read, by this process at least; the message names the data and a remedy."""
 
 
 class ArrayWriter:
@@ -101,7 +116,16 @@ class ArrayWriter:
             'documents': self.documents,
             'bytes': self._bytes,
             'digest': self._hash.hexdigest(),
+            **self._checksums(),
         }
+
+    def _checksums(self) -> dict[str, str]:
+        """Returns the digests by which `Split` knows the array when it opens it."""
+        with store_errors(f'{self._name} cannot be read back'):
+            return {
+                name: checksums_of(read_checksums(self._store, self._path, self._array, name))
+                for name in CHECKSUMS
+            }
 
     def _flush(self) -> None:
         """Writes the waiting tokens as an object, reads them back from the store and compares."""
@@ -154,6 +178,47 @@ def read_blocks(store: ts.KvStore, path: str) -> Iterator[np.ndarray]:
         yield array[start : min(start + OBJECT_TOKENS, n)].read().result()
 
 
+def read_checksums(
+    store: ts.KvStore, path: str, array: ts.TensorStore, which: str
+) -> dict[str, list[ts.Future[ts.KvStore.ReadResult]]]:
+    """Starts to read the crc32c that stands behind chunks of an array, by file.
+
+    `which` is one of CHECKSUMS. Behind the last chunk of a file its index is read, too.
+    """
+    per_file = array.chunk_layout.write_chunk.shape[0]
+    per_chunk = array.chunk_layout.read_chunk.shape[0]
+    nbytes = per_chunk * array.dtype.numpy_dtype.itemsize + CRC_BYTES
+    reads = {}
+    for i, start in enumerate(range(0, array.shape[0], per_file)):
+        n = math.ceil(min(per_file, array.shape[0] - start) / per_chunk)
+        chunks = range(1, n) if which == 'checksums' else ()
+        places = [slice(k * nbytes - CRC_BYTES, k * nbytes) for k in chunks]
+        places.append(slice(n * nbytes - CRC_BYTES, None))
+        file = f'{path}/c/{i}'
+        reads[file] = [store.read(file, byte_range=place) for place in places]
+    return reads
+
+
+def checksums_of(reads: dict[str, list[ts.Future[ts.KvStore.ReadResult]]]) -> str:
+    """Returns 32 hex digits over what `read_checksums` has read. Raises OSError for a lost file."""
+    digest = hashlib.blake2b(digest_size=16)
+    for file, results in reads.items():
+        for read in results:
+            if read.result().state != 'value':
+                raise OSError(f'{file} is missing')
+            digest.update(read.result().value)
+    return digest.hexdigest()
+
+
+def check_array(array: ts.TensorStore, entry: dict[str, Any], dtype: str) -> None:
+    """Raises ValueError if an array has another shape or type than the manifest's entry says."""
+    if (list(array.shape), array.dtype.name) != ([entry['tokens']], dtype):
+        raise ValueError(
+            f'{entry["path"]} holds {array.dtype.name} {list(array.shape)}, the manifest says '
+            f'{dtype} {[entry["tokens"]]}'
+        )
+
+
 def digest_of(blocks: Iterable[np.ndarray]) -> str:
     """Returns 32 hex digits over token ids. They do not depend on the cut into blocks."""
     digest = hashlib.blake2b(digest_size=16)
@@ -167,10 +232,27 @@ def digest_of(blocks: Iterable[np.ndarray]) -> str:
 # ---------------------------------------------------------------------------------------------
 
 
+def manifest_digest(manifest: dict[str, Any]) -> str:
+    """Returns the sha256 of a manifest's content but for its digest, in hexadecimal."""
+    content = {name: value for name, value in manifest.items() if name != 'digest'}
+    text = json.dumps(content, sort_keys=True, separators=(',', ':'))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_manifest(store: ts.KvStore, manifest: dict[str, Any]) -> None:
+    """Adds version and digest to a manifest, and writes it, with which `store` counts as prepared.
+
+    Errors are tensorstore's.
+    """
+    manifest['version'] = MANIFEST_VERSION
+    manifest['digest'] = manifest_digest(manifest)
+    store.write(MANIFEST, json.dumps(manifest, indent=1).encode() + b'\n').result()
+
+
 def read_manifest(store: ts.KvStore, path: str) -> dict[str, Any]:
     """Returns the manifest of the prepared data in `store`, which `path` names in messages.
 
-    Raises ConfigError if there is none, or one that this code cannot read.
+    Raises ConfigError if there is none, or one that is damaged or that this code cannot read.
     """
     with store_errors(f'{path}/{MANIFEST} cannot be read'):
         found = store.read(MANIFEST).result()
@@ -186,11 +268,60 @@ def read_manifest(store: ts.KvStore, path: str) -> dict[str, Any]:
         raise ConfigError(
             f'{path}/{MANIFEST} is not a manifest ({error!r}): prepare again'
         ) from error
-    if version != VERSION:
+    if type(version) is not int or version not in (1, MANIFEST_VERSION):
         raise ConfigError(
-            f'{path} has format version {version}, this code reads {VERSION}: prepare again'
+            f'{path} has format version {version}, this code reads {MANIFEST_VERSION}: '
+            'prepare again'
         )
+    has_digest = version > 1 or 'digest' in manifest
+    if has_digest and manifest.get('digest') != manifest_digest(manifest):
+        raise ConfigError(
+            f'{path}/{MANIFEST} is damaged, or was edited: its content has another digest; copy it '
+            'from where the data was prepared, or prepare again'
+        )
+    try:
+        _check_fields(manifest)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f'{path}/{MANIFEST} is damaged ({error!r}): prepare again') from error
     return manifest
+
+
+def _check_fields(manifest: dict[str, Any]) -> None:
+    """Raises an error if a manifest lacks a field, or has one that cannot be right.
+
+    Manifests with a digest pass, but older ones have none, and anybody can write one.
+    """
+    tokenizer = manifest['tokenizer']
+    n_vocab, end = tokenizer['n_vocab'], tokenizer['end_of_text']
+    if not (type(n_vocab) is type(end) is int and 0 <= end < n_vocab <= 1 << 32):
+        raise ValueError(f'n_vocab={n_vocab} and end_of_text={end} are no vocabulary')
+    if not all(type(tokenizer[key]) is str for key in ('name', 'fingerprint')):
+        raise ValueError(f'{tokenizer} names no vocabulary')
+    if manifest['dtype'] not in ('uint16', 'uint32'):
+        raise ValueError(f'dtype={manifest["dtype"]}')
+    if manifest['splits'].keys() != {*SPLITS}:
+        raise ValueError(f'the splits are not {", ".join(SPLITS)}')
+    if not 0 <= manifest['validation_share'] < 1:
+        raise ValueError(f'validation_share={manifest["validation_share"]}')
+    for name, split in manifest['splits'].items():
+        _check_split(split, name)
+
+
+def _check_split(split: dict[str, Any], name: str) -> None:
+    """Raises an error if the counts of a split in the manifest cannot be those of its shards."""
+    shards = split['shards']
+    for shard in shards:
+        if not re.fullmatch(name + r'/\d{5,}', shard['path']):
+            raise ValueError(f'{shard["path"]} is no shard of {name}')
+        counts = [shard[key] for key in _TOTALS]
+        if not all(type(n) is int for n in counts) or not counts[0] >= counts[1] > 0 <= counts[2]:
+            raise ValueError(f'{shard["path"]} cannot have {counts} {", ".join(_TOTALS)}')
+    paths = [shard['path'] for shard in shards]
+    if paths != sorted(set(paths), key=lambda path: int(path.partition('/')[2])):
+        raise ValueError(f'the shards of {name} are not in order')
+    for key in _TOTALS:
+        if (in_all := sum(shard[key] for shard in shards)) != split[key]:
+            raise ValueError(f'{name} has {split[key]} {key}, but its shards have {in_all}')
 
 
 class Split:
@@ -198,18 +329,20 @@ class Split:
 
     Attributes: name; n_tokens, n_documents, n_bytes (of text); tokenizer, a name that
     `get_encoding` takes; fingerprint of the vocabulary the data was prepared with; end_of_text, the
-    id that ends each document.
+    id that ends each document; digest of the manifest, which covers counts and checksums of all
+    shards.
     """
 
     def __init__(self, path: str, name: str, cache_bytes: int = CACHE_BYTES):
         """Opens split `name` ('train' or 'validation') of a prepared folder or tensorstore URL.
 
-        Keeps at most `cache_bytes` of it in memory. Raises ConfigError if there is no such data.
+        Keeps at most `cache_bytes` of it in memory. Raises ConfigError if there is no such data, or
+        the arrays are not those of the manifest.
         """
         if name not in SPLITS:
             raise ValueError(f'a split is one of {", ".join(SPLITS)}, not {name!r}')
-        self._path, self._store = path, open_store(path)
-        manifest = read_manifest(self._store, path)
+        self._path, self._store = expanded(path), open_store(path)
+        manifest = read_manifest(self._store, self._path)
         split = manifest['splits'][name]
         if not split['tokens']:
             raise ConfigError(
@@ -223,10 +356,18 @@ class Split:
         self.tokenizer: str = manifest['tokenizer']['name']
         self.fingerprint: str = manifest['tokenizer']['fingerprint']
         self.end_of_text: int = manifest['tokenizer']['end_of_text']
-        self._paths = [shard['path'] for shard in split['shards']]
-        self._starts = np.cumsum([0] + [shard['tokens'] for shard in split['shards']])
+        self.digest = manifest_digest(manifest)
+        self._dtype: str = manifest['dtype']
+        self._shards = split['shards']
+        self._starts = np.cumsum([0] + [shard['tokens'] for shard in self._shards])
         self._context = ts.Context({'cache_pool': {'total_bytes_limit': cache_bytes}})
-        self._arrays: dict[int, ts.Future] = {}
+        self._arrays: dict[int, ts.TensorStore] = {}
+        self._to_compare = set(range(len(self._shards))) if local_folder(path) else set()
+        first = np.linspace(0, len(self._shards) - 1, OPENED_AT_ONCE).astype(int)
+        try:
+            self._open(set(first.tolist()))
+        except (OSError, ValueError) as error:
+            raise ConfigError(self._unreadable(error)) from error
 
     def encoding(self) -> tiktoken.Encoding:
         """Returns the tokenizer. Raises ConfigError if its name now means another vocabulary."""
@@ -262,128 +403,53 @@ class Split:
                 pieces.append((target, shard, start - first, end - first))
                 start, shard = end, shard + 1
         try:
-            # Starts to open all arrays before it waits for one, and then the reads likewise.
-            opened = [self._array(shard) for _, shard, _, _ in pieces]
-            reads = [
-                future.result()[a:b].read()
-                for future, (_, _, a, b) in zip(opened, pieces, strict=True)
-            ]
+            self._open({shard for _, shard, _, _ in pieces})
+            self._compare({shard for _, shard, _, _ in pieces} & self._to_compare, 'checksums')
+            reads = [self._arrays[shard][a:b].read() for _, shard, a, b in pieces]
             for (target, *_), read in zip(pieces, reads, strict=True):
                 target[:] = read.result()
-        except ValueError as error:  # tensorstore's, of one process alone: no ConfigError
-            raise OSError(
-                f'{self._path} cannot be read (--inspect verifies it): {error}'
-            ) from error
+        except (OSError, ValueError) as error:  # of one process alone: no ConfigError
+            raise UnreadableError(self._unreadable(error)) from error
         return out
 
-    def _array(self, shard: int) -> ts.Future:
-        """Returns the opened array of a shard, as a future."""
-        if shard not in self._arrays:
-            # Shards never change, so cached chunks are not checked against the store again.
-            self._arrays[shard] = ts.open(
-                array_spec(self._store, self._paths[shard]),
-                context=self._context,
-                read=True,
-                recheck_cached=False,
-            )
-        return self._arrays[shard]
-
-
-# ---------------------------------------------------------------------------------------------
-# Inspection
-# ---------------------------------------------------------------------------------------------
-
-
-def inspect(path: str, n_samples: int = 3) -> list[str]:
-    """Reads and checks all shards; returns a line for each damaged one.
-
-    Prints the manifest, statistics of the tokens, and `n_samples` documents of each split.
-    """
-    store = open_store(path)
-    manifest = read_manifest(store, path)
-    summary = json.loads(json.dumps(manifest))
-    for split in summary['splits'].values():
-        split['shards'] = len(split['shards'])
-    print(json.dumps(summary, indent=1))
-    damage = []
-    for name, split in manifest['splits'].items():
-        if not split['tokens']:
-            print(f'\n{name}: empty')
-            continue
-        counts = np.zeros(manifest['tokenizer']['n_vocab'], np.int64)
-        lengths: list[np.ndarray] = []
-        for shard in split['shards']:
-            try:
-                _check_shard(store, shard, manifest, counts, lengths)
-            except (ValueError, OSError) as error:
-                damage.append(f'{path}/{shard["path"]} is damaged: {error}')
-        if not lengths:
-            continue
-        whole = Split(path, name)
-        _print_statistics(whole, counts, np.concatenate(lengths))
-        if not damage:
-            _print_samples(whole, np.concatenate(lengths), n_samples)
-    print(f'\n{len(damage)} damaged shards' if damage else '\nall shards are as the manifest says')
-    return damage
-
-
-def _check_shard(
-    store: ts.KvStore,
-    shard: dict[str, Any],
-    manifest: dict[str, Any],
-    counts: np.ndarray,
-    lengths: list[np.ndarray],
-) -> None:
-    """Adds the shard's ids to `counts` [n_vocab] and the lengths of its documents to `lengths`.
-
-    Raises ValueError or OSError if the shard is not as the manifest says.
-    """
-    ends, n = [], 0
-
-    def blocks() -> Iterator[np.ndarray]:
-        """Yields the shard's tokens, counted."""
-        nonlocal counts, n
-        for tokens in read_blocks(store, shard['path']):
-            new = np.bincount(tokens, minlength=len(counts))
-            if len(new) > len(counts):
-                raise ValueError(f'id {len(new) - 1} is beyond the vocabulary of {len(counts)}')
-            counts += new
-            ends.append(n + np.flatnonzero(tokens == manifest['tokenizer']['end_of_text']))
-            n += len(tokens)
-            yield tokens
-
-    digest = digest_of(blocks())
-    ends = np.concatenate(ends)
-    if (n, len(ends)) != (shard['tokens'], shard['documents']):
-        raise ValueError(
-            f'it holds {n:,} tokens and {len(ends):,} documents, the manifest says '
-            f'{shard["tokens"]:,} and {shard["documents"]:,}'
+    def _unreadable(self, error: Exception) -> str:
+        """Returns the message that something of the data cannot be read."""
+        return (
+            f'{self._path} cannot be read (python data.py --inspect={self._path} names what is '
+            f'damaged): {error}'
         )
-    if shard.get('digest', digest) != digest:
-        raise ValueError('its tokens are not those that the manifest is about')
-    lengths.append(np.diff(ends, prepend=-1))
 
+    def _open(self, shards: set[int]) -> None:
+        """Opens those of the shards that are not open, side by side, and checks them.
 
-def _print_statistics(split: Split, counts: np.ndarray, lengths: np.ndarray) -> None:
-    """Prints totals, lengths of documents and the most frequent ids of a split."""
-    quantiles = np.quantile(lengths, [0, 0.1, 0.5, 0.9, 1]).astype(int)
-    print(
-        f'\n{split.name}: {split.n_documents:,} documents, {split.n_tokens:,} tokens, '
-        f'{split.n_bytes:,} bytes, {split.n_bytes / split.n_tokens:.3f} bytes per token\n'
-        f'  tokens per document: mean {lengths.mean():,.0f}; minimum, 10 %, median, 90 %, maximum: '
-        f'{", ".join(f"{q:,}" for q in quantiles)}\n'
-        f'  {np.count_nonzero(counts):,} of {len(counts):,} ids occur; the most frequent:'
-    )
-    enc = split.encoding()
-    for i in np.argsort(-counts, kind='stable')[: min(10, np.count_nonzero(counts))]:
-        print(f'  {counts[i] / counts.sum():7.2%}  {i:6}  {enc.decode_single_token_bytes(i)!r}')
+        Raises ValueError or OSError if an array is not the one that the manifest is about.
+        """
+        new = sorted(shards - self._arrays.keys())
+        entries = [self._shards[i] for i in new]
+        # Shards never change, so cached chunks are not checked against the store again.
+        options = {'context': self._context, 'read': True, 'recheck_cached': False}
+        opened = [ts.open(array_spec(self._store, e['path']), **options) for e in entries]
+        arrays = [array.result() for array in opened]
+        for array, entry in zip(arrays, entries, strict=True):
+            check_array(array, entry, self._dtype)
+        self._arrays.update(zip(new, arrays, strict=True))
+        self._compare(set(new), 'ends')
 
+    def _compare(self, shards: set[int], which: str) -> None:
+        """Compares checksums of opened shards with the manifest.
 
-def _print_samples(split: Split, lengths: np.ndarray, n: int) -> None:
-    """Prints n documents at even distances, the first SAMPLE_TOKENS tokens of each."""
-    enc = split.encoding()
-    starts = np.cumsum(lengths) - lengths
-    for i in np.unique(np.linspace(0, len(lengths) - 1, n).astype(int)) if n else ():
-        kept = min(lengths[i] - 1, SAMPLE_TOKENS)
-        text = enc.decode(split.read(starts[i], starts[i] + kept).tolist())
-        print(f'\n--- {split.name} document {i}, {lengths[i] - 1:,} tokens ---\n{text}')
+        Raises ValueError or OSError if a shard is not the one that the manifest is about.
+        """
+        reads = {
+            i: read_checksums(self._store, self._shards[i]['path'], self._arrays[i], which)
+            for i in sorted(shards)
+            if which in self._shards[i]
+        }
+        for i, read in reads.items():
+            if checksums_of(read) != self._shards[i][which]:
+                raise OSError(
+                    f'{self._shards[i]["path"]} is not the shard that the manifest is about: it '
+                    f'belongs to another preparation, or was exchanged'
+                )
+        if which == 'checksums':
+            self._to_compare -= shards

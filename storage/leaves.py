@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 import math
 import urllib.parse
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -18,6 +18,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from config import ConfigError
 
 CHUNK_BYTES = 16 << 20  # about the largest file: chunks are copied, checked and sent one by one
+CRC_BYTES = 4  # of the crc32c behind a chunk's elements
 COPY_THREADS = 8
 
 Tree = Any
@@ -91,6 +92,39 @@ def chunks_of(box: Box, chunk: list[int]) -> Iterator[Box]:
     starts = [range(*bounds, size) for bounds, size in zip(box, chunk, strict=True)]
     for corner in itertools.product(*starts):
         yield tuple((i, i + size) for i, size in zip(corner, chunk, strict=True))
+
+
+def chunks_across(boxes: Iterable[Box], chunk: list[int]) -> Iterator[tuple[int, ...]]:
+    """Yields the chunks that hold elements of the boxes, each once, by their place in the grid."""
+    ranges = [
+        [range(i // size, -(-j // size)) for (i, j), size in zip(box, chunk, strict=True)]
+        for box in boxes
+    ]
+    yield from dict.fromkeys(itertools.chain(*(itertools.product(*r) for r in ranges)))
+
+
+def chunk_number(place: tuple[int, ...], entry: Mapping[str, Any]) -> int:
+    """Returns a chunk's number in the grid, rows first."""
+    number = 0
+    for i, size, chunk in zip(place, entry['shape'], entry['chunk'], strict=True):
+        number = number * -(-size // chunk) + i
+    return number
+
+
+def count_chunks(entry: Mapping[str, Any]) -> int:
+    """Returns the number of chunks of a leaf."""
+    sizes = zip(entry['shape'], entry['chunk'], strict=True)
+    return math.prod(-(-size // chunk) for size, chunk in sizes)
+
+
+def chunk_bytes(entry: Mapping[str, Any]) -> int:
+    """Returns the bytes of a chunk's elements, behind which its crc32c stands."""
+    return math.prod(entry['chunk']) * jnp.dtype(entry['dtype']).itemsize
+
+
+def chunk_file(name: str, place: tuple[int, ...]) -> str:
+    """Returns the file of a leaf's chunk, as seen from its step's folder."""
+    return '/'.join(['arrays', name, 'c', *map(str, place)])
 
 
 # ---------------------------------------------------------------------------------------------

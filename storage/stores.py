@@ -12,11 +12,19 @@ import tensorstore as ts
 from config import ConfigError
 
 
+def expanded(path: str) -> str:
+    """Returns the path with the home folder for a leading ~ or ~user; URLs stay as they are.
+
+    Shells leave the ~ of --flag=~/folder alone.
+    """
+    return path if '://' in path else os.path.expanduser(path)
+
+
 def local_folder(path: str) -> str | None:
     """Returns the absolute path of a local folder, given as a path or as file://, else None."""
     if path.startswith('file://'):
         return path.removeprefix('file://')
-    return None if '://' in path else os.path.abspath(path)
+    return None if '://' in path else os.path.abspath(expanded(path))
 
 
 @contextlib.contextmanager
@@ -65,16 +73,29 @@ def _split(path: str) -> tuple[str, str]:
 
 
 def read_text(path: str) -> str | None:
-    """Returns the text of a file, or None if there is no such file."""
+    """Returns the text of a file, or None if there is no such file.
+
+    Raises ConfigError, with the file, if it cannot be read or is no UTF-8.
+    """
     folder, name = _split(path)
-    result = open_store(folder).read(name).result()
-    return result.value.decode() if result.state == 'value' else None
+    with store_errors(f'{path} cannot be read'):
+        result = open_store(folder).read(name).result()
+    if result.state != 'value':
+        return None
+    try:
+        return result.value.decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f'{path} is damaged: it is no text ({error})') from error
 
 
 def write_text(path: str, text: str) -> None:
-    """Replaces the whole file at once: after a kill it holds the old text or the new one."""
+    """Replaces the whole file at once: after a kill it holds the old text or the new one.
+
+    Raises ConfigError, with the file, if it cannot be written.
+    """
     folder, name = _split(path)
-    open_store(folder).write(name, text.encode()).result()
+    with store_errors(f'{path} cannot be written'):
+        open_store(folder).write(name, text.encode()).result()
 
 
 class Lines:
@@ -82,37 +103,59 @@ class Lines:
 
     On a local file system each line is appended at once. A bucket can only replace files: there
     the whole text is written again, in the background, at most once per `seconds` and at `flush`;
-    a kill loses the lines since then.
+    a kill loses the lines since then. Lines that cannot be written are kept, and written with the
+    next ones or at `flush`; of them, the file holds none in part.
     """
 
     def __init__(self, path: str, seconds: float = 60.0):
         self.seconds = seconds
+        self._path = path
         self._root, self._name = _split(path)
         self._folder = local_folder(self._root)
+        # In a folder the lines that are to be written, in a bucket all.
         self._text = '' if self._folder else read_text(path) or ''
         self._last_write = time.monotonic()
         self._pending: ts.Future | None = None
 
     def add(self, line: str) -> None:
-        """Adds a line, given without its newline."""
-        if self._folder:
-            with open(os.path.join(self._folder, self._name), 'a') as f:
-                f.write(line + '\n')
-            return
+        """Adds a line, given without its newline. Raises OSError or ConfigError as `flush`."""
         self._text += line + '\n'
-        if time.monotonic() - self._last_write >= self.seconds:
+        if self._folder:
+            self._append()
+        elif time.monotonic() - self._last_write >= self.seconds:
             self._write()
 
     def flush(self) -> None:
-        """Returns once all lines are stored; raises the error of a write that failed."""
+        """Returns once all lines are stored; raises OSError or ConfigError if that fails."""
         if self._folder:
+            self._append()
             return
         self._write()
-        self._pending.result()
+        self._finish()
+
+    def _append(self) -> None:
+        """Appends the lines that wait, all or none."""
+        if not self._text:
+            return
+        with open(os.path.join(self._folder, self._name), 'ab', buffering=0) as f:
+            size, rest = f.seek(0, os.SEEK_END), self._text.encode()
+            try:
+                while rest:
+                    rest = rest[f.write(rest) :]
+            except OSError:
+                f.truncate(size)
+                raise
+        self._text = ''
 
     def _write(self) -> None:
         """Starts to write the whole text, after the write before has ended."""
-        if self._pending:
-            self._pending.result()
+        self._finish()
         self._pending = open_store(self._root).write(self._name, self._text.encode())
         self._last_write = time.monotonic()
+
+    def _finish(self) -> None:
+        """Waits for the write under way."""
+        pending, self._pending = self._pending, None
+        if pending:
+            with store_errors(f'{self._path} cannot be written'):
+                pending.result()

@@ -5,12 +5,14 @@ import json
 import os
 import pathlib
 import random
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from corpus.files import File, find_files
 from corpus.prepare import Job, prepare
-from corpus.shards import Split
+from corpus.shards import Split, manifest_digest
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SHIPPED = 'vocab/stdlib-4096.tiktoken'  # the vocabulary that comes with the project
@@ -78,10 +80,52 @@ def split_of_length(folder: pathlib.Path, n: int) -> Split:
     return split
 
 
+def rewrite_manifest(
+    folder: str, change: Callable[[dict[str, Any]], object], signed: bool = True
+) -> None:
+    """Applies a change to the manifest of a prepared folder; with a fitting digest if `signed`."""
+    path = pathlib.Path(folder, 'manifest.json')
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    if signed:
+        manifest['digest'] = manifest_digest(manifest)
+    path.write_text(json.dumps(manifest))
+
+
 def contents(folder: str | pathlib.Path) -> dict[str, bytes]:
     """Returns the bytes of all files below a folder, by their relative path."""
     paths = [path for path in pathlib.Path(folder).rglob('*') if path.is_file()]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def swap(a: pathlib.Path, b: pathlib.Path) -> None:
+    """Exchanges two files or folders."""
+    rest = a.with_name('rest')
+    a.rename(rest)
+    b.rename(a)
+    rest.rename(b)
+
+
+def damage(folder: pathlib.Path, rng: random.Random) -> str:
+    """Does something to a file or folder below, or two, and says what."""
+    kind = rng.choice(['flip'] * 6 + ['cut', 'grow', 'remove', 'swap', 'copy', 'zeros'])
+    found = [p for p in sorted(folder.rglob('*')) if kind in ('swap', 'copy') or p.is_file()]
+    path = rng.choice(found)
+    other = rng.choice([p for p in found if p.is_file() == path.is_file()])
+    content = path.read_bytes() if path.is_file() else b''
+    at = rng.randrange(len(content)) if content else 0
+    if kind == 'swap' and not ({path, *path.parents} & {other, *other.parents} & {path, other}):
+        swap(path, other)
+    elif kind == 'copy' and path.is_file():
+        other.write_bytes(content)
+    elif kind == 'remove':
+        path.unlink()
+    elif content:
+        flipped = content[:at] + bytes([content[at] ^ 1 << rng.randrange(8)]) + content[at + 1 :]
+        zeros = content[:at] + bytes(len(content) - at)
+        changes = {'flip': flipped, 'cut': content[:at], 'grow': content + b'0', 'zeros': zeros}
+        path.write_bytes(changes.get(kind, content))
+    return f'{kind} {path} {other}'
 
 
 def some_texts(n: int = 200) -> list[str]:

@@ -6,7 +6,9 @@ import os
 import pathlib
 import random
 import re
+import shutil
 import threading
+import time
 import zlib
 
 import jax
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 import tensorstore as ts
 from common_checkpoint import assert_placed, assert_same, bits, config_on, shapes_on, state_on
+from common_data import damage, swap
 from jax.sharding import NamedSharding
 from servers import serve_gs, serve_s3
 
@@ -22,9 +25,11 @@ import checkpoint
 from checkpoint import Checkpointer, CheckpointError
 from config import ConfigError
 from parallel import P, Tree, make_mesh
-from storage import leaves, steps
+from storage import folders, leaves, reading
 from storage.leaves import chunk_shape, leaf_names
-from storage.steps import StepFiles, Steps, windowed
+from storage.metadata import encode_metadata, with_checksums
+from storage.reading import windowed
+from storage.steps import StepFiles, Steps
 from storage.stores import open_store
 
 UNSYNCED = {'file_io_sync': False}  # a context: many small files, and no power cut
@@ -101,7 +106,7 @@ def test_any_tree_comes_back(kind, tmp_path):
     path = {'folder': f'{tmp_path}/a', 'file://': f'file://{tmp_path}/a'}.get(kind, 'memory://a')
     context = ts.Context()
     with Checkpointer(path, context=context) as checkpoints:
-        checkpoints.save(3, tree, {'block': ('dense',)})
+        checkpoints.save(3, tree, {'block': ('dense',)}, {'digest': 'abc'})
     with Checkpointer(path, context=context) as checkpoints:
         assert checkpoints.latest_step() == 3
         assert_same(checkpoints.restore(3, wanted(tree)), tree)
@@ -109,6 +114,7 @@ def test_any_tree_comes_back(kind, tmp_path):
         metadata = checkpoints.metadata(3)
     assert metadata['step'] == 3
     assert metadata['config'] == {'block': ['dense']}
+    assert metadata['data'] == {'digest': 'abc'}
     assert metadata['versions']['jax'] == jax.__version__
 
 
@@ -137,7 +143,7 @@ def saved(request, tmp_path_factory) -> tuple[str, Tree]:
     folder, state = str(tmp_path_factory.mktemp('saved')), state_on(config_on(request.param))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(leaves, 'CHUNK_BYTES', 4000)  # a few rows, as with a large model
-        patch.setattr(steps, 'WINDOW_BYTES', 10_000)  # a few leaves
+        patch.setattr(reading, 'WINDOW_BYTES', 10_000)  # a few leaves
         with Checkpointer(folder, context=ts.Context(UNSYNCED)) as checkpoints:
             checkpoints.save(1, state)
     return folder, state
@@ -145,7 +151,7 @@ def saved(request, tmp_path_factory) -> tuple[str, Tree]:
 
 @pytest.mark.parametrize('to', MESHES, ids=str)
 def test_a_state_moves_between_meshes(to, saved, monkeypatch):
-    monkeypatch.setattr(steps, 'WINDOW_BYTES', 10_000)
+    monkeypatch.setattr(reading, 'WINDOW_BYTES', 10_000)
     folder, state = saved
     target = shapes_on(config_on(to))
     restored = Checkpointer(folder).restore(1, target)
@@ -282,7 +288,7 @@ def test_one_save_is_in_flight_at_a_time(tmp_path, monkeypatch):
 
 
 def test_no_more_than_a_window_is_under_way(monkeypatch):
-    monkeypatch.setattr(steps, 'WINDOW_BYTES', 10)
+    monkeypatch.setattr(reading, 'WINDOW_BYTES', 10)
     events = []
 
     def items():
@@ -299,7 +305,7 @@ def test_no_more_than_a_window_is_under_way(monkeypatch):
 
 
 def test_host_copies_are_freed_as_they_are_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(steps, 'WINDOW_BYTES', 0)
+    monkeypatch.setattr(reading, 'WINDOW_BYTES', 0)
     left = []
     original = StepFiles.open_leaf
 
@@ -309,7 +315,7 @@ def test_host_copies_are_freed_as_they_are_written(tmp_path, monkeypatch):
 
     monkeypatch.setattr(StepFiles, 'open_leaf', counting)
     copies = leaves.copy_to_host(small_tree())
-    Steps(str(tmp_path)).files(1).write(copies, b'{}', b'')
+    Steps(str(tmp_path)).files(1).write(copies, b'')
     assert left == [2, 1, 0]
 
 
@@ -327,6 +333,47 @@ def test_without_its_marker_a_folder_does_not_count(tmp_path):
         assert checkpoints.clean() == [3, 4]
         assert sorted(os.listdir(tmp_path)) == ['1', '2', 'notes.txt']
         checkpoints.save(3, small_tree(3))
+
+
+def test_what_is_no_step_is_left_alone(tmp_path):
+    for name in ('04', '\u0663', '20261127', 'notes'):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'mine.txt').write_text('mine')
+    (tmp_path / '05' / 'arrays').mkdir(parents=True)
+    (tmp_path / '04' / 'COMMIT').write_text('no number as steps have them')
+    (tmp_path / '7').write_text('a file')
+    (tmp_path / '8' / 'arrays').mkdir(parents=True)
+    (tmp_path / '8' / 'mine.txt').write_text('mine')
+    (tmp_path / '8' / 'metadata.json.__lock').write_text('half')
+    before = {path for path in tmp_path.rglob('*') if path.parent.name != '8'}
+    checkpoints = Checkpointer(str(tmp_path))
+    assert checkpoints.latest_step() is None
+    assert checkpoints.clean() == [8]
+    assert checkpoints.clean() == []
+    assert {path for path in tmp_path.rglob('*') if path.parent.name != '8'} == before
+    assert os.listdir(tmp_path / '8') == ['mine.txt']
+
+
+def test_leftovers_of_killed_writes_confuse_nothing(tmp_path):
+    save_steps(tmp_path, 1, 2)
+    for path in files(tmp_path):
+        path.with_name(path.name + '.__lock').write_text('half')
+    (tmp_path / '3').mkdir()
+    (tmp_path / '3' / 'COMMIT.__lock').write_text('half')
+    with Checkpointer(str(tmp_path), keep=2) as checkpoints:
+        assert checkpoints.steps() == [1, 2]
+        assert checkpoints.clean() == [3]
+        assert_same(checkpoints.restore(2, wanted(small_tree(2))), small_tree(2))
+        checkpoints.save(3, small_tree(3))
+    assert sorted(os.listdir(tmp_path)) == ['2', '3']
+
+
+def test_a_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    with Checkpointer('~/a/') as checkpoints:
+        checkpoints.save(1, small_tree(1))
+    assert os.listdir(tmp_path / 'a') == ['1']
+    assert checkpoints.path == f'{tmp_path}/a'
 
 
 @pytest.mark.parametrize(
@@ -355,7 +402,7 @@ def test_a_step_that_cannot_be_read_takes_no_intact_one_s_place(tmp_path):
         checkpoints.save(4, small_tree(4))
         checkpoints.wait()
         assert checkpoints.steps() == [1, 2, 3, 4]
-        with pytest.raises(ConfigError, match='/2 has layout 0, this code reads 1'):
+        with pytest.raises(ConfigError, match='/2 has layout 0, this code reads 1, 2:'):
             checkpoints.restore(2, wanted(small_tree()))
         with pytest.raises(CheckpointError, match='The older step 1 is intact: remove 3, 2 from'):
             checkpoints.metadata(3)
@@ -385,6 +432,75 @@ def test_a_failed_save_is_raised(where, method, tmp_path, monkeypatch):
     assert 'no space left' in text
     assert 'Steps that are safe there: 1.' in text
     assert checkpoints.steps() == [1]
+    assert os.listdir(tmp_path) == ['1']  # the room that it took is free again
+
+
+def test_a_failed_save_is_visible_at_once(tmp_path, monkeypatch):
+    gate = Gate(monkeypatch, 'write')
+    checkpoints = Checkpointer(str(tmp_path))
+    assert not checkpoints.failed()
+    checkpoints.save(1, small_tree(1))
+    assert not checkpoints.failed()
+    monkeypatch.setattr(StepFiles, 'commit', fail)
+    gate.opened.set()
+    deadline = time.monotonic() + 60
+    while not checkpoints.failed():
+        assert time.monotonic() < deadline
+    with pytest.raises(
+        CheckpointError, match=r'step 1 could not .*\nSteps that are safe there: none'
+    ):
+        checkpoints.wait()
+    assert not checkpoints.failed()
+
+
+def fail(*args) -> None:
+    raise OSError('the disk is gone')
+
+
+def test_a_store_that_is_gone_hides_no_failure(tmp_path, monkeypatch):
+    checkpoints = Checkpointer(str(tmp_path))
+    for method in ('write', 'remove'):
+        monkeypatch.setattr(StepFiles, method, fail)
+    checkpoints.save(1, small_tree(1))
+    monkeypatch.setattr(folders, 'entries', fail)
+    with pytest.raises(CheckpointError, match=r'disk is gone\nSteps that are safe there: unknown'):
+        checkpoints.close()
+
+
+def test_who_lost_the_lease_neither_commits_nor_removes(tmp_path):
+    def lost() -> None:
+        raise RuntimeError('pid 7 writes here')
+
+    save_steps(tmp_path, 1, 2)
+    (tmp_path / '3').mkdir()
+    checkpoints = Checkpointer(str(tmp_path), keep=1, check_owner=lost)
+    with pytest.raises(CheckpointError, match=r'steps 3 in .* not be removed: pid 7 writes here'):
+        checkpoints.clean()
+    checkpoints.save(4, small_tree(4))
+    with pytest.raises(
+        CheckpointError, match=r'step 4 could not be saved in .*: pid 7 writes'
+    ) as e:
+        checkpoints.close()
+    assert 'must not write there any more' in str(e.value)
+    assert not {'COMMIT', 'metadata.json'} & {*os.listdir(tmp_path / '4')}
+    assert sorted(os.listdir(tmp_path)) == ['1', '2', '3', '4']
+    calls = []
+    with Checkpointer(str(tmp_path), keep=1, check_owner=lambda: calls.append(0)) as checkpoints:
+        checkpoints.clean()
+        checkpoints.save(5, small_tree(5))
+    assert len(calls) == 2 + 2 + 2  # two unfinished steps, metadata.json and COMMIT, two old steps
+    assert os.listdir(tmp_path) == ['5']
+
+
+def test_what_cannot_be_read_is_named(tmp_path):
+    (tmp_path / 'file').write_text('')
+    checkpoints = Checkpointer(f'{tmp_path}/file')
+    match = f'the checkpoints in {tmp_path}/file cannot be read: '
+    for look in (checkpoints.latest_step, checkpoints.steps):
+        with pytest.raises(ConfigError, match=match):
+            look()
+    with pytest.raises(CheckpointError, match=match):
+        checkpoints.clean()
 
 
 def test_a_failed_removal_is_told_from_a_failed_save(tmp_path, monkeypatch):
@@ -459,10 +575,6 @@ def test_lost_files_are_named(damage, tmp_path):
         path.write_bytes(changed)
         if damage == 'missing':
             path.unlink()
-        if damage == 'long' and path.name != 'metadata.json':  # what follows a chunk is not read
-            assert_same(Checkpointer(str(tmp_path)).restore(4, wanted(tree)), tree)
-            path.write_bytes(good)
-            continue
         with pytest.raises(CheckpointError) as caught:
             Checkpointer(str(tmp_path)).restore(4, wanted(tree))
         text = str(caught.value)
@@ -472,3 +584,201 @@ def test_lost_files_are_named(damage, tmp_path):
         with pytest.raises(CheckpointError, match=re.escape(str(path))):
             Checkpointer(str(tmp_path)).verify(4)
         path.write_bytes(good)
+
+
+def assert_damaged(folder: pathlib.Path, step: int, match: str) -> None:
+    """Checks that a step can be neither restored nor verified, and that the message says why."""
+    checkpoints = Checkpointer(str(folder))
+    with pytest.raises(CheckpointError, match=match):
+        checkpoints.restore(step, wanted(small_tree()))
+    with pytest.raises(CheckpointError, match=match):
+        checkpoints.verify(step)
+
+
+def test_a_step_under_another_number_is_refused(tmp_path):
+    save_steps(tmp_path, 1, 2)
+    shutil.copytree(tmp_path / '2', tmp_path / '3')
+    (tmp_path / '1').rename(tmp_path / '4')
+    assert_damaged(tmp_path, 3, '/3/metadata.json is that of step 2: the folder was copied')
+    assert_damaged(tmp_path, 4, '/4/metadata.json is that of step 1: the folder was copied')
+    save_steps(tmp_path, 5, 6, keep=1)  # they take no place of a good one
+    assert sorted(os.listdir(tmp_path)) == ['3', '4', '6']
+
+
+EXCHANGED = ['leaves', 'chunks', 'chunk of a step', 'leaf of a step', 'arrays of a step']
+
+
+@pytest.mark.parametrize('what', EXCHANGED)
+def test_exchanged_files_are_noticed(what, tmp_path):
+    save_steps(tmp_path, 1, 2)
+    w, other = 'arrays/params.w', tmp_path / '1'
+    if what == 'leaves':
+        tree = {'a': jnp.arange(6.0), 'b': jnp.zeros(6)}
+        with Checkpointer(f'{tmp_path}/x') as checkpoints:
+            checkpoints.save(2, tree)
+        swap(tmp_path / 'x/2/arrays/a', tmp_path / 'x/2/arrays/b')
+        with pytest.raises(CheckpointError, match='/x/2/arrays/a/c/0 is not the file that was'):
+            Checkpointer(f'{tmp_path}/x').restore(2, wanted(tree))
+        return
+    if what == 'chunks':
+        swap(tmp_path / '2' / w / 'c/0/0', tmp_path / '2' / w / 'c/1/0')
+    else:
+        path = {'chunk of a step': f'{w}/c/0/0', 'leaf of a step': w}.get(what, 'arrays')
+        swap(tmp_path / '2' / path, other / path)
+        assert_damaged(tmp_path, 1, 'is not the file that was written there')
+    assert_damaged(tmp_path, 2, 'leaf params.*: .*/c/[01](/0)? is not the file that was written')
+
+
+def to_layout_1(folder: pathlib.Path) -> None:
+    """Makes a step what was saved before metadata.json had the chunks' checksums."""
+    metadata = json.loads((folder / 'metadata.json').read_text())
+    metadata['versions']['layout'] = 1
+    del metadata['data']
+    for entry in metadata['leaves'].values():
+        del entry['crc32c']
+    write_metadata(folder, json.dumps(metadata))
+
+
+def test_layout_1_is_read(tmp_path):
+    with Checkpointer(str(tmp_path)) as checkpoints:
+        checkpoints.save(1, odd_tree(), {'steps': 1})
+    to_layout_1(tmp_path / '1')
+    checkpoints = Checkpointer(str(tmp_path), keep=1)
+    assert_same(checkpoints.restore(1, wanted(odd_tree())), odd_tree())
+    assert checkpoints.metadata(1).get('data') is None
+    checkpoints.verify(1)
+    checkpoints.save(2, odd_tree())
+    checkpoints.close()
+    assert os.listdir(tmp_path) == ['2']
+
+
+def test_processes_write_one_step(tmp_path, monkeypatch):
+    """Each writes its chunks; process 0 gathers the checksums, but not those of an earlier save."""
+    tree = small_tree(3)
+    step = Steps(str(tmp_path)).files(3)
+    written = []
+    monkeypatch.setattr(jax, 'process_count', lambda: 2)
+    for process in (1, 0):
+        monkeypatch.setattr(jax, 'process_index', lambda p=process: p)
+        parts = leaves.copy_to_host(tree)
+        for leaf in parts:
+            leaf.chunks[:] = leaf.chunks[process::2]
+        written.append(step.write(parts, b'7-1'))
+    gave_up = threading.Event()
+    gave_up.set()
+    with pytest.raises(RuntimeError, match='processes 1 did not write their chunks'):
+        step.gather(b'7-2', {}, gave_up)
+    found = step.gather(b'7-1', written[1], threading.Event())
+    metadata = encode_metadata(3, leaves.copy_to_host(tree), None, {'digest': 'x'})
+    with pytest.raises(AssertionError, match=r'each chunk of params.* is written once'):
+        with_checksums(metadata, written[1:])
+    step.commit(with_checksums(metadata, found))
+    monkeypatch.undo()
+    checkpoints = Checkpointer(str(tmp_path))
+    assert_same(checkpoints.restore(3, wanted(tree)), tree)
+    assert checkpoints.metadata(3)['data'] == {'digest': 'x'}
+    swap(tmp_path / '3/arrays/params.w/c/0/0', tmp_path / '3/arrays/params.w/c/1/0')
+    assert_damaged(tmp_path, 3, 'is not the file that was written there')
+
+
+# ---------------------------------------------------------------------------------------------
+# Links
+# ---------------------------------------------------------------------------------------------
+
+
+def test_a_linked_folder_of_checkpoints(tmp_path):
+    (tmp_path / 'big').mkdir()
+    (tmp_path / 'checkpoints').symlink_to(tmp_path / 'big')
+    save_steps(tmp_path / 'checkpoints', 1, 2, keep=1)
+    (tmp_path / 'big' / '2' / 'COMMIT').unlink()
+    save_steps(tmp_path / 'checkpoints', 3)
+    checkpoints = Checkpointer(f'{tmp_path}/checkpoints')
+    assert checkpoints.latest_step() == 3
+    assert checkpoints.clean() == [2]
+    assert_same(checkpoints.restore(3, wanted(small_tree(3))), small_tree(3))
+    (tmp_path / 'big').rename(tmp_path / 'unmounted')
+    with pytest.raises(ConfigError, match=r'is a link to .*/big, which is not there.*: mount it'):
+        Checkpointer(f'{tmp_path}/checkpoints').latest_step()
+    (tmp_path / 'run').symlink_to(tmp_path / 'big')
+    with pytest.raises(ConfigError, match=f'{tmp_path}/run is a link to .*/big, which is not'):
+        Checkpointer(f'{tmp_path}/run/checkpoints').latest_step()
+
+
+def moved(step: pathlib.Path) -> pathlib.Path:
+    """Moves a file or folder elsewhere, and leaves a link to it; returns where it is."""
+    target = step.parent.parent / f'elsewhere-{step.name}'
+    while target.exists():
+        target = target.with_name(target.name + '+')
+    step.rename(target)
+    step.symlink_to(target)
+    return target
+
+
+def test_a_linked_step_is_read_and_stays(tmp_path):
+    folder = tmp_path / 'checkpoints'
+    save_steps(folder, 1, 2)
+    target = moved(folder / '1')
+    checkpoints = Checkpointer(str(folder), keep=1)
+    assert checkpoints.steps() == [1, 2]
+    assert checkpoints.clean() == []
+    assert_same(checkpoints.restore(1, wanted(small_tree(1))), small_tree(1))
+    checkpoints.save(3, small_tree(3))
+    checkpoints.close()
+    assert checkpoints.steps() == [1, 3]
+    assert (folder / '1').readlink() == target
+
+
+@pytest.mark.parametrize('which', ['.', 'arrays', 'arrays/params.w', 'metadata.json'])
+def test_nothing_is_removed_through_links(which, tmp_path):
+    folder = tmp_path / 'checkpoints'
+    save_steps(folder, 1, 2)
+    (folder / '0' / 'arrays').mkdir(parents=True)
+    moved(folder / '2' / which)
+    (folder / '2' / 'COMMIT').unlink()
+    assert_not_cleaned(folder, which)
+
+
+@pytest.mark.parametrize('which', ['.', 'COMMIT'])
+def test_a_step_on_a_disk_that_is_not_there_is_not_removed(which, tmp_path):
+    folder = tmp_path / 'checkpoints'
+    save_steps(folder, 1, 2)
+    moved(folder / '2' / which).rename(tmp_path / 'unmounted')
+    assert 'which is not there (is its disk mounted?)' in assert_not_cleaned(folder, which)
+
+
+def assert_not_cleaned(folder: pathlib.Path, link: str) -> str:
+    """Checks that the unfinished step 2 stays, for the link in it; returns the message."""
+    before = sorted(folder.parent.rglob('*'))
+    checkpoints = Checkpointer(str(folder))
+    assert checkpoints.steps() == [1]
+    with pytest.raises(CheckpointError, match='nothing is removed through links') as caught:
+        checkpoints.clean()
+    assert f'{os.path.normpath(folder / "2" / link)} is a link to ' in str(caught.value)
+    assert sorted(folder.parent.rglob('*')) == before
+    return str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------
+# Everything at random
+# ---------------------------------------------------------------------------------------------
+
+
+def test_whatever_is_damaged_a_restore_is_right_or_refused(tmp_path):
+    save_steps(tmp_path / 'whole', 1, 2)
+    rng, messages = random.Random(0), []
+    right = {step: list(map(bits, jax.tree.leaves(small_tree(step)))) for step in (1, 2)}
+    wants = {step: wanted(small_tree(step)) for step in (1, 2)}
+    for i in range(100):
+        folder = tmp_path / f'copy-{i}'
+        shutil.copytree(tmp_path / 'whole', folder)
+        said = damage(folder, rng)
+        checkpoints = Checkpointer(str(folder))
+        for step in checkpoints.steps():
+            try:
+                restored = checkpoints.restore(step, wants[step])
+            except (CheckpointError, ConfigError) as error:
+                messages.append(str(error))
+            else:
+                assert list(map(bits, jax.tree.leaves(restored))) == right[step], said
+    assert len(messages) > 40
+    assert all(str(tmp_path) in message for message in messages)

@@ -1,15 +1,18 @@
 """Small files in folders and buckets, and a run that lives in a bucket."""
 
 import json
+import resource
 
 import pytest
+import tensorstore as ts
 from common_runs import share_programs
 from servers import serve_s3
 from training_worker import small_run
 
 import train
 from config import ConfigError
-from storage.stores import Lines, open_store, read_text, write_text
+from storage import stores
+from storage.stores import Lines, expanded, open_store, read_text, write_text
 
 
 @pytest.fixture(scope='module')
@@ -53,6 +56,65 @@ def test_lines_go_on_where_a_file_ends(place):
     lines.flush()
     lines.flush()
     assert read_text(path) == 'a\nb\nc\nd\n'
+
+
+def test_lines_that_do_not_fit_are_kept_and_whole(tmp_path):
+    path, long = str(tmp_path / 'lines.txt'), 'b' * 3000
+    lines = Lines(path)
+    lines.add('a')
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        for add in (lambda: lines.add(long), lines.flush):
+            with pytest.raises(OSError, match='File too large'):
+                add()
+            assert read_text(path) == 'a\n'
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    lines.add('c')
+    assert read_text(path) == f'a\n{long}\nc\n'
+
+
+def test_lines_go_on_after_a_bucket_failed(monkeypatch):
+    class Failed:
+        def write(self, *_) -> ts.Future:
+            promise, future = ts.Promise.new()
+            promise.set_exception(ValueError('UNAVAILABLE'))
+            return future
+
+    path = 'memory://run/lines.txt'
+    context = ts.Context()
+    monkeypatch.setattr(stores, 'open_store', lambda path: open_store(path, context))
+    lines = Lines(path, seconds=3600)
+    lines.add('a')
+    with monkeypatch.context() as patch:
+        patch.setattr(stores, 'open_store', lambda _: Failed())
+        with pytest.raises(ConfigError, match=f'{path} cannot be written: UNAVAILABLE'):
+            lines.flush()
+    lines.add('b')
+    lines.flush()
+    assert read_text(path) == 'a\nb\n'
+
+
+def test_what_cannot_be_read_or_written_is_named(tmp_path):
+    (tmp_path / 'file').write_bytes(b'\xff')
+    with pytest.raises(ConfigError, match=f'{tmp_path}/file is damaged: it is no text'):
+        read_text(f'{tmp_path}/file')
+    with pytest.raises(ConfigError, match=f'{tmp_path}/file/x cannot be written: '):
+        write_text(f'{tmp_path}/file/x', '')
+
+
+def test_a_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    write_text('~/run/a.txt', 'text')
+    assert (tmp_path / 'run/a.txt').read_text() == read_text('~/run/a.txt') == 'text'
+    lines = Lines('~/run/lines.txt')
+    lines.add('a')
+    assert (tmp_path / 'run/lines.txt').read_text() == 'a\n'
+    assert [path.name for path in tmp_path.iterdir()] == ['run']
+    for path in ('gs://~/a', 's3://b/~', 'file:///~/a', 'a/~', './~'):
+        assert expanded(path) == path
 
 
 def test_a_bucket_receives_lines_that_are_young_only_when_asked(bucket):
