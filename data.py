@@ -1,14 +1,14 @@
 """Text to token shards, as a command; token shards to batches, as a library.
 
-    python data.py --input='corpus/**/*.txt' --tokenizer=cl100k_base --output=DIR
+    python data.py --input=input.txt --tokenizer=vocab/stdlib-4096.tiktoken --output=DIR
     python data.py --input='hf://datasets/HuggingFaceFW/fineweb-edu/sample/10BT/*.parquet' \\
         --tokenizer=cl100k_base --output=gs://bucket/fineweb-edu --workers=64
     python data.py --inspect=DIR
 
 The command reads documents (corpus/documents.py), tokenizes them in parts (corpus/prepare.py) and
 writes token shards (corpus/shards.py). An end-of-text token follows each document. A document's
-split depends on its id alone, and the bytes of the output on the input alone. The same command
-resumes a job that was killed.
+split depends on its id alone, unless that leaves a split empty, and the bytes of the output on the
+input alone. The same command resumes a job that was killed.
 
 `Loader.batch_at(step)` and `Mixture.batch_at(step)` are pure functions of the seed, the step and
 the manifests: training resumes from a step number, on any number of processes, and each process
@@ -17,31 +17,30 @@ reads only its own rows.
 
 import math
 import os
-import platform
-import shutil
 import sys
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import tiktoken
-from absl import app, flags
+from absl import flags
 from ml_collections import ConfigDict
 
 from config import ConfigError
 from corpus.documents import Bad
-from corpus.files import KINDS, File, find_files
+from corpus.files import KINDS, find_files, split_inputs
+from corpus.inspection import inspect
 from corpus.prepare import Job, prepare
-from corpus.shards import CACHE_BYTES, MANIFEST, VERSION, Split, inspect
+from corpus.shards import CACHE_BYTES, Split, read_manifest
+from corpus.stdlib import stdlib_corpus
 from corpus.workers import WorkerError
-from tokenizer import fingerprint, get_encoding, stdlib_files
+from machine import command
+from storage.stores import open_store
 
 MAX_PERIOD = 10_000  # at most so many samples, then the order of a mixture's sources repeats
-STDLIB_FILES = 2  # version of the choice that stdlib_files makes; raise it with that choice
 
 T = TypeVar('T')
 
@@ -322,7 +321,8 @@ class Source(NamedTuple):
 
     name: str
     share: float  # of the training rows
-    evaluation: EvaluationSet
+    train: Split
+    evaluation: EvaluationSet | None  # None: no document was held out
 
 
 def open_sources(
@@ -335,8 +335,9 @@ def open_sources(
 ) -> tuple[Loader | Mixture, list[Source]]:
     """Opens (name, path, weight) sources: their training stream, and their evaluation sets.
 
-    An evaluation set takes at most `eval_batches` batches; 0 takes its whole validation split. The
-    path 'stdlib' stands for Python's standard library, prepared with `tokenizer`.
+    An evaluation set takes at most `eval_batches` batches; 0 takes its whole validation split. A
+    source without validation documents has none. The path 'stdlib' stands for Python's standard
+    library, prepared with `tokenizer`.
     """
     names, paths, weights = zip(*sources, strict=True)
     paths = [stdlib_corpus(tokenizer) if path == 'stdlib' else path for path in paths]
@@ -345,32 +346,41 @@ def open_sources(
         loader = Loader(train[0], batch_size, seq_len, seed)
     else:
         loader = Mixture(train, weights, batch_size, seq_len, seed)
-    evaluations = [
-        EvaluationSet(Split(path, 'validation'), batch_size, seq_len, eval_batches)
-        for path in paths
-    ]
     counts = whole_shares(weights)
-    return loader, [
-        Source(name, count / sum(counts), evaluation)
-        for name, count, evaluation in zip(names, counts, evaluations, strict=True)
-    ]
+    opened = []
+    for name, path, count, split in zip(names, paths, counts, train, strict=True):
+        evaluation = None
+        if read_manifest(open_store(path), path)['splits']['validation']['tokens']:
+            validation = Split(path, 'validation')
+            evaluation = EvaluationSet(validation, batch_size, seq_len, eval_batches)
+        opened.append(Source(name, count / sum(counts), split, evaluation))
+    return loader, opened
 
 
 def open_data(config: ConfigDict) -> tuple[Loader | Mixture, list[Source], tiktoken.Encoding]:
     """Opens a config's data: the training stream, its sources with evaluation sets, the tokenizer.
 
-    Raises ConfigError if the data cannot be read, or has more tokens than model.vocab_size.
+    Raises ConfigError if the data cannot be read, if its vocabulary is larger than
+    model.vocab_size, or if eval.every is above 0 and a source has no validation documents.
     """
     d = config.data
+    named = d.sources or (('data', d.path, 1.0),)
     loader, sources = open_sources(
-        d.sources or (('data', d.path, 1.0),),
+        named,
         d.tokenizer,
         config.batch_size,
         config.seq_len,
         config.seed,
         config.eval.batches,
     )
-    encoding = sources[0].evaluation.split.encoding()
+    without = [p for (_, p, _), source in zip(named, sources, strict=True) if not source.evaluation]
+    if without and config.eval.every:
+        raise ConfigError(
+            f'eval.every={config.eval.every}, but nothing is held out for validation in '
+            f'{", ".join(without)}: use --config.eval.every=0, or prepare the data again, into '
+            'another folder, with a --validation_share above 0'
+        )
+    encoding = sources[0].train.encoding()
     if encoding.n_vocab > config.model.vocab_size:
         raise ConfigError(
             f'model.vocab_size={config.model.vocab_size} is below the {encoding.n_vocab} tokens of '
@@ -379,52 +389,16 @@ def open_data(config: ConfigDict) -> tuple[Loader | Mixture, list[Source], tikto
     return loader, sources, encoding
 
 
-# ---------------------------------------------------------------------------------------------
-# The standard library as a corpus
-# ---------------------------------------------------------------------------------------------
-
-
-def stdlib_corpus(tokenizer: str, validation_share: float = 0.03) -> str:
-    """Returns the path of the running Python's standard library as a prepared folder.
-
-    The folder is prepared once, in $JAXFORMER_CACHE, else $XDG_CACHE_HOME/jaxformer, else
-    ~/.cache/jaxformer. Several processes may do this at the same time. Raises ConfigError if the
-    cache cannot be written.
-    """
-    user_cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
-    cache = os.environ.get('JAXFORMER_CACHE') or os.path.join(user_cache, 'jaxformer')
-    key = fingerprint(get_encoding(tokenizer))[:12]
-    version = platform.python_version()
-    folder = os.path.join(
-        cache, f'stdlib-{version}-{key}-{validation_share:g}-v{VERSION}.{STDLIB_FILES}'
+def vocabulary_note(vocab_size: int, encoding: tiktoken.Encoding) -> str:
+    """Returns a line that says how much of the embedding no token uses; '' if it is little."""
+    unused = 1 - encoding.n_vocab / vocab_size
+    if unused < 0.25:
+        return ''
+    return (
+        f'model.vocab_size is {vocab_size:,} and the tokenizer {encoding.name} has '
+        f'{encoding.n_vocab:,} ids: {unused:.0%} of the embedding is unused; '
+        f'--config.model.vocab_size={-(-encoding.n_vocab // 128) * 128} would do'
     )
-    if os.path.exists(os.path.join(folder, MANIFEST)):
-        return folder
-    try:
-        os.makedirs(cache, exist_ok=True)
-        building = tempfile.mkdtemp(prefix='building-', dir=cache)
-    except OSError as error:
-        raise ConfigError(
-            f'the cache folder {cache} cannot be written ({error}): set JAXFORMER_CACHE to '
-            'one that can'
-        ) from error
-    try:
-        named, skipped = stdlib_files()
-        left_out = f', without {skipped} files that are not UTF-8' if skipped else ''
-        print(f'preparing the standard library of Python {version} in {folder}{left_out}')
-        files = [File(name, path) for name, path in named]
-        # A folder below `building`, because mkdtemp makes that one unreadable for other users.
-        tokens = os.path.join(building, 'tokens')
-        prepare(files, Job(tokens, tokenizer, validation_share, max_bad_share=0.0))
-        try:
-            os.rename(tokens, folder)
-        except OSError:
-            # Another process was first. Its folder is complete, because it was renamed, too.
-            if not os.path.exists(os.path.join(folder, MANIFEST)):
-                raise
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-    return folder
 
 
 # ---------------------------------------------------------------------------------------------
@@ -433,46 +407,75 @@ def stdlib_corpus(tokenizer: str, validation_share: float = 0.03) -> str:
 
 
 def _define_flags() -> None:
-    flags.DEFINE_list('input', None, f'globs of {", ".join(KINDS)} files, as paths or URLs')
-    flags.DEFINE_string('tokenizer', None, "a tiktoken name, 'bytes', or a .tiktoken file")
-    flags.DEFINE_string('output', None, 'the folder or tensorstore URL to write')
-    flags.DEFINE_float('validation_share', 0.01, 'share of the documents that go to validation')
-    flags.DEFINE_integer('workers', os.cpu_count(), 'processes')
-    flags.DEFINE_string('ray', None, "address of a Ray cluster to work on, or 'auto' or 'local'")
-    flags.DEFINE_string('text_field', 'text', 'the field of a record that holds the text')
-    flags.DEFINE_float('max_bad_share', 0.001, 'share of bad records above which the job stops')
-    flags.DEFINE_string('inspect', None, 'a prepared folder or URL to describe and verify instead')
-    flags.DEFINE_integer('samples', 3, 'documents of a split that --inspect shows')
-    flags.register_multi_flags_validator(
-        ['input', 'tokenizer', 'output', 'inspect'],
-        lambda f: bool(f['inspect'] or (f['input'] and f['tokenizer'] and f['output'])),
-        'give --input, --tokenizer and --output to prepare, or --inspect',
+    flags.DEFINE_multi_string(
+        'input',
+        None,
+        f'Paths, folders, globs or URLs of {", ".join(KINDS)} files; several with commas, or as '
+        'further words.',
     )
+    flags.DEFINE_list('extensions', [], 'Endings of further files to read as text, as in rst,c.')
+    command.DEFINE_path('tokenizer', None, "A tiktoken name, 'bytes', or a .tiktoken file.")
+    command.DEFINE_path('output', None, 'Folder or URL to write.')
+    flags.DEFINE_float(
+        'validation_share', 0.01, 'Share of the documents held out for validation; 0: none.'
+    )
+    flags.DEFINE_integer('workers', os.cpu_count(), 'Number of processes.', lower_bound=1)
+    flags.DEFINE_string('ray', None, "Address of a Ray cluster to work on, or 'auto' or 'local'.")
+    flags.DEFINE_string(
+        'text_field', 'text', 'Field of a record that holds the text; doc.text: a field inside.'
+    )
+    flags.DEFINE_float('max_bad_share', 0.001, 'Share of bad records above which the job stops.')
+    command.DEFINE_path('inspect', None, 'Prepared folder or URL to describe and verify instead.')
+    flags.DEFINE_integer('samples', 3, 'Documents of a split that --inspect shows.', lower_bound=0)
 
 
-def main(_: list[str]) -> None:
+def main(words: list[str]) -> None:
     args = flags.FLAGS
-    try:
+    with command.messages(OSError, WorkerError):  # OSError: a file, or RemoteError
         if args.inspect:
+            if words:
+                command.refuse(words)
             damage = inspect(args.inspect, args.samples)
             sys.exit('\n'.join(damage) or None)
+        inputs = [*split_inputs(args.input or []), *words]
+        if not (inputs and args.tokenizer and args.output):
+            raise ConfigError('give --input, --tokenizer and --output to prepare, or --inspect')
         job = Job(
             args.output, args.tokenizer, args.validation_share, args.text_field, args.max_bad_share
         )
-        manifest = prepare(find_files(args.input), job, args.workers, progress=True, ray=args.ray)
-    except (ConfigError, OSError, WorkerError) as error:  # OSError: a file, or RemoteError
-        sys.exit(str(error))
+        files = find_files(inputs, args.extensions)
+        manifest = prepare(files, job, args.workers, progress=True, ray=args.ray)
     for name, split in manifest['splits'].items():
         print(
             f'{args.output}/{name}: {split["documents"]:,} documents, {split["tokens"]:,} tokens, '
             f'{split["bytes"]:,} bytes of text'
         )
+    if note := held_out(manifest):
+        print(note)
     read = manifest['input']
     print(f'{read["empty"]:,} empty documents left out, {read["bad"]:,} bad records')
     for report in read['reports'][:10]:
         print('  ' + Bad(**report).message(report['file']))
 
 
+def held_out(manifest: dict[str, Any]) -> str:
+    """Returns a line on what a manifest's validation split is, if that is unusual, else ''."""
+    share, moved = manifest['validation_share'], manifest.get('moved')
+    if not manifest['splits']['validation']['tokens']:
+        return (
+            f'nothing is held out for validation (--validation_share={share:g}): train with '
+            '--config.eval.every=0'
+        )
+    if not moved:
+        return ''
+    if moved['tail']:
+        return f'held out for validation: the end of {moved["document"]}, the only document'
+    to = 'held out for validation' if moved['to'] == 'validation' else 'kept for training'
+    return (
+        f'{to}: {moved["document"]}, since of so few documents --validation_share={share:g} gives '
+        'none'
+    )
+
+
 if __name__ == '__main__':
-    _define_flags()
-    app.run(main)
+    command.run(main, _define_flags, takes_words=True)

@@ -4,7 +4,7 @@
     enc = get_encoding('bytes')                         # the 256 bytes and <|endoftext|>
     enc = get_encoding('vocab/stdlib-4096.tiktoken')    # a local file with its sidecar
 
-    python tokenizer.py --input='corpus/**/*.txt' --vocab_size=4096 --output=NAME.tiktoken
+    python tokenizer.py --input=corpus --vocab_size=4096 --output=NAME.tiktoken
 
 A trained vocabulary is two files: NAME.tiktoken with a line `base64(token) rank` for each token,
 and NAME.json, its sidecar, with the pattern that splits text into pieces, the special tokens, and
@@ -12,29 +12,39 @@ the number of lines, which tells when NAME.tiktoken was cut short.
 """
 
 import base64
-import glob
 import hashlib
 import json
 import os
 import sys
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import tiktoken
-from absl import app, flags
+from absl import flags
 
 from config import ConfigError
+from machine import command
 
 if TYPE_CHECKING:
     import tokenizers
 
 END_OF_TEXT = '<|endoftext|>'
 
+PIECE = 512  # characters; training cuts a longer piece, since its time grows with their square
+
 # cl100k's pattern without its possessive quantifiers, which the trainer's regex engine reads
 # differently, and without its rule for contractions, which splits 'self' into 's and elf.
 PATTERN = r'[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
+
+# Characters of all kinds, to try a pattern with: letters, digits, punctuation, symbols, combining
+# marks, controls, spaces, formats, private use, unassigned, beyond 16 bits.
+_KINDS_OF_CHARACTERS = (
+    'aZéßǅΩжʰ東한あع0٣Ⅷ²½_-([])}«».,!?;:\'"#%&*@/\\$+<=>|~^`°©→€'
+    '\u0301\u0903\u20dd\t\n\r\v\f\0\x1b\x7f\x85\xa0\u2028\u2029\u3000 '
+    '\u200d\ufeff\ue000\u0378\U0001f642\U000e0001\U0010ffff'
+)
 
 _SIDECAR_HELP = (
     'a JSON object like {"pattern": "\\\\p{L}+|\\\\p{N}{1,3}|[^\\\\p{L}\\\\p{N}]+", '
@@ -47,7 +57,8 @@ def get_encoding(name: str) -> tiktoken.Encoding:
     """Returns the encoding `name`: 'bytes', the path of a .tiktoken file, or one of tiktoken's.
 
     A relative path is looked up from the working directory, then from the folder of this file.
-    Raises ConfigError if there is no such encoding, or if its files are missing or corrupt.
+    Raises ConfigError if there is no such encoding, if its files are missing or corrupt, or if its
+    pattern loses text.
     """
     if name == 'bytes':
         return tiktoken.Encoding(
@@ -72,6 +83,47 @@ def get_encoding(name: str) -> tiktoken.Encoding:
             f'{error}). Without network, set TIKTOKEN_CACHE_DIR to a cache folder of tiktoken '
             'that holds it, filled on a machine with network, or name a local .tiktoken file'
         ) from error
+
+
+def encode(enc: tiktoken.Encoding, text: str, n_bytes: int | None = None) -> np.ndarray:
+    """Returns the ids of a text, uint32 [n]; '<|endoftext|>' in it is ordinary text.
+
+    `n_bytes` is the length of the text in UTF-8, which is counted if it is not given.
+
+    Raises ConfigError if tiktoken cannot encode the text (a megabyte of spaces is too long for its
+    regex engine), or if the ids stand for less than the whole text.
+    """
+    ids = _ids(enc, text)
+    kept = int(_lengths(enc).take(ids).sum())
+    whole = len(text.encode()) if n_bytes is None else n_bytes
+    if kept != whole:  # what the pattern does not match, tiktoken leaves out
+        raise ConfigError(
+            f'the tokenizer keeps {kept:,} of its {whole:,} bytes: its pattern leaves text out'
+        )
+    return ids
+
+
+def _ids(enc: tiktoken.Encoding, text: str) -> np.ndarray:
+    """Returns tiktoken's ids of a text, uint32 [n]. Raises ConfigError if it cannot encode it."""
+    try:
+        return enc.encode_to_numpy(text, disallowed_special=())
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of tiktoken is no Exception
+        raise ConfigError(f'the tokenizer cannot encode it ({error})') from error
+
+
+_kept_lengths: list[tuple[tiktoken.Encoding, np.ndarray]] = []  # of the encoding used last
+
+
+def _lengths(enc: tiktoken.Encoding) -> np.ndarray:
+    """Returns `token_bytes`, kept for the next text."""
+    for kept, lengths in _kept_lengths:
+        if kept is enc:
+            return lengths
+    lengths = token_bytes(enc)
+    _kept_lengths[:] = [(enc, lengths)]  # no lru_cache, which Ray cannot send to machines
+    return lengths
 
 
 def token_bytes(enc: tiktoken.Encoding) -> np.ndarray:
@@ -101,15 +153,21 @@ def _tokens(enc: tiktoken.Encoding) -> list[tuple[int, bytes]]:
 def _local_encoding(name: str) -> tiktoken.Encoding:
     """Returns the encoding of a .tiktoken file and its sidecar. Raises as `get_encoding`."""
     beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), name)
-    path = name if os.path.exists(name) else beside
+    path = os.path.expanduser(name)
+    path = path if os.path.exists(path) else beside
     if not os.path.exists(path):
+        folders = dict.fromkeys([os.getcwd(), os.path.dirname(os.path.abspath(__file__))])
         raise ConfigError(
-            f'there is no vocabulary {name!r}, neither in {os.getcwd()} nor in '
-            f'{os.path.dirname(os.path.abspath(__file__))}: give the path of a .tiktoken file, '
-            'or train one with python tokenizer.py'
+            f'there is no vocabulary {name!r} in {" or ".join(folders)}: give the path of a '
+            '.tiktoken file, or train one with python tokenizer.py'
         )
-    pattern, special_tokens, n_tokens = _read_sidecar(path)
-    ranks = _read_ranks(path)
+    try:
+        pattern, special_tokens, n_tokens = _read_sidecar(path)
+        ranks = _read_ranks(path)
+    except OSError as error:
+        raise ConfigError(
+            f'{error.filename} cannot be read ({error.strerror}): name a file that can'
+        ) from error
     if n_tokens is not None and len(ranks) != n_tokens:
         raise ConfigError(
             f'{path} ends at line {len(ranks)}, but its sidecar counts {n_tokens} tokens: fetch '
@@ -121,12 +179,33 @@ def _local_encoding(name: str) -> tiktoken.Encoding:
             f'{path}: special tokens need ids of their own, but {special_tokens} repeats an id '
             f'or takes one of the vocabulary: use ids from {max(ranks.values()) + 1} up'
         )
+    return _checked_encoding(name, path, pattern, ranks, special_tokens)
+
+
+def _checked_encoding(
+    name: str, path: str, pattern: str, ranks: dict[bytes, int], special_tokens: dict[str, int]
+) -> tiktoken.Encoding:
+    """Returns an encoding whose pattern loses no text. Raises ConfigError, naming the path."""
     try:
-        return tiktoken.Encoding(
+        enc = tiktoken.Encoding(
             name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens
         )
     except ValueError as error:  # the regex engine rejects the pattern
         raise ConfigError(f'{path}: tiktoken refuses the vocabulary: {error}') from error
+    pairs = ''.join(a + b for a in _KINDS_OF_CHARACTERS for b in _KINDS_OF_CHARACTERS)
+    runs = [c * n for c in _KINDS_OF_CHARACTERS for n in (1, 2, 40)]
+    for text in (*runs, pairs):
+        try:
+            kept = enc.decode_bytes(_ids(enc, text).tolist())
+            problem = '' if kept == text.encode() else f'comes back as {kept[:20]!r}'
+        except ConfigError as error:
+            problem = str(error)
+        if problem:
+            raise ConfigError(
+                f'{path}: the pattern {pattern!r} does not give text back. Of {text[:20]!r}: '
+                f'{problem}. Let it match every character, for example by |[\\s\\S] at its end'
+            )
+    return enc
 
 
 def _read_sidecar(path: str) -> tuple[str, dict[str, int], int | None]:
@@ -217,11 +296,13 @@ def stdlib_files() -> tuple[list[tuple[str, str]], int]:
     return sorted(found), skipped
 
 
-def train(texts: Iterable[str], vocab_size: int, output: str) -> tiktoken.Encoding:
+def train(
+    texts: Iterable[str], vocab_size: int, output: str, names: Sequence[str] = ()
+) -> tiktoken.Encoding:
     """Trains a byte-level BPE of `vocab_size` ids (with <|endoftext|>) and writes `output`.
 
-    Returns its encoding. Raises ConfigError for a bad output, size or text, and ValueError if
-    tiktoken and the trainer encode one of the texts differently.
+    Returns its encoding. Raises ConfigError for a bad output, size or text, which `names` name, and
+    ValueError if tiktoken and the trainer encode one of the texts differently.
 
     tiktoken merges any two neighbours that together are a token; the trainer merges only the pairs
     that it learned. They give the same ids: when a token was learned, its text was split into
@@ -229,30 +310,65 @@ def train(texts: Iterable[str], vocab_size: int, output: str) -> tiktoken.Encodi
     its surroundings, so no other split of it occurs. This assumes the trainer's merges and ranks,
     complete and in their order. The end of this function checks it on the texts.
     """
-    if not output.endswith('.tiktoken'):
-        raise ConfigError(f'the output ends in .tiktoken, but is {output!r}')
-    if os.path.exists(output):
-        raise ConfigError(f'{output} exists: remove it or choose another name')
+    _check_output(output)
     texts = list(texts)
+    names = [*names, *(f'text {i}' for i in range(len(names), len(texts)))]
+    ranks = {bytes([i]): i for i in range(256)}
+    alphabet = _checked_encoding(output, 'tokenizer.PATTERN', PATTERN, ranks, {})
+    for name, text in zip(names, texts, strict=True):
+        _encode_named(alphabet, text, name)  # before the training, which takes longer
     trained = learn_merges(texts, vocab_size)
     byte_of = _byte_of_character()
     ranks = {bytes(byte_of[c] for c in token): rank for token, rank in trained.get_vocab().items()}
-    _write_vocabulary(output, ranks, {END_OF_TEXT: vocab_size - 1})
-
-    enc = get_encoding(output)
-    for text in texts:
-        if enc.encode_ordinary(text) != trained.encode(text).ids:
+    special_tokens = {END_OF_TEXT: vocab_size - 1}
+    enc = _checked_encoding(output, output, PATTERN, ranks, special_tokens)
+    for name, text in zip(names, texts, strict=True):
+        if _encode_named(enc, text, name).tolist() != trained.encode(text).ids:
             raise ValueError(
-                f'tiktoken and the trainer encode the text {text[:60]!r}... differently with '
-                f'{output}: do not use it, and report the two versions and the text'
+                f'tiktoken and the trainer encode {name} differently with the trained vocabulary: '
+                'report the two versions and the text'
             )
-    return enc
+    _write_vocabulary(output, ranks, special_tokens)
+    return get_encoding(output)
+
+
+def _encode_named(enc: tiktoken.Encoding, text: str, name: str) -> np.ndarray:
+    """Returns the ids of a text. Raises ConfigError with the text's name."""
+    try:
+        return encode(enc, text)
+    except ConfigError as error:
+        raise ConfigError(f'{name}: {error}: leave it out of --input') from error
+
+
+def _check_output(output: str) -> None:
+    """Makes the output's folder. Raises ConfigError if the output cannot be written."""
+    if not output.endswith('.tiktoken'):
+        raise ConfigError(
+            f'--output={output} is no name of a vocabulary: let it end in .tiktoken, as in '
+            'mine.tiktoken'
+        )
+    if os.path.exists(output):
+        raise ConfigError(f'--output={output} exists: remove it or choose another name')
+    folder = os.path.dirname(output) or '.'
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f'--output={output} cannot be written ({error.strerror}: {error.filename}): choose '
+            'another folder'
+        ) from error
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(
+            f'--output={output} cannot be written: its folder is not writable; choose another one'
+        )
 
 
 def learn_merges(texts: list[str], vocab_size: int) -> 'tokenizers.Tokenizer':
     """Trains the trainer's own tokenizer: vocab_size - 1 ids, the bytes and then the merges.
 
-    Raises ConfigError if there is too little text, or if `tokenizers` is not installed.
+    Pieces of more than PIECE characters (DNA, base64, minified code) are cut for the training
+    alone: the tokenizer, like tiktoken, encodes them whole. Raises ConfigError if there is too
+    little text, or if `tokenizers` is not installed.
     """
     if vocab_size < 257:
         raise ConfigError(
@@ -266,22 +382,22 @@ def learn_merges(texts: list[str], vocab_size: int) -> 'tokenizers.Tokenizer':
         ) from error
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PATTERN), behavior='isolated'),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    words = pre_tokenizers.Split(Regex(PATTERN), behavior='isolated')
+    shorter = pre_tokenizers.Split(Regex(f'[\\s\\S]{{1,{PIECE}}}'), behavior='isolated')
+    in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, shorter, in_bytes])
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 1,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, in_bytes])
     if tokenizer.get_vocab_size() < vocab_size - 1:
         raise ConfigError(
             f'the text has no more pairs to merge after {tokenizer.get_vocab_size() + 1} of '
-            f'{vocab_size} tokens: give more text or a smaller vocab_size'
+            f'{vocab_size} tokens: give more text, or '
+            f'--vocab_size={tokenizer.get_vocab_size() + 1}'
         )
     return tokenizer
 
@@ -299,7 +415,6 @@ def _byte_of_character() -> dict[str, int]:
 
 def _write_vocabulary(path: str, ranks: dict[bytes, int], special_tokens: dict[str, int]) -> None:
     """Writes the sidecar and then the .tiktoken file."""
-    os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
     with open(path.removesuffix('.tiktoken') + '.json', 'w', encoding='utf-8') as f:
         sidecar = {
             'pattern': PATTERN,
@@ -329,42 +444,72 @@ def _read_text(path: str) -> str:
 
 
 def _define_flags() -> None:
-    flags.DEFINE_list('input', None, "globs of text files, or 'stdlib' for Python's own source")
-    flags.DEFINE_integer('vocab_size', 4096, f'number of ids, with 256 bytes and {END_OF_TEXT}')
-    flags.DEFINE_string('output', None, 'the .tiktoken file to write; its sidecar goes beside it')
-    flags.mark_flags_as_required(['input', 'output'])
+    flags.DEFINE_multi_string(
+        'input',
+        None,
+        "Paths, folders, globs or URLs of text, as for data.py, or 'stdlib' for Python's own "
+        'source; several with commas, or as further words.',
+    )
+    flags.DEFINE_integer('vocab_size', 4096, f'Number of ids, with 256 bytes and {END_OF_TEXT}.')
+    command.DEFINE_path('output', None, 'The .tiktoken file to write; its sidecar goes beside it.')
+    flags.DEFINE_string('text_field', 'text', 'Field of a record that holds the text.')
+    flags.DEFINE_list('extensions', [], 'Endings of further files to read as text, as in rst,c.')
 
 
-def _input_files(patterns: Iterable[str]) -> list[str]:
-    """Returns the paths that the globs match, each once; 'stdlib' means the standard library."""
-    paths: dict[str, None] = {}
-    for pattern in patterns:
-        if pattern == 'stdlib':
-            matches = [path for _, path in stdlib_files()[0]]
-        else:
-            matches = [p for p in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(p)]
-        if not matches:
-            raise ConfigError(f'no file matches --input={pattern}: check the pattern')
-        paths.update(dict.fromkeys(matches))
-    return list(paths)
+def _read_texts(
+    inputs: Sequence[str], text_field: str, extensions: Sequence[str]
+) -> tuple[dict[str, str], list[str]]:
+    """Returns the inputs' texts by their documents' names, and a message for each bad record.
+
+    Raises ConfigError if there is no text.
+    """
+    # Here, so that whoever only encodes needs none of it.
+    from corpus.documents import Bad, cut_into_parts, documents
+    from corpus.files import File, find_files
+
+    patterns = [name for name in inputs if name != 'stdlib']
+    files = find_files(patterns, extensions) if patterns else []
+    if len(patterns) < len(inputs):
+        files += [File(name, path) for name, path in stdlib_files()[0]]
+    texts, bad = {}, []
+    for part in cut_into_parts(files, sys.maxsize, text_field):
+        for piece in part:
+            for item in documents(piece, text_field):
+                if isinstance(item, Bad):
+                    bad.append(item.message(piece.file.path))
+                else:
+                    folder = piece.file.path.removesuffix(piece.file.name)
+                    texts[f'{folder}{item.id}'] = item.text
+    if not any(texts.values()):
+        raise ConfigError(
+            '\n  '.join([f'the {len(files)} input files hold no text: check --input', *bad[:10]])
+        )
+    return texts, bad
 
 
-def main(_: list[str]) -> None:
+def main(words: list[str]) -> None:
+    from corpus.files import RemoteError, split_inputs
+
     args = flags.FLAGS
-    try:
-        texts = [_read_text(path) for path in _input_files(args.input)]
-        enc = train(texts, args.vocab_size, args.output)
-    except (ConfigError, OSError) as error:
-        sys.exit(str(error))
-    size = sum(len(text.encode()) for text in texts)
-    tokens = sum(len(enc.encode_ordinary(text)) for text in texts)
+    with command.messages(OSError, RemoteError):
+        inputs = [*split_inputs(args.input or []), *words]
+        if not (inputs and args.output):
+            raise ConfigError('give --input, the text to train on, and --output=NAME.tiktoken')
+        _check_output(args.output)
+        texts, bad = _read_texts(inputs, args.text_field, args.extensions)
+        for message in bad[:10]:
+            print(message, file=sys.stderr)
+        print(f'training on {len(texts):,} documents ...', file=sys.stderr)
+        enc = train(texts.values(), args.vocab_size, args.output, list(texts))
+    size = sum(len(text.encode()) for text in texts.values())
+    tokens = sum(len(encode(enc, text)) for text in texts.values())
+    left_out = f', {len(bad):,} bad records left out' if bad else ''
     print(
-        f'{args.output}: {enc.n_vocab} ids from {len(texts)} files, {size / 1e6:.1f} MB, '
-        f'{size / tokens:.2f} bytes per token',
+        f'{args.output}: {enc.n_vocab} ids from {len(texts):,} documents, {size / 1e6:.1f} MB, '
+        f'{size / tokens:.2f} bytes per token{left_out}',
         file=sys.stderr,
     )
 
 
 if __name__ == '__main__':
-    _define_flags()
-    app.run(main)
+    command.run(main, _define_flags, takes_words=True)

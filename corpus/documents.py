@@ -8,11 +8,13 @@ over processes and machines, and read again after a failure.
 A record that cannot be read is a `Bad` among the documents, not an exception.
 """
 
+import codecs
 import dataclasses
 import functools
 import gzip
 import io
 import json
+import os
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,11 +22,12 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from config import ConfigError
 from corpus.files import (
-    FILE_KINDS,
     INSTALL,
+    LINE_KINDS,
     READ_BYTES,
     ROW_KINDS,
     File,
+    has_kind,
     open_file,
     retry,
     with_size,
@@ -35,6 +38,8 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
 ROWS = 256  # rows of a Parquet file in memory at a time
+BOM = '\ufeff'.encode()  # the byte-order mark, which some programs write before UTF-8 text
+ZSTD_WINDOW = 1 << 31  # bytes that a zstd frame may refer back to; --long=31 makes so many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,9 +114,9 @@ def cut_into_parts(
 def _pieces(file: File, part_bytes: int, text_field: str) -> list[Piece]:
     """Cuts one file into the smallest pieces that parts can be made of."""
     file = with_size(file)
-    if file.name.endswith(ROW_KINDS):
+    if has_kind(file.name, ROW_KINDS):
         return _row_groups(file, text_field)
-    if file.name.endswith('.jsonl') and (file.size or 0) > part_bytes:
+    if has_kind(file.name, ('.jsonl',)) and (file.size or 0) > part_bytes:
         return _byte_ranges(file, part_bytes)
     return [Piece(file, 0, None, 1, file.size or 0)]
 
@@ -167,30 +172,35 @@ def _row_groups(file: File, text_field: str) -> list[Piece]:
 def documents(piece: Piece, text_field: str = 'text') -> Iterator[Document | Bad]:
     """Yields the documents of a piece in order, empty ones too; blank lines are skipped.
 
-    Raises RemoteError if a remote file system fails, ConfigError if a package is missing.
+    A null in place of a text is an empty text. A byte-order mark at the start of a file is no part
+    of its text. Raises RemoteError if a remote file system fails, ConfigError if a package is
+    missing or a local file cannot be opened.
     """
-    if piece.file.name.endswith(FILE_KINDS):
-        yield _whole_file(piece.file)
-    elif piece.file.name.endswith(ROW_KINDS):
+    if has_kind(piece.file.name, ROW_KINDS):
         yield from _rows(piece, text_field)
-    else:
+    elif has_kind(piece.file.name, LINE_KINDS):
         yield from _lines(piece, text_field)
+    else:
+        yield _whole_file(piece.file)
 
 
 def _whole_file(file: File) -> Document | Bad:
     """Returns the content of a text file as one document."""
     with open_file(file) as f:
-        content = f.read()
+        content = f.read().removeprefix(BOM)
     try:
         return Document(file.name, content.decode(), len(content))
     except UnicodeDecodeError as error:
-        return Bad(file.name, '', str(error))
+        utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        hint = ' (it starts as UTF-16 does, and what is read is UTF-8)' if utf16 else ''
+        return Bad(file.name, '', f'{error}{hint}')
 
 
 def _lines(piece: Piece, text_field: str) -> Iterator[Document | Bad]:
     """Yields the documents of the lines of a .jsonl file that start within the piece."""
     name = piece.file.name
-    prefix = name.removesuffix('.gz').removesuffix('.zst')  # compression does not change the ids
+    # Compression does not change the ids.
+    prefix = os.path.splitext(name)[0] if has_kind(name, ('.gz', '.zst')) else name
     number, position = piece.first - 1, piece.start
     with open_file(piece.file) as raw:
         if piece.start:
@@ -204,10 +214,16 @@ def _lines(piece: Piece, text_field: str) -> Iterator[Document | Bad]:
                 lost = max(1, (piece.file.size or 0) - raw.tell())
                 yield Bad(name, f'line {number}', str(error), 1, True, lost)
                 return
+            if not line and errors and not raw.tell():  # compressed text has bytes, even of nothing
+                yield Bad(
+                    name, 'line 0', 'the file has no bytes, so no compressed text', 1, True, 1
+                )
             if not line:
                 return
             position += len(line)
             number += 1
+            if number == 1:
+                line = line.removeprefix(BOM)
             if line.strip():
                 try:
                     yield _record(f'{prefix}:{number}', line, text_field)
@@ -218,18 +234,28 @@ def _lines(piece: Piece, text_field: str) -> Iterator[Document | Bad]:
 def _record(document: str, line: bytes, text_field: str) -> Document:
     """Parses a line of a .jsonl file. Raises ValueError or RecursionError if it is bad."""
     record = json.loads(line.decode())
-    if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
+    path = (text_field,)
+    if isinstance(record, dict) and text_field not in record:
+        path = text_field.split('.')  # of a text inside an object, 'doc.text'
+    text = record
+    for i, name in enumerate(path):
+        if text is None and i:
+            break  # a null in place of the object that holds the text
+        if not isinstance(text, dict) or name not in text:
+            raise ValueError(f'no text in a field {text_field!r} (--text_field) of {line[:60]!r}')
+        text = text[name]
+    text = '' if text is None else text
+    if not isinstance(text, str):
         raise ValueError(f'no text in a field {text_field!r} (--text_field) of {line[:60]!r}')
-    text = record[text_field]
     # encode() raises for half a surrogate pair, which JSON can express and UTF-8 cannot.
     return Document(document, text, len(text.encode()))
 
 
 def _decompressed(raw: BinaryIO, name: str) -> tuple[BinaryIO, tuple[type[Exception], ...]]:
     """Returns the content of a .jsonl file, and the exceptions that broken compression raises."""
-    if name.endswith('.gz'):
+    if has_kind(name, ('.gz',)):
         return gzip.open(raw), (EOFError, gzip.BadGzipFile, zlib.error)
-    if name.endswith('.zst'):
+    if has_kind(name, ('.zst',)):
         try:
             import zstandard
         except ImportError as error:
@@ -263,7 +289,10 @@ class _Zstandard(io.RawIOBase):
                 if self._frame:
                     raise EOFError('the last zstd frame is cut short')
                 return 0
-            self._frame = self._frame or zstandard.ZstdDecompressor().decompressobj()
+            if not self._frame:
+                self._frame = zstandard.ZstdDecompressor(
+                    max_window_size=ZSTD_WINDOW
+                ).decompressobj()
             self._ready = memoryview(self._frame.decompress(block))
             self._rest = b''
             if self._frame.eof:
@@ -295,8 +324,6 @@ def _row_group(
     table: 'pq.ParquetFile', piece: Piece, group: int, first: int, n_rows: int, text_field: str
 ) -> Iterator[Document | Bad]:
     """Yields the documents of one row group, whose first row is row `first` of the file."""
-    import pyarrow as pa
-
     name, number = piece.file.name, first - 1
     if (problem := _column_problem(table.schema_arrow, text_field)) is not None:
         if n_rows:
@@ -304,15 +331,9 @@ def _row_group(
         return
     try:
         for batch in table.iter_batches(ROWS, row_groups=[group], columns=[text_field]):
-            column = batch.column(0)
-            if pa.types.is_dictionary(column.type):
-                column = column.dictionary_decode()
-            # Cast to bytes, because a cast to text fails for the whole batch if one row is invalid.
-            for content in column.cast(pa.large_binary()).to_pylist():
+            for content in _contents(batch, text_field):
                 number += 1
                 try:
-                    if content is None:
-                        raise ValueError(f'no text in the column {text_field!r} (--text_field)')
                     text = content.decode()
                 except ValueError as error:
                     yield Bad(name, f'row {number}', str(error))
@@ -323,18 +344,51 @@ def _row_group(
         yield Bad(name, f'row {number}', str(error), first + n_rows - 1 - number, True)
 
 
+def _contents(batch: 'pa.RecordBatch', text_field: str) -> list[bytes]:
+    """Returns the UTF-8 of the rows' texts; that of a null is empty."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    column_name, *inner = _path(batch.schema, text_field)
+    column = batch.column(column_name)
+    if inner:
+        column = pc.struct_field(column, inner)
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if isinstance(column, pa.ExtensionArray):
+        column = column.storage
+    # Cast to bytes, because a cast to text fails for the whole batch if one row is invalid.
+    return [content or b'' for content in column.cast(pa.large_binary()).to_pylist()]
+
+
+def _path(schema: 'pa.Schema', text_field: str) -> list[str]:
+    """Returns the column's name, and the names of the fields that lead to the text inside it."""
+    return [text_field] if text_field in schema.names else text_field.split('.')
+
+
 def _column_problem(schema: 'pa.Schema', text_field: str) -> str | None:
     """Returns why the column holds no text, or None if it does."""
     import pyarrow as pa
 
-    if text_field not in schema.names:
-        return f'no column {text_field!r} (--text_field) in {", ".join(schema.names[:20])}'
-    kind = schema.field(text_field).type
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    t = pa.types
-    text_kinds = (t.is_string, t.is_large_string, t.is_string_view, t.is_binary, t.is_large_binary)
+    t, names = pa.types, schema.names
+    fields = [schema.field(i) for i in range(len(names))]
+    for name in _path(schema, text_field):
+        found = [field for field in fields if field.name == name]
+        if not found:
+            return f'no column {text_field!r} (--text_field) in {", ".join(names[:20])}'
+        if len(found) > 1:
+            return f'the column {name!r} (--text_field) occurs {len(found)} times'
+        kind = found[0].type
+        fields = list(kind.fields) if t.is_struct(kind) else []
+    kind = kind.value_type if t.is_dictionary(kind) else kind
+    kind = kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
+    text_kinds = (
+        t.is_string, t.is_large_string, t.is_string_view,
+        t.is_binary, t.is_large_binary, t.is_binary_view, t.is_null,
+    )  # fmt: skip
     if not any(is_text(kind) for is_text in text_kinds):
-        return f'no text in the column {text_field!r} (--text_field), but {kind}'
+        inside = f'; a field of it is named as {text_field}.NAME' if t.is_struct(kind) else ''
+        return f'no text in the column {text_field!r} (--text_field), but {kind}{inside}'
     return None
 
 

@@ -3,6 +3,7 @@
 A file lies in a local folder or in a file system that fsspec knows (gs://, s3://, hf://, https://).
 """
 
+import contextlib
 import dataclasses
 import functools
 import glob
@@ -11,7 +12,8 @@ import os
 import posixpath
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from config import ConfigError
@@ -22,7 +24,8 @@ if TYPE_CHECKING:
 FILE_KINDS = ('.txt', '.py', '.md')  # one document per file
 LINE_KINDS = ('.jsonl', '.jsonl.gz', '.jsonl.zst')  # one document per line
 ROW_KINDS = ('.parquet',)  # one document per row
-KINDS = FILE_KINDS + LINE_KINDS + ROW_KINDS
+MANY_KINDS = LINE_KINDS + ROW_KINDS  # many documents per file
+KINDS = FILE_KINDS + MANY_KINDS
 
 READ_BYTES = 4 << 20  # bytes requested at a time from a remote file or a compressed stream
 ATTEMPTS = 4  # to read a remote file
@@ -59,64 +62,169 @@ def _remote(url: str, fn: Callable[..., T], *args: Any) -> T:
 # ---------------------------------------------------------------------------------------------
 
 
-def find_files(patterns: Sequence[str]) -> list[File]:
-    """Returns the files that globs of paths and URLs match, each once.
+def has_kind(name: str, kinds: tuple[str, ...]) -> bool:
+    """Returns whether the file's name has one of the endings, in small or capital letters."""
+    return name.lower().endswith(kinds)
 
-    A file's name is its path below the fixed part of its glob. Raises ConfigError for a pattern
-    that matches nothing, and for a file of an unknown kind.
+
+def split_inputs(values: Iterable[str]) -> list[str]:
+    """Returns the paths, globs and URLs of values that may each hold several, 'a.txt,b.txt'.
+
+    A comma belongs to a path if a file or folder of that name exists.
     """
+    inputs = []
+    for value in values:
+        parts = value.split(',')
+        while parts:
+            n = len(parts)
+            while n > 1 and ('://' in parts[0] or not _matches(','.join(parts[:n]))):
+                n -= 1
+            inputs.append(','.join(parts[:n]))
+            parts = parts[n:]
+    return [value for value in inputs if value]
+
+
+def find_files(patterns: Sequence[str], extensions: Sequence[str] = ()) -> list[File]:
+    """Returns the files of paths, folders, globs and URLs, each once.
+
+    A file's name is its path below the folder, or below the fixed part of the glob. Files with one
+    of the `extensions` are read as text. Other files that have none of the KINDS are skipped, and
+    how many is printed. Raises ConfigError for a pattern that matches no file that can be read.
+    """
+    kinds = KINDS + tuple('.' + e.strip().lstrip('.').lower() for e in extensions if e.strip())
     files: dict[str, File] = {}
     for pattern in patterns:
         found = _find_urls(pattern) if '://' in pattern else _find_local(pattern)
         if not found:
-            raise ConfigError(f'no file matches --input={pattern}: check the pattern')
-        for file in sorted(found, key=lambda file: file.name):
-            if not file.name.endswith(KINDS):
-                raise ConfigError(
-                    f'{file.path} has none of the endings that can be read ({", ".join(KINDS)}): '
-                    f'narrow --input={pattern}'
-                )
+            place = '' if '://' in pattern else f' in {os.getcwd()}'
+            raise ConfigError(
+                f'no file matches --input={pattern}{place}: check the path; names that start with '
+                'a dot are left out'
+            )
+        known = [file for file in found if has_kind(file.name, kinds)]
+        skipped = Counter(_ending(file.name) for file in found if not has_kind(file.name, kinds))
+        endings = ', '.join(f'{n:,} {ending}' for ending, n in skipped.most_common(8))
+        if not known:
+            raise ConfigError(
+                f'--input={pattern} has no file that can be read: there are {endings}, and what is '
+                f'read is {", ".join(kinds)}; others are read as text by --extensions=rst,c'
+            )
+        if skipped:
+            print(
+                f'skipped in {pattern}: {endings}; to read some as text, name their endings, as in '
+                '--extensions=rst,c',
+                file=sys.stderr,
+            )
+        for file in sorted(known, key=lambda file: file.name):
             files.setdefault(file.path if '://' in file.path else os.path.abspath(file.path), file)
     return list(files.values())
 
 
+def _ending(name: str) -> str:
+    """Returns the ending of a file's name, or words that say that it has none."""
+    return os.path.splitext(name)[1].lower() or 'without an ending'
+
+
+def _matches(pattern: str) -> bool:
+    """Returns whether the path exists, or the glob matches something."""
+    prefix, rest = _existing_part(pattern)
+    return not rest or bool(glob.glob(rest, root_dir=prefix or None, recursive=True))
+
+
+def _existing_part(pattern: str) -> tuple[str, str]:
+    """Splits a glob into the longest leading path that exists as it is written, and the rest.
+
+    So brackets in the name of a folder that exists are no wildcard.
+    """
+    prefix, rest = os.path.expanduser(pattern), ''
+    while prefix and not os.path.lexists(prefix):
+        prefix, last = os.path.split(prefix)
+        rest = os.path.join(last, rest) if rest else last
+    return prefix, rest
+
+
 def _find_local(pattern: str) -> list[File]:
-    """Returns the local files that the glob matches, in no particular order."""
-    root = _fixed_part(pattern)
-    found = [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
-    return [File(os.path.relpath(path, root or '.').replace(os.sep, '/'), path) for path in found]
+    """Returns the local files of a path, a folder or a glob, in no particular order.
+
+    Of the folders that a glob matches it takes those that are named as a file (Spark's x.parquet),
+    and all of them if it matches no file.
+    """
+    prefix, rest = _existing_part(pattern)
+    if not rest:
+        if os.path.isdir(prefix):
+            return list(_walk(prefix, prefix))
+        return [File(os.path.basename(prefix), prefix)] if os.path.isfile(prefix) else []
+    names = glob.glob(rest, root_dir=prefix or None, recursive=True)
+    found = [(name, os.path.join(prefix, name)) for name in names]
+    files = [File(name.replace(os.sep, '/'), path) for name, path in found if os.path.isfile(path)]
+    folders = [path for name, path in found if os.path.isdir(path)]
+    for folder in folders:
+        if not files or has_kind(folder, MANY_KINDS):
+            files += _walk(folder, prefix or '.')
+    return list({file.path: file for file in files}.values())
+
+
+def _walk(folder: str, root: str) -> Iterator[File]:
+    """Yields the files below a folder, named relative to `root`. Leaves hidden ones out.
+
+    Raises ConfigError for a folder that cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise ConfigError(f'{error.filename} cannot be read ({error.strerror})') from error
+
+    seen = {os.path.realpath(folder)}  # links may lead to a folder again, or around in a circle
+    for here, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        below = {name: os.path.realpath(os.path.join(here, name)) for name in sorted(folders)}
+        folders[:] = []
+        for name, real in below.items():
+            if not name.startswith('.') and real not in seen:
+                folders.append(name)
+                seen.add(real)
+        for name in names:
+            path = os.path.join(here, name)
+            if not name.startswith('.') and os.path.isfile(path):
+                yield File(os.path.relpath(path, root).replace(os.sep, '/'), path)
 
 
 def _find_urls(pattern: str) -> list[File]:
-    """Returns the remote files that the glob of a URL matches, in no particular order."""
+    """Returns the remote files of a URL, a folder's or a glob's, in no particular order."""
     system, path = _file_system(pattern)
     # In http addresses a question mark starts the query.
     is_glob = '*' in path if pattern.startswith('http') else glob.has_magic(path)
     root = _fixed_part(path) if is_glob else posixpath.dirname(path)
     files = []
-    for name, info in _remote(pattern, _listing, system, path, is_glob).items():
-        if info.get('type', 'file') == 'file':
-            file = File(posixpath.relpath(name, root or '.'), system.unstrip_protocol(name))
-            files.append(_with_info(file, info))
+    found = _remote(pattern, _listing, system, path, is_glob)
+    if not is_glob and found.get(path, {}).get('type') == 'directory':
+        root = path
+    for name, info in list(found.items()):
+        if info.get('type') == 'directory' and (not is_glob or has_kind(name, MANY_KINDS)):
+            found |= _remote(pattern, functools.partial(system.find, name, detail=True))
+    for name, info in found.items():
+        below = posixpath.relpath(name, root or '.')
+        if info.get('type', 'file') == 'file' and '/.' not in f'/{below}':
+            files.append(_with_info(File(below, system.unstrip_protocol(name)), info))
     return files
 
 
 def _listing(
     system: 'fsspec.AbstractFileSystem', path: str, is_glob: bool
 ) -> dict[str, dict[str, Any]]:
-    """Returns {path: info} of the files that a glob matches, or of one file, if it exists."""
+    """Returns {path: info} of what a glob matches, or of one file or folder, if it exists."""
     try:
-        return system.glob(path, detail=True) if is_glob else {path: system.info(path)}
+        found = system.glob(path, detail=True) if is_glob else {}
+        # The name itself may hold brackets.
+        return found or {path: system.info(path)}
     except FileNotFoundError:
         return {}
 
 
 def _fixed_part(pattern: str) -> str:
-    """Returns the folder above the first wildcard; for a pattern without one, the file's folder."""
+    """Returns the part of a glob above its first wildcard."""
     fixed = pattern
     while glob.has_magic(fixed):
         fixed = os.path.dirname(fixed)
-    return os.path.dirname(fixed) if fixed == pattern else fixed
+    return fixed
 
 
 def _file_system(url: str) -> tuple['fsspec.AbstractFileSystem', str]:
@@ -144,12 +252,25 @@ def _with_info(file: File, info: dict[str, Any]) -> File:
     return dataclasses.replace(file, size=info.get('size'), version=version)
 
 
+@contextlib.contextmanager
+def _local_errors(path: str) -> Iterator[None]:
+    """Raises the errors of opening a local file as ConfigError."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f'{path} cannot be read ({error.strerror}): check that it is there and its '
+            'permissions, or leave it out of --input'
+        ) from error
+
+
 def with_size(file: File) -> File:
     """Returns the file with its size and version, asked for if they are not there yet."""
     if file.size is not None:
         return file
     if '://' not in file.path:
-        status = os.stat(file.path)
+        with _local_errors(file.path):
+            status = os.stat(file.path)
         return dataclasses.replace(file, size=status.st_size, version=str(status.st_mtime_ns))
     system, path = _file_system(file.path)
     return _with_info(file, _remote(file.path, system.info, path))
@@ -199,11 +320,13 @@ class _RemoteFile(io.RawIOBase):
 def open_file(file: File) -> BinaryIO:
     """Opens the file for reading.
 
-    Opening and reading raise RemoteError if a remote file system fails.
+    Raises ConfigError for a local file that cannot be opened. Opening and reading raise RemoteError
+    if a remote file system fails.
     """
     if '://' not in file.path:
-        return open(file.path, 'rb')
-    if file.name.endswith(ROW_KINDS):
+        with _local_errors(file.path):
+            return open(file.path, 'rb')
+    if has_kind(file.name, ROW_KINDS):
         return _RemoteFile(file.path)  # unbuffered: pyarrow requests exactly the ranges it needs
     return io.BufferedReader(_RemoteFile(file.path), READ_BYTES)
 

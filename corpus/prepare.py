@@ -5,6 +5,10 @@ A part that is written and has been read back is committed by a file DIR/parts/0
 end these become DIR/manifest.json, without which DIR does not count as prepared. A job that is
 killed therefore leaves whole parts, and the same job started again writes only the others. The
 bytes of the output depend on the input alone: not on the number of workers, nor on interruptions.
+
+A document's split follows from its id (`split_of`). If that leaves a split empty, as it does for
+few documents, the part of one document is written again with that document moved, or, if there is
+no other document, with its last part held out for validation.
 """
 
 import contextlib
@@ -15,10 +19,9 @@ import json
 import os
 import re
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import tensorstore as ts
@@ -26,16 +29,24 @@ import tiktoken
 
 from config import ConfigError
 from corpus.documents import Bad, Document, Piece, cut_into_parts, documents
-from corpus.files import File, retry
-from corpus.shards import MANIFEST, SPLITS, VERSION, ArrayWriter, split_of
+from corpus.files import MANY_KINDS, File, has_kind, retry
+from corpus.shards import (
+    MANIFEST,
+    SPLITS,
+    VERSION,
+    ArrayWriter,
+    read_manifest,
+    split_of,
+    write_manifest,
+)
+from corpus.tally import COUNTS, ProgressBar, Tally, total
 from corpus.workers import run
-from storage.stores import open_store, store_errors
-from tokenizer import END_OF_TEXT, fingerprint, get_encoding
+from storage.stores import local_folder, open_store, store_errors
+from tokenizer import END_OF_TEXT, encode, fingerprint, get_encoding
 
 PART_BYTES = 32 << 20  # of input in one part, unless a file that cannot be cut is larger
 REPORTS = 100  # bad records of one part that the manifest names; the others are only counted
-REPORTS_SHOWN = 10  # bad records that an error message names
-COUNTS = ('records', 'empty', 'bad', 'lost_bytes')  # counted for each part and the whole input
+TAIL = 4096  # characters held out of a lone document, at least, unless they are most of its text
 
 T = TypeVar('T')
 
@@ -52,6 +63,14 @@ class Job:
     validation_share: float = 0.01  # share of the documents
     text_field: str = 'text'  # field of a .jsonl record, or column of a Parquet file
     max_bad_share: float = 0.001  # share of bad records above which the job stops
+
+
+class Move(NamedTuple):
+    """A document whose split is another one than that of its id."""
+
+    document: str  # its id
+    to: str  # the split
+    tail: bool  # True: only the end of the document goes there
 
 
 # ---------------------------------------------------------------------------------------------
@@ -75,49 +94,121 @@ def prepare(
     bad; RemoteError if a remote input fails; OSError or WorkerError if the work cannot go on.
     """
     enc = _checked_encoding(job, workers)
+    _check_output(job.output)
     store = open_store(job.output)
     parts = cut_into_parts(files, part_bytes, job.text_field)
     manifest = _empty_manifest(job, enc, parts, part_bytes)
     with store_errors(f'{job.output} cannot be read'):
         finished = store.read(MANIFEST).result()
     if finished.state == 'value':
-        return _finished(job, store, finished.value, manifest)
+        return _finished(job, store, manifest)
 
-    keys = [_part_key(manifest, part) for part in parts]
+    move = _lone_document(job, files)
+    keys = [_part_key(manifest, part, move) for part in parts]
     with store_errors(f'{job.output} cannot be read'):
         done = _committed_parts(store, keys)
     todo = [i for i in range(len(parts)) if i not in done]
     if done and progress:
         print(f'{len(done)} of {len(parts)} parts are there already', file=sys.stderr)
-    tasks = [(job, i, keys[i], parts[i]) for i in todo]
+    tasks = [(job, i, keys[i], parts[i], move) for i in todo]
     if ray:
         tasks = [_absolute(*task) for task in tasks]
-    tally = _Tally(job, parts)
-    bar = _ProgressBar(tally, done) if progress else None
+    tally = Tally(parts, job.max_bad_share)
+    bar = ProgressBar(tally, done) if progress else None
     with contextlib.closing(run(_retry_part, enc, tasks, workers, ray)) as results:
         for i in range(len(parts)):
             tally.add(done[i] if i in done else next(results))
             if bar:
                 bar.show()
     if not any(result['shards'] for result in tally.results):
-        raise ConfigError(f'the {len(files)} input files hold no text: check the input')
+        raise ConfigError(tally.complaint(f'no text in {len(files):,} input files: check --input'))
+    move = _fill_empty_split(enc, job, manifest, parts, tally.results, ray, move)
+    if move:
+        manifest['moved'] = move._asdict()
     for name in SPLITS:
         shards = [result['shards'][name] for result in tally.results if name in result['shards']]
-        manifest['splits'][name] = _total(shards) | {'shards': shards}
+        manifest['splits'][name] = total(shards) | {'shards': shards}
     reports = [report for result in tally.results for report in result['reports']]
     manifest['input'] |= {**tally.counts, 'reports': reports}
     with store_errors(f'{job.output} cannot be written'):
-        store.write(MANIFEST, json.dumps(manifest, indent=1).encode() + b'\n').result()
+        write_manifest(store, manifest)
         _remove_leftovers(store, manifest)
     return manifest
+
+
+def _lone_document(job: Job, files: Sequence[File]) -> Move | None:
+    """Returns the move of the only document, if the names of the files tell that there is one."""
+    if job.validation_share and len(files) == 1 and not has_kind(files[0].name, MANY_KINDS):
+        return Move(files[0].name, 'validation', tail=True)
+    return None
+
+
+def _fill_empty_split(
+    enc: tiktoken.Encoding,
+    job: Job,
+    manifest: dict[str, Any],
+    parts: list[list[Piece]],
+    results: list[dict[str, Any]],
+    ray: str | None,
+    move: Move | None,
+) -> Move | None:
+    """Moves a document if a split is empty, and replaces the result of its part.
+
+    Returns the move: the given one if it is done already, None if there is none.
+    """
+
+    def empty_splits() -> list[str]:
+        return [name for name in SPLITS if not any(name in r['shards'] for r in results)]
+
+    def write_again(i: int, move: Move | None) -> None:
+        task = (job, i, _part_key(manifest, parts[i], move), parts[i], move)
+        tasks = [_absolute(*task) if ray else task]
+        with contextlib.closing(run(_retry_part, enc, tasks, 1, ray)) as written:
+            results[i] = next(written)
+
+    if job.validation_share and not move and (empty := empty_splits()):
+        for i, result in enumerate(results):
+            if 'first' not in result:  # written by an earlier version
+                write_again(i, None)
+        everything = total([shard for r in results for shard in r['shards'].values()])
+        ranked = sorted((*first, i) for i, r in enumerate(results) for first in r['first'])
+        # Not the one that holds most of the text, or the other split would be left with scraps.
+        small = [first for first in ranked if first[2] <= everything['bytes'] / 2]
+        _, document, _, i = (small or ranked)[0]
+        alone = everything['documents'] == 1
+        move = Move(document, 'validation' if alone else empty[0], alone)
+        write_again(i, move)
+    return None if empty_splits() else move
+
+
+def _check_output(output: str) -> None:
+    """Makes a local output folder. Raises ConfigError if it cannot be written.
+
+    A finished one need not be writable.
+    """
+    folder = local_folder(output)
+    if folder is None or os.path.exists(os.path.join(folder, MANIFEST)):
+        return
+    try:
+        os.makedirs(folder, exist_ok=True)
+        problem = '' if os.access(folder, os.W_OK) else 'no permission'
+    except OSError as error:
+        problem = 'it is a file' if os.path.isfile(folder) else str(error.strerror)
+    if problem:
+        raise ConfigError(
+            f'--output={output} cannot be written ({problem}): choose a folder that can, or that '
+            'is not there yet'
+        )
 
 
 def _checked_encoding(job: Job, workers: int) -> tiktoken.Encoding:
     """Checks the job and returns its encoding. Raises ConfigError for what cannot run."""
     if not 0 <= job.validation_share < 1:
-        raise ConfigError(f'validation_share lies in [0, 1), but is {job.validation_share}')
+        raise ConfigError(
+            f'validation_share lies in [0, 1), but is {job.validation_share}: use 0.01, or 0'
+        )
     if not 0 <= job.max_bad_share <= 1:
-        raise ConfigError(f'max_bad_share lies in [0, 1], but is {job.max_bad_share}')
+        raise ConfigError(f'max_bad_share lies in [0, 1], but is {job.max_bad_share}: use 0.001')
     if workers < 1:
         raise ConfigError(f'workers counts processes, from 1 up, but is {workers}')
     enc = get_encoding(job.tokenizer)
@@ -136,7 +227,7 @@ def _empty_manifest(
     files = {piece.file for part in parts for piece in part}
     listing = sorted((file.name, file.size) for file in files)
     return {
-        'version': VERSION,
+        'version': 0,  # `write_manifest` knows it
         'tokenizer': {
             'name': job.tokenizer,
             'fingerprint': fingerprint(enc),
@@ -166,28 +257,21 @@ def _dtype(enc: tiktoken.Encoding) -> np.dtype:
     return np.dtype(np.uint16 if enc.n_vocab <= 1 << 16 else np.uint32)
 
 
-def _finished(
-    job: Job, store: ts.KvStore, content: bytes, manifest: dict[str, Any]
-) -> dict[str, Any]:
+def _finished(job: Job, store: ts.KvStore, manifest: dict[str, Any]) -> dict[str, Any]:
     """Returns the manifest that a finished job left.
 
-    Raises ConfigError if it is not that of the job that was asked for, which `manifest` begins.
+    Raises ConfigError if it is damaged, or not that of the job that was asked for, which `manifest`
+    begins.
     """
-    try:
-        found = json.loads(content)
-        pairs = {
-            'the vocabulary': (
-                found['tokenizer']['fingerprint'],
-                manifest['tokenizer']['fingerprint'],
-            ),
-            'validation_share': (found['validation_share'], manifest['validation_share']),
-        }
-        old = found.get('input', {})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f'{job.output}/{MANIFEST} is not a manifest ({error!r}): remove it or choose another '
-            'output'
-        ) from error
+    found = read_manifest(store, job.output)
+    pairs = {
+        'the vocabulary': (
+            found['tokenizer']['fingerprint'],
+            manifest['tokenizer']['fingerprint'],
+        ),
+        'validation_share': (found['validation_share'], manifest['validation_share']),
+    }
+    old = found.get('input', {})
     pairs |= {f'the input ({k})': (old.get(k), v) for k, v in manifest['input'].items()}
     differing = [name for name, (was, asked) in pairs.items() if was != asked]
     if differing:
@@ -202,10 +286,11 @@ def _finished(
     return found
 
 
-def _part_key(manifest: dict[str, Any], part: list[Piece]) -> str:
+def _part_key(manifest: dict[str, Any], part: list[Piece], move: Move | None) -> str:
     """Returns a digest over all that a part's arrays depend on, and its files' versions."""
-    shared = [manifest['version'], manifest['tokenizer']['fingerprint']]
+    shared = [VERSION, manifest['tokenizer']['fingerprint']]
     shared += [manifest['validation_share'], manifest['input']['text_field']]
+    shared += [move] if move else []
     return _digest([shared, [dataclasses.astuple(piece) for piece in part]])
 
 
@@ -242,111 +327,33 @@ def _remove_leftovers(store: ts.KvStore, manifest: dict[str, Any]) -> None:
         future.result()
 
 
-class _Tally:
-    """The results of the finished parts, in order, and their totals."""
-
-    def __init__(self, job: Job, parts: list[list[Piece]]):
-        self.results: list[dict[str, Any]] = []
-        self.counts = dict.fromkeys(COUNTS, 0)
-        self.tokens = self.documents = self.bytes_read = 0
-        self.sizes = [sum(piece.size for piece in part) for part in parts]
-        self.bytes_in_all = max(1, sum(self.sizes))
-        self._job, self._parts = job, parts
-
-    def add(self, result: dict[str, Any]) -> None:
-        """Adds the result of the next part.
-
-        Raises ConfigError when so many records are bad that the rest cannot bring their share down
-        to the limit.
-        """
-        self.bytes_read += self.sizes[len(self.results)]
-        self.results.append(result)
-        for name in COUNTS:
-            self.counts[name] += result[name]
-        for shard in result['shards'].values():
-            self.tokens += shard['tokens']
-            self.documents += shard['documents']
-        limit, bad, lost = self._job.max_bad_share, self.counts['bad'], self.counts['lost_bytes']
-        last = len(self.results) == len(self._parts)
-        share_read = 1.0 if last else self.bytes_read / self.bytes_in_all
-        expected = self.counts['records'] / max(share_read, 1e-9)  # records in the whole input
-        if bad > limit * expected or lost > limit * self.bytes_in_all:
-            raise ConfigError(self._complaint())
-
-    def _complaint(self) -> str:
-        """Returns the message that too many records are bad, which names the first ones."""
-        lines, named = [], 0
-        for result, part in zip(self.results, self._parts, strict=False):
-            paths = {piece.file.name: piece.file.path for piece in part}
-            for report in result['reports'][: REPORTS_SHOWN - len(lines)]:
-                lines.append(Bad(**report).message(paths[report['file']]))
-                named += report['count']
-        if named < self.counts['bad']:
-            lines.append(f'and {self.counts["bad"] - named:,} more')
-        return (
-            f'{self.counts["bad"]:,} of {self.counts["records"]:,} records are bad, and '
-            f'{self.counts["lost_bytes"]:,} bytes of unknown records, more than '
-            f'max_bad_share={self._job.max_bad_share}: repair the input or raise the share\n  '
-            + '\n  '.join(lines)
-        )
-
-
-class _ProgressBar:
-    """The progress of a job: one line, rewritten, on a terminal; elsewhere a line per tenth."""
-
-    def __init__(self, tally: _Tally, done: dict[int, Any]):
-        """`done` are the results of parts that were there before, which the speed leaves out."""
-        self._tally, self._started, self._tenths = tally, time.monotonic(), 0
-        self._bytes_before = sum(tally.sizes[i] for i in done)
-        shards = [shard for result in done.values() for shard in result['shards'].values()]
-        self._tokens_before = _total(shards)['tokens']
-
-    def show(self) -> None:
-        """Writes the present state to stderr."""
-        tally = self._tally
-        n, n_parts, terminal = len(tally.results), len(tally.sizes), sys.stderr.isatty()
-        share = 1.0 if n == n_parts else tally.bytes_read / tally.bytes_in_all
-        if not terminal and int(share * 10) <= self._tenths:
-            return
-        self._tenths = int(share * 10)
-        seconds = max(time.monotonic() - self._started, 1e-9)
-        speed = max(0, tally.tokens - self._tokens_before) / seconds
-        read = max(1, tally.bytes_read - self._bytes_before)
-        left = round((tally.bytes_in_all - tally.bytes_read) / read * seconds)
-        line = (
-            f'[{"#" * int(20 * share):20}] {share:4.0%}  {n}/{n_parts} parts  '
-            f'{tally.documents:,} documents  {tally.tokens:,} tokens  '
-            f'{speed / 1e6:.2f}M tokens/s  '
-            f'ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}'
-        )
-        end = '\r' if terminal and n < n_parts else '\n'
-        print(line, end=end, file=sys.stderr, flush=True)
-
-
-def _total(shards: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the shards' tokens, documents and bytes of text in all."""
-    return {key: sum(shard[key] for shard in shards) for key in ('tokens', 'documents', 'bytes')}
-
-
 # ---------------------------------------------------------------------------------------------
 # Parts
 # ---------------------------------------------------------------------------------------------
 
 
 def write_part(
-    enc: tiktoken.Encoding, job: Job, index: int, key: str, part: list[Piece]
+    enc: tiktoken.Encoding,
+    job: Job,
+    index: int,
+    key: str,
+    part: list[Piece],
+    move: Move | None = None,
 ) -> dict[str, Any]:
     """Writes the arrays of one part, reads them back, commits the part and returns its result.
 
-    The result, a JSON object, holds the key, the COUNTS, the shards by split, and reports of bad
-    records.
+    The result, a JSON object, holds the key, the COUNTS, the shards by split, the `first`
+    documents by their hash, as (hash, id, bytes), and reports of bad records.
     """
     store = open_store(job.output)
+    commit = f'parts/{index:05d}.json'
+    with store_errors(f'{job.output} cannot be written'):
+        store.write(commit, None).result()  # of another job, over arrays that are now replaced
     dtype, end = _dtype(enc), enc.eot_token
     arrays = {name: ArrayWriter(job.output, f'{name}/{index:05d}', dtype, end) for name in SPLITS}
-    result = {'key': key, **dict.fromkeys(COUNTS, 0), 'shards': {}, 'reports': []}
+    result = {'key': key, **dict.fromkeys(COUNTS, 0), 'shards': {}, 'first': [], 'reports': []}
     for piece in part:
-        for item, ids in _encoded(enc, piece, job.text_field):
+        for item, texts in _encoded(enc, piece, job, move):
             if isinstance(item, Bad):
                 result['records'] += item.count
                 result['bad'] += item.count
@@ -355,35 +362,75 @@ def write_part(
                     result['reports'].append(item._asdict())
                 continue
             result['records'] += 1
-            if len(ids):
-                arrays[split_of(item.id, job.validation_share)].append(ids, item.n_bytes)
-            else:
-                result['empty'] += 1  # nothing to predict
+            result['empty'] += not texts
+            for split, ids, n_bytes in texts:
+                arrays[split].append(ids, n_bytes)
+            if texts:
+                first = (_hash(item.id), item.id, item.n_bytes)
+                if len(result['first']) < 2 or first < result['first'][-1]:
+                    result['first'] = sorted([*result['first'], first])[:2]
     for split, array in arrays.items():
         if array.documents:
             result['shards'][split] = array.finish()
     with store_errors(f'{job.output} cannot be written'):
-        store.write(f'parts/{index:05d}.json', json.dumps(result).encode()).result()
+        store.write(commit, json.dumps(result).encode()).result()
     return result
 
 
+def _hash(document: str) -> str:
+    """Returns the hash of a document's id, in whose order documents go to validation."""
+    name = document.encode('utf-8', 'surrogateescape')
+    return hashlib.blake2b(name, digest_size=8).hexdigest()
+
+
 def _encoded(
-    enc: tiktoken.Encoding, piece: Piece, text_field: str
-) -> Iterator[tuple[Document | Bad, np.ndarray | None]]:
-    """Yields the documents of a piece with the ids of their text, and its bad records with None."""
-    items = documents(piece, text_field)
+    enc: tiktoken.Encoding, piece: Piece, job: Job, move: Move | None
+) -> Iterator[tuple[Document | Bad, list[tuple[str, np.ndarray, int]]]]:
+    """Yields the documents and the bad records of a piece.
+
+    With each document come the texts that it gives: (split, ids, bytes). An empty one gives none.
+    """
+    items = documents(piece, job.text_field)
     for item in ahead(items) if '://' in piece.file.path else items:
         if isinstance(item, Bad):
-            yield item, None
+            yield item, []
             continue
-        try:
-            # With nothing disallowed, '<|endoftext|>' in a text is encoded as ordinary text.
-            ids = enc.encode_to_numpy(item.text, disallowed_special=())
-        except ValueError as error:  # a megabyte of spaces, for example, is too long for the regex
-            reason = f'the tokenizer cannot encode it ({error})'
-            yield Bad(piece.file.name, f'document {item.id}', reason), None
+        if move and item.id == move.document:
+            texts = _moved(item, job, move)
         else:
-            yield item, ids
+            texts = [(split_of(item.id, job.validation_share), item.text, item.n_bytes)]
+        try:
+            encoded = [(split, encode(enc, text, n), n) for split, text, n in texts if n]
+        except ConfigError as error:
+            yield Bad(piece.file.name, f'document {item.id}', str(error)), []
+        else:
+            yield item, encoded
+
+
+def _moved(item: Document, job: Job, move: Move) -> list[tuple[str, str, int]]:
+    """Returns the (split, text, bytes) of the document that is moved."""
+    if not move.tail:
+        return [(move.to, item.text, item.n_bytes)]
+    cut = tail_start(item.text, job.validation_share)
+    texts = [('train', item.text[:cut]), (move.to, item.text[cut:])]
+    return [(split, text, len(text.encode())) for split, text in texts]
+
+
+def tail_start(text: str, share: float) -> int:
+    """Returns where the last `share` of a text starts, at a paragraph, a line or a word.
+
+    It has at least TAIL characters, or a tenth of a short text. A text of one character has no
+    tail: its length is returned.
+    """
+    if len(text) < 2:
+        return len(text)
+    size = max(share * len(text), min(TAIL, len(text) / 10))
+    wanted = min(max(1, len(text) - round(size)), len(text) - 1)
+    for mark in ('\n\n', '\n', ' '):
+        start = text.rfind(mark, max(0, wanted - round(size / 2)), wanted)
+        if start > 0:
+            return start + len(mark)
+    return wanted
 
 
 def ahead(items: Iterator[T], size: int = 1024) -> Iterator[T]:
@@ -407,13 +454,13 @@ def _retry_part(enc: tiktoken.Encoding, *task: Any) -> dict[str, Any]:
     return retry(write_part, enc, *task)
 
 
-def _absolute(job: Job, index: int, key: str, part: list[Piece]) -> tuple:
+def _absolute(job: Job, index: int, key: str, part: list[Piece], move: Move | None) -> tuple:
     """Returns the task with absolute paths, because Ray's processes have other working folders."""
     pieces = []
     for piece in part:
         file = dataclasses.replace(piece.file, path=_absolute_path(piece.file.path))
         pieces.append(dataclasses.replace(piece, file=file))
-    return dataclasses.replace(job, output=_absolute_path(job.output)), index, key, pieces
+    return dataclasses.replace(job, output=_absolute_path(job.output)), index, key, pieces, move
 
 
 def _absolute_path(path: str) -> str:

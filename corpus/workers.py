@@ -4,6 +4,7 @@ import importlib
 import multiprocessing
 import os
 import socket
+import tempfile
 import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -17,8 +18,13 @@ from corpus.files import INSTALL
 # The project's modules that a task's code comes from, for machines that do not have them.
 SHIPPED = (
     'config', 'configs.default', 'corpus.documents', 'corpus.files', 'corpus.prepare',
-    'corpus.shards', 'corpus.workers', 'storage.stores', 'tokenizer',
+    'corpus.shards', 'corpus.tally', 'corpus.workers', 'machine.command', 'machine.config_flag',
+    'storage.stores', 'tokenizer',
 )  # fmt: skip
+
+# The path of a socket has at most 107 bytes, of which the names of a session take this away:
+# /ray/session_2026-01-31_12-00-00_123456_1234567/sockets/plasma_store.1 and a margin.
+RAY_TMPDIR_LENGTH = 107 - 70
 
 
 class WorkerError(RuntimeError):
@@ -113,11 +119,8 @@ def _run_on_ray(
             if port.isdigit() and '://' not in address:
                 socket.create_connection((host, int(port)), timeout=10).close()
             ray.init(address=address, log_to_driver=False, logging_level='warning')
-        except (ConnectionError, TimeoutError, socket.gaierror) as error:
-            raise ConfigError(
-                f'no Ray cluster answers at --ray={address} ({error}): start one with `ray start '
-                '--head`, or use --ray=local for one on this machine alone'
-            ) from error
+        except Exception as error:  # each layer of Ray raises its own classes
+            raise ConfigError(_no_cluster(address, error)) from error
     try:
         remote = ray.remote(num_cpus=1)(fn)
         reference = ray.put(shared)
@@ -127,6 +130,26 @@ def _run_on_ray(
     finally:
         if started:
             ray.shutdown()
+
+
+def _no_cluster(address: str, error: Exception) -> str:
+    """Returns the message that Ray could not be reached or started."""
+    if address != 'local':
+        return (
+            f'no Ray cluster answers at --ray={address} ({error}): start one with `ray start '
+            '--head`, or use --ray=local for one on this machine alone'
+        )
+    folder = os.environ.get('RAY_TMPDIR') or tempfile.gettempdir()
+    if len(folder) > RAY_TMPDIR_LENGTH:
+        return (
+            f'Ray cannot make its sockets below {folder} ({error}): name a folder with a short '
+            'path, as in RAY_TMPDIR=/tmp'
+        )
+    return (
+        f'Ray could not start on this machine ({type(error).__name__}: {error}): if the machine is '
+        'slow or busy, start it by hand with `ray start --head`, wait until it is up, and use '
+        '--ray=auto; or use --workers without Ray'
+    )
 
 
 def ship_code(cloudpickle: types.ModuleType) -> None:

@@ -15,7 +15,7 @@ from config import ConfigError
 from corpus import documents as module
 from corpus import files as corpus_files
 from corpus.documents import Bad, Document, cut_into_parts, documents
-from corpus.files import File, RemoteError, find_files
+from corpus.files import File, RemoteError, find_files, split_inputs
 
 pa = pytest.importorskip('pyarrow')
 pq = pytest.importorskip('pyarrow.parquet')
@@ -94,7 +94,7 @@ def test_compressed_file_cut_short(tmp_path, pack):
     texts = some_texts(1000)
     whole = {'gz': gzip.compress, 'zst': zstandard.ZstdCompressor().compress}[pack](as_lines(texts))
     name = f'a.jsonl.{pack}'
-    for kept in (len(whole) - 1, len(whole) // 2):
+    for kept in (len(whole) - 1, len(whole) // 2, 0):
         *good, last = broken(tmp_path, name, whole[:kept])
         assert [d.text for d in good] == texts[: len(good)]
         assert isinstance(last, Bad)
@@ -133,8 +133,7 @@ def test_bad_rows(tmp_path):
     assert empty == Document('a.parquet:4', '', 0)
     assert invalid.place == 'row 2'
     assert 'utf-8' in invalid.error
-    assert missing.place == 'row 3'
-    assert "no text in the column 'text'" in missing.error
+    assert missing == Document('a.parquet:3', '', 0)  # as if it were empty
     (bad,) = read(f'{tmp_path}/a.parquet', field='body')
     assert bad.count == 4
     assert "no column 'body' (--text_field) in text, n" in bad.error
@@ -147,6 +146,146 @@ def test_nesting_that_json_cannot_follow_is_a_bad_record(tmp_path):
     bad, good = broken(tmp_path, 'a.jsonl', b'[' * 100_000 + b'\n{"text": "x"}\n')
     assert bad.place == 'line 1'
     assert good.text == 'x'
+
+
+def texts(found: list) -> list[str]:
+    assert not [item for item in found if isinstance(item, Bad)]
+    return [item.text for item in found]
+
+
+def write_column(path, column: 'pa.Array', name: str = 'text') -> str:
+    pq.write_table(pa.Table.from_arrays([column], names=[name]), path)
+    return str(path)
+
+
+@pytest.mark.parametrize('window_log', [27, 28, 31])
+def test_zstd_with_a_long_window(tmp_path, window_log):
+    parameters = zstandard.ZstdCompressionParameters.from_level(3, window_log=window_log)
+    packer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    content = packer.compress(as_lines(['one', 'two'])) + packer.flush()
+    (tmp_path / 'a.jsonl.zst').write_bytes(content)
+    assert texts(read(f'{tmp_path}/a.jsonl.zst')) == ['one', 'two']
+
+
+def test_byte_order_marks_are_no_text(tmp_path):
+    (tmp_path / 'a.txt').write_bytes(module.BOM + 'é'.encode())
+    assert read(f'{tmp_path}/a.txt') == [Document('a.txt', 'é', 2)]
+    (tmp_path / 'b.jsonl').write_bytes(module.BOM + as_lines(['x', '\ufeffy', 'z']))
+    for part_bytes in (1 << 20, 20):
+        assert texts(read(f'{tmp_path}/b.jsonl', part_bytes)) == ['x', '\ufeffy', 'z']
+    (tmp_path / 'c.jsonl.gz').write_bytes(gzip.compress(module.BOM + as_lines(['x'])))
+    assert texts(read(f'{tmp_path}/c.jsonl.gz')) == ['x']
+    (tmp_path / 'd.txt').write_bytes('text'.encode('utf-16'))
+    (bad,) = read(f'{tmp_path}/d.txt')
+    assert 'it starts as UTF-16 does' in bad.error
+
+
+@pytest.mark.parametrize(
+    'kind',
+    ['string', 'large_string', 'string_view', 'binary', 'large_binary', 'binary_view', 'coded'],
+)
+def test_types_of_text_columns(tmp_path, kind):
+    rows = ['one', None, '', 'é']
+    column = pa.array(rows)
+    if 'binary' in kind:
+        column = pa.array([row and row.encode() for row in rows], getattr(pa, kind)())
+    elif kind == 'coded':
+        column = column.dictionary_encode()
+    else:
+        column = pa.array(rows, getattr(pa, kind)())
+    assert texts(read(write_column(tmp_path / 'a.parquet', column))) == ['one', '', '', 'é']
+
+
+def test_json_columns_and_columns_of_nulls(tmp_path):
+    column = pa.ExtensionArray.from_storage(pa.json_(), pa.array(['{"a": 1}', None]))
+    assert texts(read(write_column(tmp_path / 'a.parquet', column))) == ['{"a": 1}', '']
+    assert texts(read(write_column(tmp_path / 'b.parquet', pa.nulls(2)))) == ['', '']
+
+
+def test_text_inside_a_record(tmp_path):
+    rows = [{'text': 'x', 'n': {'u': 'deep'}}, None, {'text': None, 'n': None}]
+    path = write_column(tmp_path / 'a.parquet', pa.array(rows), 'doc')
+    assert texts(read(path, field='doc.text')) == ['x', '', '']
+    assert texts(read(path, field='doc.n.u')) == ['deep', '', '']
+    (bad,) = read(path, field='doc')
+    assert 'a field of it is named as doc.NAME' in bad.error
+    (bad,) = read(path, field='doc.z')
+    assert "no column 'doc.z'" in bad.error
+    path = write_column(tmp_path / 'b.parquet', pa.array(['whole name']), 'doc.text')
+    assert texts(read(path, field='doc.text')) == ['whole name']
+    lines = [*({'doc': row} for row in rows), {'doc.text': 'whole name'}, {'text': None}]
+    (tmp_path / 'c.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    *found, bad = read(f'{tmp_path}/c.jsonl', field='doc.text')
+    assert texts(found) == ['x', '', '', 'whole name']
+    assert bad.place == 'line 5'
+    *_, found = read(f'{tmp_path}/c.jsonl')
+    assert found == Document('c.jsonl:5', '', 0)
+
+
+def test_column_that_occurs_twice_is_named(tmp_path):
+    twice = pa.Table.from_arrays([pa.array(['x']), pa.array(['y'])], names=['text', 'text'])
+    pq.write_table(twice, tmp_path / 'a.parquet')
+    (bad,) = read(f'{tmp_path}/a.parquet')
+    assert "the column 'text' (--text_field) occurs 2 times" in bad.error
+
+
+# Paths
+
+
+def make_files(folder, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+
+
+def names_of(*patterns: str, extensions: tuple[str, ...] = ()) -> list[str]:
+    return [file.name for file in find_files(patterns, extensions)]
+
+
+def test_brackets_and_commas_in_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_files(tmp_path, '[v2] set/a.txt', '[v2] set/b?.txt', 'x,y/a.txt', 'p,q.txt', 'c.txt')
+    assert names_of('[v2] set/a.txt') == ['a.txt']
+    assert names_of('[v2] set/*.txt') == names_of(f'{tmp_path}/[v2] set') == ['a.txt', 'b?.txt']
+    assert names_of('[v2] set/b?.txt') == ['b?.txt']
+    assert split_inputs(['x,y,c.txt', 'x,y/*.txt,p,q.txt', 'a,b', 's3://a/x,c.txt,']) == [
+        'x,y', 'c.txt', 'x,y/*.txt', 'p,q.txt', 'a', 'b', 's3://a/x', 'c.txt',
+    ]  # fmt: skip
+
+
+def test_folders_are_walked(tmp_path, capsys):
+    known = ['a/b.txt', 'a/c/D.TXT', 'e.jsonl']
+    make_files(tmp_path, *known, 'f.rst', 'g.C', 'h', 'a/i.png', '.git/j.txt', '.k.txt')
+    (tmp_path / 'a/latest').symlink_to('c')
+    (tmp_path / 'a/c/up').symlink_to('..')
+    for folder in (tmp_path, f'{tmp_path}/'):
+        # A folder that is met twice counts once.
+        assert names_of(str(folder)) == ['a/b.txt', 'a/c/D.TXT', 'e.jsonl']
+        assert '1 .rst' in (said := capsys.readouterr().err)
+        assert all(ending in said for ending in ('1 .c', '1 without an ending', '1 .png'))
+    assert names_of(str(tmp_path), extensions=('rst', '.c')) == [
+        'a/b.txt', 'a/c/D.TXT', 'e.jsonl', 'f.rst', 'g.C',
+    ]  # fmt: skip
+    (found,) = read([f'{tmp_path}/a/c/D.TXT'])
+    assert found == Document('D.TXT', 'a/c/D.TXT', 9)
+    with pytest.raises(ConfigError, match=r'no file that can be read: there are 1 \.png, .*--ext'):
+        find_files([f'{tmp_path}/a/*.png'])
+
+
+def test_folders_named_as_files(tmp_path):
+    (tmp_path / 'x.parquet').mkdir()
+    write_column(tmp_path / 'x.parquet/part-0.parquet', pa.array(['a']))
+    (tmp_path / 'x.parquet/_SUCCESS').write_text('')
+    write_column(tmp_path / 'y.parquet', pa.array(['b']))
+    assert texts(read(f'{tmp_path}/x.parquet')) == ['a']
+    assert names_of(f'{tmp_path}/*.parquet') == ['x.parquet/part-0.parquet', 'y.parquet']
+    system = fsspec.filesystem('memory')
+    for path in tmp_path.rglob('*.parquet'):
+        if path.is_file():
+            system.pipe(f'/lake/{path.relative_to(tmp_path)}', path.read_bytes())
+    system.pipe('/lake/.hidden/z.parquet', b'')
+    assert names_of('memory://lake') == ['x.parquet/part-0.parquet', 'y.parquet']
+    assert names_of('memory://lake/x.parquet/') == ['part-0.parquet']
 
 
 # File systems
@@ -254,7 +393,7 @@ def test_failing_connection_is_no_broken_parquet(tmp_path, monkeypatch):
 
 
 def test_lost_local_file_is_no_bad_record(tmp_path):
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ConfigError, match=r'a\.parquet cannot be read \(No such file'):
         cut_into_parts([File('a.parquet', str(tmp_path / 'a.parquet'))], 1)
 
 

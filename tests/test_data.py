@@ -18,11 +18,12 @@ from ml_collections import ConfigDict
 import data
 from config import ConfigError
 from configs import default
+from corpus import stdlib
 from corpus.files import RemoteError
 from corpus.shards import SPLITS, Split, split_of
 from corpus.workers import WorkerError
-from data import EvaluationSet, Loader, Mixture, open_data, permute, prefetch
-from tokenizer import stdlib_files
+from data import EvaluationSet, Loader, Mixture, open_data, permute, prefetch, vocabulary_note
+from tokenizer import get_encoding, stdlib_files
 
 # ---------------------------------------------------------------------------------------------
 # Order and batches
@@ -276,6 +277,7 @@ def test_open_sources(tmp_path):
     assert [(source.name, source.share) for source in opened] == [('a', 0.25), ('b', 0.75)]
     assert [source.evaluation.n_batches for source in opened] == [5, 5]
     assert all(source.evaluation.split.name == 'validation' for source in opened)
+    assert all(source.train.name == 'train' for source in opened)
     single, (only,) = data.open_sources([('a', paths[0], 9.0)], 'bytes', 4, 16, 2, 0)
     assert isinstance(single, Loader)
     assert only.share == 1.0
@@ -302,6 +304,27 @@ def test_open_data_writes_nothing_into_the_config(tmp_path):
     config.model.vocab_size = 256
     with pytest.raises(ConfigError, match=r'vocab_size=256 is below the 257 tokens.*use 384'):
         open_data(config)
+
+
+def test_data_without_validation_documents_is_for_training_alone(tmp_path):
+    path = prepared(tmp_path, {'a.txt': 'text ' * 99})
+    config = data_config(path=path)
+    config.eval.every = 0
+    loader, (source,), encoding = open_data(config)
+    assert loader.batch_at(0).shape == (4, 17)
+    assert source.evaluation is None
+    assert (source.train.n_documents, encoding.n_vocab) == (1, 257)
+    config.eval.every = 5
+    with pytest.raises(ConfigError, match=r'eval\.every=5, but nothing is held out .*: use --'):
+        open_data(config)
+
+
+def test_note_on_a_vocabulary_much_smaller_than_the_model():
+    enc = get_encoding('bytes')
+    assert vocabulary_note(300, enc) == vocabulary_note(257, enc) == ''
+    note = vocabulary_note(4096, enc)
+    assert '4,096 and the tokenizer bytes has 257 ids: 94% of the embedding is unused' in note
+    assert '--config.model.vocab_size=384 would do' in note
 
 
 @pytest.mark.parametrize(
@@ -379,15 +402,19 @@ def test_command(tmp_path):
     texts = make_corpus(tmp_path / 'in')
     out = tmp_path / 'out'
     command = [sys.executable, os.path.join(ROOT, 'data.py'), '--tokenizer=bytes', '--workers=2']
-    inputs = f'--input={tmp_path}/in/**/*.jsonl,{tmp_path}/in/**/*.txt'
+    # A list with commas, a second flag, and words as a shell makes them of a glob.
+    lists = f'--input={tmp_path}/in/**/*.jsonl,{tmp_path}/in/txt/0.txt'
+    more = [str(path) for path in sorted((tmp_path / 'in/txt').glob('*.txt'))]
+    inputs = [lists, '--input', *more]
     done = subprocess.run(
-        [*command, inputs, f'--output={out}', '--validation_share=0.2'],
+        [*command, *inputs, f'--output={out}', '--validation_share=0.2'],
         cwd=tmp_path,
         check=True,
         capture_output=True,
         text=True,
     )
     chosen = [doc for doc in texts if doc.startswith('lines.jsonl:') or doc.endswith('.txt')]
+    assert len(more) == 13
     documents = {name: Split(str(out), name).n_documents for name in SPLITS}
     assert sum(documents.values()) == len(chosen)
     for name, n in documents.items():
@@ -411,6 +438,7 @@ def test_command(tmp_path):
 FLAGS = {
     'inspect': None, 'samples': 0, 'input': ['a.txt'], 'tokenizer': 'bytes', 'output': 'out',
     'validation_share': 0.0, 'text_field': 'text', 'max_bad_share': 0.0, 'workers': 1, 'ray': None,
+    'extensions': [],
 }  # fmt: skip
 
 
@@ -433,6 +461,35 @@ def test_command_ends_with_the_message_of_an_error(tmp_path, monkeypatch, given,
         data.main([])
 
 
+def test_words_are_further_inputs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ('a.txt', 'b.txt', 'c,d.txt'):
+        (tmp_path / name).write_text(name)
+    flags = types.SimpleNamespace(**(FLAGS | {'input': ['a.txt,c,d.txt']}))
+    monkeypatch.setattr(data, 'flags', types.SimpleNamespace(FLAGS=flags))
+    data.main(['b.txt'])
+    assert Split('out', 'train').n_documents == 3
+    assert 'nothing is held out for validation (--validation_share=0): ' in capsys.readouterr().out
+    with pytest.raises(SystemExit, match='no file matches --input=e'):
+        data.main(['e.txt'])
+    flags.inspect = 'out'
+    with pytest.raises(SystemExit, match=r'b\.txt'):
+        data.main(['b.txt'])
+
+
+def test_what_is_held_out_is_said():
+    def manifest(tokens: int, **moved) -> dict:
+        splits = {'validation': {'tokens': tokens}}
+        return {'validation_share': 0.01, 'splits': splits, **({'moved': moved} if moved else {})}
+
+    assert data.held_out(manifest(5)) == ''
+    assert '--config.eval.every=0' in data.held_out(manifest(0))
+    said = data.held_out(manifest(5, document='a.txt', to='validation', tail=True))
+    assert said == 'held out for validation: the end of a.txt, the only document'
+    said = data.held_out(manifest(5, document='a.txt', to='validation', tail=False))
+    assert said.startswith('held out for validation: a.txt, since of so few documents')
+
+
 @pytest.mark.parametrize(
     ('error', 'shown'),
     [
@@ -443,7 +500,7 @@ def test_command_ends_with_the_message_of_an_error(tmp_path, monkeypatch, given,
     ],
 )
 def test_command_tells_errors_from_bugs(monkeypatch, error, shown):
-    def fail(_):
+    def fail(*_):
         raise error
 
     flags = types.SimpleNamespace(**FLAGS)
@@ -465,7 +522,7 @@ def test_stdlib_files():
 def test_stdlib_corpus(tmp_path, monkeypatch, capsys):
     named, skipped = stdlib_files()
     some = [(name, path) for name, path in named if name == 'dataclasses.py' or name < 'b']
-    monkeypatch.setattr(data, 'stdlib_files', lambda: (some, skipped))
+    monkeypatch.setattr(stdlib, 'stdlib_files', lambda: (some, skipped))
     monkeypatch.setenv('JAXFORMER_CACHE', str(tmp_path / 'cache'))
     folders: list[str] = []
     threads = [
@@ -490,6 +547,26 @@ def test_stdlib_corpus(tmp_path, monkeypatch, capsys):
     text = inspect.getsource(dataclasses)
     split = train if split_of('dataclasses.py', 0.03) == 'train' else validation
     assert text in split.encoding().decode(split.read(0, split.n_tokens))
+
+
+def test_folders_of_killed_preparations_are_removed(tmp_path, monkeypatch):
+    monkeypatch.setenv('JAXFORMER_CACHE', str(tmp_path))
+    monkeypatch.setattr(stdlib, 'stdlib_files', lambda: ([('a.py', stdlib.__file__)], 0))
+    names = ('killed', 'alive', 'new', 'old')
+    for name in names:
+        (tmp_path / f'building-{name}/tokens').mkdir(parents=True)
+    (tmp_path / 'building-killed/lock').write_text('')
+    hour_ago = time.time() - 2 * stdlib.UNLOCKED_SECONDS
+    os.utime(tmp_path / 'building-old', (hour_ago, hour_ago))
+    code = 'import fcntl, sys; f = open(sys.argv[1], "w"); fcntl.flock(f, 2); print(1, flush=True)'
+    command = [sys.executable, '-c', f'{code}; input()', f'{tmp_path}/building-alive/lock']
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        folder = data.stdlib_corpus('bytes')
+        left = sorted(name for name in os.listdir(tmp_path) if name.startswith('building-'))
+        process.communicate(b'\n')
+    assert left == ['building-alive', 'building-new']
+    assert os.listdir(folder)
 
 
 def test_cache_that_cannot_be_written(tmp_path, monkeypatch):

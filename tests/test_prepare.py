@@ -8,6 +8,7 @@ import threading
 
 import numpy as np
 import pytest
+import tiktoken
 from common_data import (
     PART_BYTES,
     ROOT,
@@ -20,9 +21,10 @@ from common_data import (
 from servers import serve_s3
 
 from config import ConfigError
+from corpus import prepare as module
 from corpus.files import find_files
-from corpus.prepare import Job, ahead, prepare
-from corpus.shards import SPLITS, Split, split_of
+from corpus.prepare import Job, ahead, prepare, tail_start
+from corpus.shards import SPLITS, ArrayWriter, Split, split_of
 from tokenizer import fingerprint, get_encoding
 
 
@@ -44,7 +46,7 @@ def test_tokens_decode_to_the_documents(corpus):
 def test_manifest_totals(corpus):
     texts, output, _ = corpus
     manifest = json.loads(contents(output)['manifest.json'])
-    assert manifest['version'] == 1
+    assert manifest['version'] == 2
     assert manifest['tokenizer'] == {
         'name': SHIPPED,
         'fingerprint': fingerprint(get_encoding(SHIPPED)),
@@ -112,7 +114,9 @@ def test_uint16_up_to_65536_ids_and_uint32_above(tmp_path):
     with open(source, 'rb') as f:
         (tmp_path / 'big.tiktoken').write_bytes(f.read())
     for end, dtype in [(65535, 'uint16'), (65536, 'uint32')]:
-        ranks.write_text(json.dumps({'pattern': '.+', 'special_tokens': {'<|endoftext|>': end}}))
+        ranks.write_text(
+            json.dumps({'pattern': r'[\s\S]+', 'special_tokens': {'<|endoftext|>': end}})
+        )
         folder = prepared(
             tmp_path / dtype, {'a.txt': 'abc', 'b.txt': 'd'}, str(tmp_path / 'big.tiktoken')
         )
@@ -164,8 +168,9 @@ def test_bad_records_are_named_by_other_processes(tmp_path):
     for name in 'abcd':
         (tmp_path / f'{name}.txt').write_bytes(b'\xff' if name == 'c' else b'good')
     files = find_files([f'{tmp_path}/*.txt'])
+    job = Job(str(tmp_path / 'out'), 'bytes', max_bad_share=0.0)
     with pytest.raises(ConfigError, match=r'c\.txt: .*utf-8'):
-        prepare(files, Job(str(tmp_path / 'out'), 'bytes'), workers=2, part_bytes=1)
+        prepare(files, job, workers=2, part_bytes=1)
     assert not (tmp_path / 'out/manifest.json').exists()
 
 
@@ -173,11 +178,8 @@ def test_errors_of_the_input_and_the_output(tmp_path):
     with pytest.raises(ConfigError, match=r'no file matches --input=.*\*\.txt'):
         find_files([f'{tmp_path}/*.txt'])
     (tmp_path / 'a.txt').write_bytes(b'')
-    (tmp_path / 'b.csv').write_bytes(b'1,2')
-    with pytest.raises(ConfigError, match=r'b\.csv has none of the endings'):
-        find_files([f'{tmp_path}/*'])
     files = find_files([f'{tmp_path}/a.txt'])
-    with pytest.raises(ConfigError, match='hold no text'):
+    with pytest.raises(ConfigError, match='no text in 1 input files'):
         prepare(files, Job(str(tmp_path / 'out'), 'bytes'))
     (tmp_path / 'a.txt').write_bytes(b'text')
     prepare(files, Job(str(tmp_path / 'out'), 'bytes'))
@@ -194,8 +196,9 @@ def test_stores_that_cannot_be_used_are_named(tmp_path):
     files = find_files([f'{tmp_path}/a.txt'])
     with pytest.raises(ConfigError, match='nosuch://bucket cannot be opened'):
         prepare(files, Job('nosuch://bucket', 'bytes'))
-    with pytest.raises(ConfigError, match=r'a\.txt cannot be read: .*Not a directory'):
-        prepare(files, Job(f'{tmp_path}/a.txt', 'bytes'))
+    for output in (f'{tmp_path}/a.txt', f'{tmp_path}/a.txt/below'):
+        with pytest.raises(ConfigError, match=r'--output=.*/a\.txt.* cannot be written \('):
+            prepare(files, Job(output, 'bytes'))
 
 
 def test_names_are_relative_to_the_fixed_part_of_the_glob(tmp_path, monkeypatch):
@@ -274,6 +277,175 @@ def test_bad_share_stops_early_only_where_the_rest_cannot_help(tmp_path):
     prepare(files, Job(str(tmp_path / 'out'), 'bytes', 0.0, max_bad_share=0.1), part_bytes=1)
     with pytest.raises(ConfigError, match='4 of 4 records are bad'):
         prepare(files, Job(str(tmp_path / 'new'), 'bytes', 0.0, max_bad_share=0.09), part_bytes=1)
+
+
+def test_one_file_that_is_no_text_is_left_out(tmp_path):
+    for name in 'abc':
+        (tmp_path / f'{name}.txt').write_bytes(b'\xff' if name == 'a' else b'good')
+    files = find_files([f'{tmp_path}/*.txt'])
+    read = prepare(files, Job(str(tmp_path / 'out'), 'bytes'))['input']
+    assert (read['records'], read['bad']) == (3, 1)
+    assert read['reports'][0]['file'] == 'a.txt'
+    (tmp_path / 'b.txt').write_bytes(b'\xff')
+    with pytest.raises(ConfigError, match=r'2 of 3 records are bad.*by --max_bad_share=0\.667\n'):
+        prepare(files, Job(str(tmp_path / 'two'), 'bytes'))
+    with pytest.raises(ConfigError, match=r'no text in 1 input files: .*\n.*a\.txt: .*utf'):
+        prepare(files[:1], Job(str(tmp_path / 'alone'), 'bytes'))
+
+
+def test_text_that_the_tokenizer_drops_is_named(tmp_path, monkeypatch):
+    ranks = {bytes([i]): i for i in range(256)}
+    dropping = tiktoken.Encoding(
+        'own', pat_str=r'\w+| ', mergeable_ranks=ranks, special_tokens={'<|endoftext|>': 256}
+    )
+    monkeypatch.setattr('corpus.prepare.get_encoding', lambda _: dropping)
+    (tmp_path / 'a.jsonl').write_text('{"text": "a b"}\n{"text": "a, b"}\n')
+    job = Job(str(tmp_path / 'out'), 'own', 0.0)
+    with pytest.raises(ConfigError, match=r'document a\.jsonl:2: the tokenizer keeps 3 of its 4'):
+        prepare(find_files([f'{tmp_path}/a.jsonl']), job)
+    job = dataclasses.replace(job, max_bad_share=0.5)
+    manifest = prepare(find_files([f'{tmp_path}/a.jsonl']), job)
+    assert (manifest['input']['bad'], manifest['splits']['train']['documents']) == (1, 1)
+
+
+# What is held out of few documents
+
+
+def texts_of(folder: str, name: str) -> list[str]:
+    split = Split(folder, name)
+    decoded = split.encoding().decode(split.read(0, split.n_tokens).tolist())
+    return decoded.split('<|endoftext|>')[:-1]
+
+
+def test_of_few_documents_one_is_held_out(tmp_path):
+    texts = {f'{i}.txt': f'document {i}' for i in range(17)}
+    assert not any(split_of(name, 0.01) == 'validation' for name in texts)
+    (tmp_path / 'few').mkdir()
+    folder = prepared(tmp_path / 'few', texts, share=0.01)
+    (held,) = texts_of(folder, 'validation')
+    # The first to go there at a larger share.
+    share = next(i / 100 for i in range(100) if any(split_of(n, i / 100) != 'train' for n in texts))
+    assert [text for name, text in texts.items() if split_of(name, share) != 'train'] == [held]
+    assert sorted([held, *texts_of(folder, 'train')]) == sorted(texts.values())
+    assert Split(folder, 'train').n_documents == 16
+    none = prepared(tmp_path / 'none', texts, share=0.0)
+    assert sorted(texts_of(none, 'train')) == sorted(texts.values())
+    # Nor is all of it held out.
+    all_of_it = prepared(tmp_path / 'all', {'1.txt': 'one', '2.txt': 'two'}, share=0.999)
+    assert len(texts_of(all_of_it, 'train')) == len(texts_of(all_of_it, 'validation')) == 1
+
+
+def test_the_document_that_holds_most_of_the_text_is_not_held_out(tmp_path):
+    for i, (a, b) in enumerate([(9, 900), (900, 9)]):
+        texts = {'a.txt': 'a' * a, 'b.txt': 'b' * b}
+        folder = prepared(tmp_path / str(i), texts, share=1e-9)
+        assert [len(text) for text in texts_of(folder, 'validation')] == [9]
+
+
+@pytest.mark.parametrize('name', ['a.txt', 'a.jsonl'])
+@pytest.mark.parametrize('share', [0.01, 0.4, 0.999])
+def test_of_one_document_the_end_is_held_out(tmp_path, name, share):
+    text = ''.join(f'line {i} of the only one\n' for i in range(5000))
+    content = text if name == 'a.txt' else json.dumps({'text': text}) + '\n'
+    (tmp_path / name).write_text(content)
+    files = find_files([f'{tmp_path}/{name}'])
+    manifest = prepare(files, Job(str(tmp_path / 'out'), 'bytes', share))
+    (start,), (end,) = (texts_of(str(tmp_path / 'out'), split) for split in SPLITS)
+    assert start + end == text
+    assert start.endswith('\n')
+    assert share * len(text) * 0.99 < len(end) < max(share * len(text) * 1.01, 4200)
+    assert manifest['splits']['validation']['bytes'] == len(end)
+    assert manifest['input']['records'] == 1
+    assert manifest['moved']['tail'] is True
+
+
+def test_where_the_end_of_a_text_starts():
+    for text, cut in [
+        ('', 0), ('a', 1), ('ab', 1), ('a' * 1000, 900), ('a b' * 90, 242),
+        ('x ' * 450 + '\n\n' + 'y ' * 50, 902), ('x\n' * 6000, 10800),
+        ('x\n' * 60000, 120000 - 4096),
+    ]:  # fmt: skip
+        assert tail_start(text, 0.01) == cut, text[:30]
+
+
+@pytest.mark.parametrize('workers', [1, 2])
+def test_what_is_held_out_does_not_depend_on_parts_workers_or_leftovers(tmp_path, workers):
+    for i in range(9):
+        (tmp_path / f'{i}.txt').write_text(f'document {i}')
+    files = find_files([f'{tmp_path}/*.txt'])
+    whole = prepare(files, Job(str(tmp_path / 'one'), 'bytes'))
+    job = Job(str(tmp_path / 'many'), 'bytes')
+    prepare(files, job, workers, part_bytes=50)
+    assert texts_of(job.output, 'validation') == texts_of(str(tmp_path / 'one'), 'validation')
+    before = contents(job.output)
+    # Without its manifest all is done again, but for parts that a killed job committed.
+    (tmp_path / 'many/manifest.json').unlink()
+    prepare(files, job, part_bytes=50)
+    assert contents(job.output) == before
+    assert whole['moved']['to'] == 'validation'
+
+
+def test_interrupted_while_a_document_is_moved(tmp_path, monkeypatch):
+    for i in range(5):
+        (tmp_path / f'{i}.txt').write_text(f'document {i}')
+    files, job = find_files([f'{tmp_path}/*.txt']), Job(str(tmp_path / 'out'), 'bytes')
+    prepare(files, Job(str(tmp_path / 'new'), 'bytes'), part_bytes=1)
+    calls = []
+
+    def stop(*args):
+        calls.append(args)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return finish(*args)
+
+    finish = ArrayWriter.finish  # of five parts, then of the one that is written again
+    monkeypatch.setattr(ArrayWriter, 'finish', stop)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(files, job, part_bytes=1)
+    assert len(list((tmp_path / 'out/parts').iterdir())) == 4
+    monkeypatch.undo()
+    prepare(files, job, part_bytes=1)
+    assert contents(tmp_path / 'out') == contents(tmp_path / 'new')
+
+
+def test_parts_of_an_earlier_version_serve(tmp_path, monkeypatch):
+    for i in range(5):
+        (tmp_path / f'{i}.txt').write_text(f'document {i}')
+    files, job = find_files([f'{tmp_path}/*.txt']), Job(str(tmp_path / 'out'), 'bytes')
+    prepare(files, Job(str(tmp_path / 'new'), 'bytes'), part_bytes=1)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, 'write_manifest', stop)
+    monkeypatch.setattr(module, '_fill_empty_split', lambda *_: None)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(files, job, part_bytes=1)
+    for path in (tmp_path / 'out/parts').iterdir():
+        result = json.loads(path.read_text())
+        del result['first']
+        path.write_text(json.dumps(result))
+    monkeypatch.undo()
+    prepare(files, job, part_bytes=1)
+    assert contents(tmp_path / 'out') == contents(tmp_path / 'new')
+
+
+def test_a_part_that_is_written_over_is_not_committed(tmp_path, monkeypatch):
+    for i in range(3):
+        (tmp_path / f'{i}.txt').write_text(f'document {i}')
+    files, job = find_files([f'{tmp_path}/*.txt']), Job(str(tmp_path / 'out'), 'bytes')
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, 'write_manifest', stop)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(files, job)
+    monkeypatch.undo()
+    monkeypatch.setattr(module, '_encoded', stop)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(files, dataclasses.replace(job, validation_share=0.5))
+    assert not list((tmp_path / 'out/parts').iterdir())
 
 
 def test_a_lost_file_counts_by_its_bytes(tmp_path):

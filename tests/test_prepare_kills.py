@@ -84,7 +84,7 @@ def test_killed_at_each_phase_and_resumed(corpus, tmp_path):
     for where, nth in [
         ('finish', 3),  # one part; of the array nothing is there
         ('array_spec', 6),  # two parts; the array is there, unchecked
-        ('_total', 1),  # all parts, no manifest
+        ('total', 1),  # all parts, no manifest
         ('_remove_leftovers', 1),  # the manifest, and the parts' files
     ]:
         process = start(tmp_path, files, 1, where, nth)
@@ -255,6 +255,14 @@ def test_ray_without_a_cluster_or_the_package(corpus, tmp_path, monkeypatch):
     for address in ('auto', '127.0.0.1:1'):
         with pytest.raises(ConfigError, match=f'cluster answers at --ray={address} .*ray start'):
             prepare(files, Job(str(tmp_path / 'out'), SHIPPED), ray=address)
+
+
+def test_ray_that_cannot_start_says_what_to_do(monkeypatch):
+    error = OSError('AF_UNIX path length cannot exceed 107 bytes')
+    monkeypatch.setenv('RAY_TMPDIR', '/tmp/' + 'long' * 20)
+    assert 'short path, as in RAY_TMPDIR=/tmp' in workers._no_cluster('local', error)
+    monkeypatch.setenv('RAY_TMPDIR', '/tmp')
+    assert 'start it by hand with `ray start --head`' in workers._no_cluster('local', error)
 
 
 def cloudpickle():

@@ -4,8 +4,10 @@ import base64
 import json
 import os
 import random
+import re
 import subprocess
 import sys
+import time
 import types
 
 import numpy as np
@@ -17,7 +19,15 @@ from common_data import ROOT, SHIPPED
 
 import tokenizer
 from config import ConfigError
-from tokenizer import END_OF_TEXT, fingerprint, get_encoding, learn_merges, token_bytes, train
+from tokenizer import (
+    END_OF_TEXT,
+    encode,
+    fingerprint,
+    get_encoding,
+    learn_merges,
+    token_bytes,
+    train,
+)
 
 AWKWARD = [
     '',
@@ -111,7 +121,7 @@ def test_token_bytes_of_unused_ids_is_zero(tmp_path):
 
 
 def test_fingerprint_follows_content_alone(tmp_path):
-    for name, pattern in [('a', '.'), ('b', '.'), ('c', '..?')]:
+    for name, pattern in [('a', ANY), ('b', ANY), ('c', ANY * 2 + '?')]:
         write(tmp_path / f'{name}.tiktoken', pattern=pattern)
     a, b, c = (fingerprint(get_encoding(str(tmp_path / f'{n}.tiktoken'))) for n in 'abc')
     assert a == b != c
@@ -137,18 +147,97 @@ def test_training_errors(tmp_path):
     pytest.importorskip('tokenizers')
     with pytest.raises(ConfigError, match='below 257'):
         train(corpus(), 256, str(tmp_path / 'a.tiktoken'))
-    with pytest.raises(ConfigError, match='more text'):
-        train(['abc'], 1000, str(tmp_path / 'a.tiktoken'))
-    with pytest.raises(ConfigError, match=r'ends in \.tiktoken'):
+    with pytest.raises(ConfigError, match='more text, or --vocab_size=259'):
+        train(['abab'], 1000, str(tmp_path / 'a.tiktoken'))
+    with pytest.raises(ConfigError, match=r'let it end in \.tiktoken'):
         train(corpus(), 300, str(tmp_path / 'a'))
+    refused = ['fine', ' ' * 1_000_000 + 'x']
+    with pytest.raises(ConfigError, match=r'b\.txt: the tokenizer cannot encode it .*leave it out'):
+        train(refused, 300, str(tmp_path / 'a.tiktoken'), ['a.txt', 'b.txt'])
     assert not list(tmp_path.iterdir())
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(ConfigError, match=r'--output=.* cannot be written \('):
+        train(corpus(), 300, str(tmp_path / 'file/a.tiktoken'))
 
 
 def test_training_checks_its_result(monkeypatch, tmp_path):
     pytest.importorskip('tokenizers')
-    monkeypatch.setattr(tokenizer, 'get_encoding', lambda _: get_encoding('bytes'))
-    with pytest.raises(ValueError, match='differently'):
+    learn = tokenizer.learn_merges
+
+    def other(texts: list[str], vocab_size: int):
+        trained = learn(texts, vocab_size)
+        return types.SimpleNamespace(
+            get_vocab=trained.get_vocab, encode=lambda text: trained.encode(text + '.')
+        )
+
+    monkeypatch.setattr(tokenizer, 'learn_merges', other)
+    with pytest.raises(ValueError, match='encode text 0 differently'):
         train(corpus(), 600, str(tmp_path / 'a.tiktoken'))
+    assert not list(tmp_path.iterdir())
+
+
+def test_training_refuses_a_pattern_that_loses_text(monkeypatch, tmp_path):
+    monkeypatch.setattr(tokenizer, 'PATTERN', r'\w+|\s+')
+    with pytest.raises(ConfigError, match=r'tokenizer\.PATTERN: the pattern .* does not give text'):
+        train(corpus(), 600, str(tmp_path / 'a.tiktoken'))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('letters', ['x', 'ACGT', 'abcdefghijklmnopqrstuvwxyz', '='])
+def test_training_on_an_unbroken_run(letters):
+    pytest.importorskip('tokenizers')
+    rng = random.Random(0)
+    run = ''.join(rng.choices(letters, k=300_000))
+    started = time.perf_counter()
+    trainer = learn_merges([*corpus(), run], 400)
+    assert time.perf_counter() - started < 10  # by the square of the length it were a minute
+    byte_of = tokenizer._byte_of_character()
+    enc = tiktoken.Encoding(
+        'run',
+        pat_str=tokenizer.PATTERN,
+        mergeable_ranks={
+            bytes(byte_of[c] for c in token): i for token, i in trainer.get_vocab().items()
+        },
+        special_tokens={},
+    )
+    for text in (run[:5000], *corpus(3)):
+        assert enc.encode_ordinary(text) == trainer.encode(text).ids
+
+
+@pytest.mark.parametrize(
+    ('pattern', 'problem'),
+    [
+        ('.', r"'\\n': comes back as b''"),
+        (r'\w+|\s+', 'comes back'),
+        (r'\S+| ', 'comes back'),
+        (r'[^\p{M}]', 'comes back'),
+        (r'[^\p{Co}]', 'comes back'),
+        (r'\P{Cc}|\s', 'comes back'),
+        (r'[\x00-\x{ffff}]', 'comes back'),
+        (r'(?s).(?!$)', 'comes back'),
+        (r'a*|[\s\S]', 'the tokenizer cannot encode it'),  # tiktoken panics
+    ],
+)
+def test_pattern_that_loses_text(tmp_path, pattern, problem):
+    write(tmp_path / 'own.tiktoken', pattern)
+    with pytest.raises(
+        ConfigError, match=r'own\.tiktoken: the pattern .* does not give'
+    ) as refused:
+        get_encoding(str(tmp_path / 'own.tiktoken'))
+    assert re.search(problem, str(refused.value))
+
+
+def test_encode_counts_the_bytes():
+    enc = get_encoding('bytes')
+    assert encode(enc, 'aé<|endoftext|>').tolist() == list('aé<|endoftext|>'.encode())
+    ranks = {bytes([i]): i for i in range(256)}
+    loses = tiktoken.Encoding('x', pat_str=r'\w+', mergeable_ranks=ranks, special_tokens={})
+    assert encode(loses, 'ab').tolist() == [97, 98]
+    with pytest.raises(ConfigError, match='keeps 2 of its 3 bytes'):
+        encode(loses, 'a b')
+    panics = tiktoken.Encoding('x', pat_str=r'a*', mergeable_ranks=ranks, special_tokens={})
+    with pytest.raises(ConfigError, match='cannot encode it'):
+        encode(panics, 'b')
 
 
 def test_training_without_the_library_names_the_requirements(monkeypatch, tmp_path):
@@ -159,35 +248,50 @@ def test_training_without_the_library_names_the_requirements(monkeypatch, tmp_pa
 
 def test_command(tmp_path):
     pytest.importorskip('tokenizers')
-    for i, text in enumerate(corpus()):
+    texts = corpus()
+    for i, text in enumerate(texts[2:]):
         (tmp_path / f'{i}.txt').write_text(text, encoding='utf-8')
+    (tmp_path / 'in').mkdir()
+    lines = [json.dumps({'body': {'text': text}}) + '\n' for text in texts[:2]]
+    (tmp_path / 'in/a.jsonl').write_text(''.join([*lines, '{"body": 3}\n']))
     out = tmp_path / 'own.tiktoken'
     command = [sys.executable, os.path.join(ROOT, 'tokenizer.py'), '--vocab_size=400']
-    subprocess.run([*command, f'--input={tmp_path}/*.txt', f'--output={out}'], check=True)
+    files = [str(path) for path in sorted(tmp_path.glob('*.txt'))]
+    done = subprocess.run(
+        [*command, '--input', files[0], *files[1:], f'--input={tmp_path}/in', f'--output={out}',
+         '--text_field=body.text'],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    assert f'400 ids from {len(texts)} documents' in done.stderr
+    assert ', 1 bad records left out' in done.stderr
     assert get_encoding(str(out)).n_vocab == 400
 
 
 @pytest.mark.parametrize(
-    ('pattern', 'content', 'message'),
+    ('inputs', 'content', 'message'),
     [
-        ('none/*.txt', b'', 'no file matches --input=none/'),
-        ('a.txt', b'\xff', r'a\.txt is not UTF-8 text'),
-        ('a.txt', b'abc', 'exists: remove it'),
+        (['none/*.txt'], b'', 'no file matches --input=none/'),
+        (['a.txt'], b'\xff', r'hold no text.*\n.*a\.txt: .*utf-8'),
+        (['a.txt', 'b.txt'], b'abc', 'no file matches --input=b.txt'),
+        (['a.txt'], b'abc', 'after 259 of 300 tokens'),
     ],
 )
-def test_command_ends_with_the_message_of_an_error(
-    tmp_path, monkeypatch, pattern, content, message
-):
+def test_command_ends_with_the_message_of_an_error(tmp_path, monkeypatch, inputs, content, message):
+    pytest.importorskip('tokenizers')
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'a.txt').write_bytes(content)
-    (tmp_path / 'out.tiktoken').write_text('')
-    given = types.SimpleNamespace(input=[pattern], vocab_size=300, output='out.tiktoken')
+    given = types.SimpleNamespace(
+        input=inputs[:1], vocab_size=300, output='out.tiktoken', text_field='text', extensions=[]
+    )
     monkeypatch.setattr(tokenizer, 'flags', types.SimpleNamespace(FLAGS=given))
     with pytest.raises(SystemExit, match=message):
-        tokenizer.main([])
+        tokenizer.main(inputs[1:])
 
 
-def write(path, pattern: str = '.', special: dict | None = None, extra: bytes = b''):
+ANY = r'[\s\S]'
+
+
+def write(path, pattern: str = ANY, special: dict | None = None, extra: bytes = b''):
     lines = [base64.b64encode(bytes([i])) + b' %d\n' % i for i in range(256)]
     path.write_bytes(b''.join(lines) + extra)
     sidecar = {'pattern': pattern, 'special_tokens': special or {END_OF_TEXT: 256}}
@@ -203,7 +307,11 @@ def test_missing_file_and_sidecar(tmp_path):
     path = tmp_path / 'own.tiktoken'
     with pytest.raises(ConfigError, match='there is no vocabulary'):
         get_encoding(str(path))
+    (tmp_path / 'folder.tiktoken').mkdir()
     write(path)
+    (tmp_path / 'folder.json').write_bytes((tmp_path / 'own.json').read_bytes())
+    with pytest.raises(ConfigError, match=r'folder\.tiktoken cannot be read \(Is a directory'):
+        get_encoding(f'{tmp_path}/folder.tiktoken')
     (tmp_path / 'own.json').unlink()
     with pytest.raises(ConfigError, match=r'own\.json.*"pattern".*"special_tokens"'):
         get_encoding(str(path))

@@ -1,0 +1,113 @@
+"""Totals and progress of a preparation, and the limit on its bad records."""
+
+import math
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from config import ConfigError
+from corpus.documents import Bad, Piece
+
+REPORTS_SHOWN = 10  # bad records that an error message names
+COUNTS = ('records', 'empty', 'bad', 'lost_bytes')  # counted for each part and the whole input
+
+
+class Tally:
+    """The results of the finished parts, in order, and their totals."""
+
+    def __init__(self, parts: list[list[Piece]], max_bad_share: float):
+        self.results: list[dict[str, Any]] = []
+        self.counts = dict.fromkeys(COUNTS, 0)
+        self.tokens = self.documents = self.bytes_read = self._bad_files = 0
+        self.sizes = [sum(piece.size for piece in part) for part in parts]
+        self.bytes_in_all = max(1, sum(self.sizes))
+        self._parts, self._max_bad_share = parts, max_bad_share
+
+    def add(self, result: dict[str, Any]) -> None:
+        """Adds the result of the next part.
+
+        Raises ConfigError when so many records are bad that the rest cannot bring their share down
+        to the limit. A single file that is not text is allowed whatever its share, unless the limit
+        is 0: of a small folder it is a large one.
+        """
+        self.bytes_read += self.sizes[len(self.results)]
+        self.results.append(result)
+        for name in COUNTS:
+            self.counts[name] += result[name]
+        for shard in result['shards'].values():
+            self.tokens += shard['tokens']
+            self.documents += shard['documents']
+        self._bad_files += sum(
+            not report['place'] and not report['broken'] for report in result['reports']
+        )
+        limit, bad, lost = self._max_bad_share, self.counts['bad'], self.counts['lost_bytes']
+        if limit and bad == self._bad_files == 1:
+            bad = 0
+        last = len(self.results) == len(self._parts)
+        share_read = 1.0 if last else self.bytes_read / self.bytes_in_all
+        expected = self.counts['records'] / max(share_read, 1e-9)  # records in the whole input
+        if bad > limit * expected or lost > limit * self.bytes_in_all:
+            raise ConfigError(self._too_many())
+
+    def _too_many(self) -> str:
+        """Returns the message that too many records are bad."""
+        bad, lost = self.counts['bad'], self.counts['lost_bytes']
+        remedy = 'a larger --max_bad_share'
+        if len(self.results) == len(self._parts):
+            share = max(bad / max(1, self.counts['records']), lost / self.bytes_in_all)
+            remedy = f'--max_bad_share={math.ceil(share * 1000) / 1000:g}'
+        return self.complaint(
+            f'{bad:,} of {self.counts["records"]:,} records are bad, and {lost:,} bytes of unknown '
+            f'records, more than max_bad_share={self._max_bad_share}: repair or remove what is '
+            f'named here, or leave it out by {remedy}'
+        )
+
+    def complaint(self, problem: str) -> str:
+        """Returns a message of the problem and, a line each, the first bad records."""
+        lines, named = [problem], 0
+        for result, part in zip(self.results, self._parts, strict=False):
+            paths = {piece.file.name: piece.file.path for piece in part}
+            for report in result['reports'][: REPORTS_SHOWN + 1 - len(lines)]:
+                lines.append(Bad(**report).message(paths[report['file']]))
+                named += report['count']
+        if named < self.counts['bad']:
+            lines.append(f'and {self.counts["bad"] - named:,} more')
+        return '\n  '.join(lines)
+
+
+class ProgressBar:
+    """The progress of a job: one line, rewritten, on a terminal; elsewhere a line per tenth."""
+
+    def __init__(self, tally: Tally, done: dict[int, Any]):
+        """`done` are the results of parts that were there before, which the speed leaves out."""
+        self._tally, self._started, self._tenths = tally, time.monotonic(), 0
+        self._bytes_before = sum(tally.sizes[i] for i in done)
+        shards = [shard for result in done.values() for shard in result['shards'].values()]
+        self._tokens_before = total(shards)['tokens']
+
+    def show(self) -> None:
+        """Writes the present state to stderr."""
+        tally = self._tally
+        n, n_parts, terminal = len(tally.results), len(tally.sizes), sys.stderr.isatty()
+        share = 1.0 if n == n_parts else tally.bytes_read / tally.bytes_in_all
+        if not terminal and int(share * 10) <= self._tenths:
+            return
+        self._tenths = int(share * 10)
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        speed = max(0, tally.tokens - self._tokens_before) / seconds
+        read = max(1, tally.bytes_read - self._bytes_before)
+        left = round((tally.bytes_in_all - tally.bytes_read) / read * seconds)
+        line = (
+            f'[{"#" * int(20 * share):20}] {share:4.0%}  {n}/{n_parts} parts  '
+            f'{tally.documents:,} documents  {tally.tokens:,} tokens  '
+            f'{speed / 1e6:.2f}M tokens/s  '
+            f'ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}'
+        )
+        end = '\r' if terminal and n < n_parts else '\n'
+        print(line, end=end, file=sys.stderr, flush=True)
+
+
+def total(shards: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the shards' tokens, documents and bytes of text in all."""
+    return {key: sum(shard[key] for shard in shards) for key in ('tokens', 'documents', 'bytes')}
