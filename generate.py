@@ -15,22 +15,25 @@ import math
 import os
 import sys
 import time
+from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags
+import tiktoken
+from absl import flags
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from checkpoint import Checkpointer, CheckpointError
 from config import ConfigError, ModelConfig, divisors, saved_config
 from decoding import Sampling, stream, weight_types
-from machine import processes
+from machine import command, processes
 from model import declared_params, model_for
 from parallel import FSDP, TP, Tree, is_param, make_mesh, spec_axes
 from runtime.sampling import (
     Completion,
     allowed_tokens,
+    check_stops,
     encode,
     end_of_text,
     run_encoding,
@@ -77,13 +80,13 @@ def load(
     fsdp: int = 1,
     dtype: str = '',
     tokenizer: str = '',
-) -> tuple[Tree, ModelConfig, ConfigDict]:
-    """Loads the parameters of a run's checkpoint onto this machine: (params, model, config).
+) -> tuple[Tree, ModelConfig, ConfigDict, tiktoken.Encoding]:
+    """Loads a run's checkpoint onto this machine: (params, model, config, its tokenizer).
 
     Any mesh may have written them; each is cast to the type that it is used in (`dtype`, or the
     run's) as soon as it is read. `step` None is the newest, `tokenizer` as in `run_encoding`.
-    Raises ConfigError if there is no such checkpoint or it does not fit the mesh, CheckpointError
-    if it is damaged.
+    Raises ConfigError if there is no such checkpoint or tokenizer, or it does not fit the mesh,
+    CheckpointError if it is damaged.
     """
     path = os.path.join(workdir, CHECKPOINTS)
     with Checkpointer(path) as checkpoints:
@@ -96,8 +99,8 @@ def load(
         step = newest if step is None else step
         saved = checkpoints.metadata(step)['config']
         config = saved_config(saved | ({'compute_dtype': dtype} if dtype else {}))
-        isolated = config.data.isolate_documents
-        end = end_of_text(run_encoding(workdir, tokenizer)) if isolated else -1
+        encoding = run_encoding(workdir, tokenizer)
+        end = end_of_text(encoding) if config.data.isolate_documents else -1
         cfg = model_for(config, jax.default_backend(), end)
         declared = declared_params(config)
         mesh = make_decoding_mesh(declared, tp, fsdp)
@@ -111,7 +114,7 @@ def load(
                 wanted = {entry.key: wanted}
             (x,) = jax.tree.leaves(checkpoints.restore(step, {'params': wanted}))
             params.append(x.astype(used))
-    return jax.tree.unflatten(tree, params), cfg, config
+    return jax.tree.unflatten(tree, params), cfg, config, encoding
 
 
 # ---------------------------------------------------------------------------------------------
@@ -122,20 +125,43 @@ FLAGS = flags.FLAGS
 
 
 def read_prompts() -> list[str]:
-    """Returns --prompt, and the lines of --prompts_file, each a JSON string in a file .jsonl."""
-    prompts, path = list(FLAGS.prompt), FLAGS.prompts_file
-    if path:
-        try:
-            with open(path, encoding='utf-8') as f:
-                lines = f.read().splitlines()
-            prompts += map(json.loads, lines) if path.endswith('.jsonl') else lines
-        except (OSError, ValueError) as error:
-            raise ConfigError(f'--prompts_file={path} cannot be read: {error}') from error
-    if not prompts or not all(isinstance(prompt, str) and prompt for prompt in prompts):
+    """Returns --prompt, and the lines of --prompts_file, each a JSON string in a file .jsonl.
+
+    Lines end with \\n or \\r\\n, and with nothing else; blank ones are left out. Raises
+    ConfigError, with file and line, for a prompt that is empty or no text.
+    """
+    prompts = [('--prompt', prompt) for prompt in FLAGS.prompt]
+    if path := FLAGS.prompts_file:
+        prompts += prompts_of(path)
+    for place, prompt in prompts:
+        if not isinstance(prompt, str) or not prompt:
+            raise ConfigError(
+                f'{place}: a prompt is a text that is not empty, and this is {prompt!r}; use '
+                f'{END_OF_TEXT} to start from nothing'
+            )
+    if not prompts:
         raise ConfigError(
-            f'each prompt is a text that is not empty, but these are {prompts}; give --prompt or '
-            f'--prompts_file, and {END_OF_TEXT} to start from nothing'
+            f'there is no prompt; give --prompt or a --prompts_file that has one, and '
+            f'{END_OF_TEXT} to start from nothing'
         )
+    return [prompt for _, prompt in prompts]
+
+
+def prompts_of(path: str) -> list[tuple[str, Any]]:
+    """Returns ('PATH, line N', prompt) for each line of the file that is not blank."""
+    try:
+        with open(path, encoding='utf-8-sig', newline='\n') as f:  # drops a byte-order mark
+            lines = [line.removesuffix('\n').removesuffix('\r') for line in f]
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f'--prompts_file={path} cannot be read: {error}') from error
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        place = f'{path}, line {number}'
+        try:
+            if line.strip():
+                prompts.append((place, json.loads(line) if path.endswith('.jsonl') else line))
+        except ValueError as error:
+            raise ConfigError(f'{place}: {error}; write a JSON string, as in "a text"') from error
     return prompts
 
 
@@ -171,10 +197,12 @@ def report(completions: list[Completion], seconds: float, first: float) -> None:
 
 def run() -> None:
     """Continues the prompts of the flags."""
-    f, prompts = FLAGS, read_prompts()
-    sampling = Sampling(f.temperature, f.top_k, f.top_p, f.min_p)
-    params, cfg, config = load(f.workdir, f.step, f.tp, f.fsdp, f.dtype, f.tokenizer)
-    encoding = run_encoding(f.workdir, f.tokenizer)
+    f = FLAGS
+    if not f.workdir:
+        raise ConfigError('give --workdir=RUN, the folder that train.py named and wrote')
+    check_stops(f.stop)
+    prompts, sampling = read_prompts(), Sampling(f.temperature, f.top_k, f.top_p, f.min_p)
+    params, cfg, config, encoding = load(f.workdir, f.step, f.tp, f.fsdp, f.dtype, f.tokenizer)
     allowed = allowed_tokens(encoding, cfg.vocab_size)
     completions = [Completion(prompt, encoding, f.stop) for prompt in prompts]
     active = jax.process_index() == 0
@@ -208,29 +236,36 @@ def run() -> None:
 
 def main(_: list[str]) -> None:
     processes.choose_platform(FLAGS.cpu_devices)
-    try:
+    with command.messages(CheckpointError):
         run()
-    except (ConfigError, CheckpointError) as error:
-        sys.exit(str(error))
+
+
+def define_flags() -> None:
+    command.DEFINE_path('workdir', None, 'The run, as train.py left it.')
+    flags.DEFINE_integer('step', None, 'Checkpoint to load; by default the newest.', lower_bound=0)
+    flags.DEFINE_multi_string('prompt', [], 'Text to continue; may be given several times.')
+    command.DEFINE_path(
+        'prompts_file', '', 'A prompt per line, blank ones left out; .jsonl: JSON strings.'
+    )
+    flags.DEFINE_integer('max_tokens', 200, 'Most tokens to add to a prompt.', lower_bound=1)
+    flags.DEFINE_integer(
+        'context', 0, 'Most tokens of prompt and text; 0: as trained.', lower_bound=0
+    )
+    flags.DEFINE_float('temperature', 0.8, 'Randomness; 0 takes the likeliest token.')
+    flags.DEFINE_integer('top_k', 0, 'Draw from the k likeliest tokens; 0: from all.')
+    flags.DEFINE_float('top_p', 1.0, 'Draw from the likeliest tokens of this total probability.')
+    flags.DEFINE_float('min_p', 0.0, "Least probability, as a share of the likeliest token's.")
+    flags.DEFINE_integer('seed', 0, 'Random seed.', lower_bound=0, upper_bound=2**32 - 1)
+    flags.DEFINE_multi_string('stop', [], 'Text that ends a completion; several are allowed.')
+    command.DEFINE_path('tokenizer', '', "The run's vocabulary, if its file has moved.")
+    flags.DEFINE_integer('tp', 1, 'Shards of heads, feed-forward and vocabulary.')
+    flags.DEFINE_integer('fsdp', 1, 'Shards of weights and prompts.')
+    flags.DEFINE_enum('dtype', '', ['', 'float32', 'bfloat16'], "Compute type; the run's if empty.")
+    flags.DEFINE_integer(
+        'cpu_devices', 0, 'Devices to simulate on the CPU.', lower_bound=0, upper_bound=4096
+    )
+    flags.DEFINE_boolean('json', False, 'Print one JSON object per completion, and nothing else.')
 
 
 if __name__ == '__main__':
-    flags.DEFINE_string('workdir', None, 'The run, as train.py left it.', required=True)
-    flags.DEFINE_integer('step', None, 'The checkpoint; the newest by default.', lower_bound=0)
-    flags.DEFINE_multi_string('prompt', [], 'A text to continue; several times for several.')
-    flags.DEFINE_string('prompts_file', '', 'One prompt per line; .jsonl: each line a JSON string.')
-    flags.DEFINE_integer('max_tokens', 200, 'The most tokens that follow a prompt.', lower_bound=1)
-    flags.DEFINE_integer('context', 0, 'Length of prompt and tokens; 0: the seq_len of training.')
-    flags.DEFINE_float('temperature', 0.8, '0 takes the likeliest token.')
-    flags.DEFINE_integer('top_k', 0, 'Number of likeliest tokens to draw from; 0: all.')
-    flags.DEFINE_float('top_p', 1.0, 'Sum of the likeliest probabilities to draw from.')
-    flags.DEFINE_float('min_p', 0.0, 'Least probability of a token, over that of the likeliest.')
-    flags.DEFINE_integer('seed', 0, 'Seed of the sampling.', lower_bound=0, upper_bound=2**32 - 1)
-    flags.DEFINE_multi_string('stop', [], 'A text before which a completion ends.')
-    flags.DEFINE_string('tokenizer', '', "Where the run's tokenizer is now, if it has moved.")
-    flags.DEFINE_integer('tp', 1, 'Shards of heads, feed-forward and vocabulary.')
-    flags.DEFINE_integer('fsdp', 1, 'Shards of the weights and of the prompts.')
-    flags.DEFINE_enum('dtype', '', ['', 'float32', 'bfloat16'], "Compute type; the run's if empty.")
-    flags.DEFINE_integer('cpu_devices', 0, 'Simulate this many devices on the CPU.')
-    flags.DEFINE_boolean('json', False, 'One JSON object per completion, and nothing else.')
-    app.run(main)
+    command.run(main, define_flags)

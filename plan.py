@@ -17,14 +17,15 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Sequence
+import time
 from typing import Any
 
 import jax
-from absl import app, flags
-from ml_collections import ConfigDict, config_flags
+from absl import flags
+from ml_collections import ConfigDict
 
 from config import ConfigError
+from machine import command
 from machine.chips import CHIPS, Chip, measured_cpu
 from machine.memory import OutOfMemoryError
 from parallel import AXES
@@ -55,7 +56,7 @@ def plan(config: ConfigDict, name: str) -> dict[str, Any]:
     devices = FLAGS.devices or math.prod(config.mesh[axis] for axis in AXES)
     chip = chip_named(FLAGS.chip or FLAGS.compile.partition(':')[0] or config.chip, devices)
     if FLAGS.search:
-        found, tried = search(config, devices, chip)
+        found, tried = search(config, devices, chip, progress=Progress())
         print(report.search_title(name, devices, chip))
         print(report.search_text(found, tried, config, FLAGS.best))
         return report.search_record(found, tried, FLAGS.best)
@@ -64,6 +65,18 @@ def plan(config: ConfigDict, name: str) -> dict[str, Any]:
     print(report.table(config, name, e))
     compiled = compile_for(config, FLAGS.compile, e) if FLAGS.compile else {}
     return report.record(config, e) | compiled
+
+
+class Progress:
+    """Says on standard error, once per second, how far a search is."""
+
+    def __init__(self) -> None:
+        self._next = time.monotonic() + 0.5
+
+    def __call__(self, tried: int, meshes: int) -> None:
+        if time.monotonic() >= self._next:
+            self._next += 1
+            print(f'{tried:,} layouts tried, {meshes} meshes fit', file=sys.stderr, flush=True)
 
 
 def compile_for(config: ConfigDict, topology: str, e: Estimate) -> dict[str, Any]:
@@ -78,35 +91,28 @@ def compile_for(config: ConfigDict, topology: str, e: Estimate) -> dict[str, Any
     return report.compiled_record(answer)
 
 
-def main(_: Sequence[str]) -> None:
+def main(_: list[str]) -> None:
     jax.config.update('jax_platforms', 'cpu')  # leaves accelerators to the runs that use them
-    try:
-        result = plan(FLAGS.config, config_flags.get_config_filename(FLAGS['config']))
-    except ConfigError as error:
-        sys.exit(str(error))
+    with command.messages():
+        if not FLAGS.config:
+            raise ConfigError('give --config=configs/NAME.py, the config to plan')
+        result = plan(FLAGS.config, FLAGS['config'].path)
     if FLAGS.json:
         print(json.dumps(result))
 
 
-def define_flags(values: flags.FlagValues) -> None:
-    """Defines the command's flags in `values`."""
-    config_flags.DEFINE_config_file(
-        'config', None, 'A file of configs/.', lock_config=True, flag_values=values
-    )
-    flags.DEFINE_string('chip', '', f'cpu, {", ".join(CHIPS)}; config.chip by default.', values)
-    flags.DEFINE_boolean('search', False, 'Try other layouts and print the best.', values)
+def define_flags() -> None:
+    command.DEFINE_config('config', 'Config file, e.g. configs/tpu_v4.py or just tpu_v4.')
+    flags.DEFINE_string('chip', '', f'cpu, {", ".join(CHIPS)}; config.chip if empty.')
+    flags.DEFINE_boolean('search', False, 'Try other layouts, and print the best.')
     flags.DEFINE_integer(
-        'devices', 0, 'How many devices to search for; as many as the mesh by default.',
-        flag_values=values,
+        'devices', 0, 'Number of devices; 0: as many as the mesh takes.',
+        lower_bound=0, upper_bound=2**20,
     )  # fmt: skip
-    flags.DEFINE_integer('best', 5, 'How many layouts to print.', flag_values=values)
-    flags.DEFINE_string(
-        'compile', '', f'The topology to compile for: {TPU_NAMES}, {GPU_NAMES}.', values
-    )
-    flags.DEFINE_boolean('json', False, 'The figures as one JSON object on the last line.', values)
-    flags.mark_flag_as_required('config', values)
+    flags.DEFINE_integer('best', 5, 'Number of layouts to print.', lower_bound=1)
+    flags.DEFINE_string('compile', '', f'Topology to compile for: {TPU_NAMES}, {GPU_NAMES}.')
+    flags.DEFINE_boolean('json', False, 'Print the figures as a JSON object on the last line, too.')
 
 
 if __name__ == '__main__':
-    define_flags(FLAGS)
-    app.run(main)
+    command.run(main, define_flags)

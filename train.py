@@ -13,49 +13,75 @@ Ctrl-C save one first. --init_from=WORKDIR starts a new run from another one's p
     python train.py --plot=runs/tiny                              # or several: --plot=runs/a,runs/b
 
 The exit code is 0 if the run is complete, or stopped by a signal and saved; 75 if the same command
-is to be given again, because the watchdog ended the process or another one was lost; otherwise 1.
+is to be given again, because the watchdog ended the process or another one was lost (134 where jax
+notices that first, and aborts); otherwise 1.
 """
 
+if __name__ == '__main__':  # before the imports that take seconds
+    from machine import startup
+
+    startup.prepare()
+
+import contextlib
 import dataclasses
 import functools
 import os
-import shlex
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import tiktoken
-from absl import app, flags
-from ml_collections import ConfigDict, config_flags
+from absl import flags
+from ml_collections import ConfigDict
 
 from checkpoint import Checkpointer, CheckpointError
 from config import ConfigError
-from data import Loader, Mixture, Source, open_data, prefetch
-from machine import processes
+from corpus.shards import UnreadableError
+from data import Loader, Mixture, Source, open_data, prefetch, vocabulary_note
+from machine import command, processes
 from machine.memory import OutOfMemoryError, keep_freed_memory, out_of_memory_explained
 from machine.profiler import Tracer, parse_steps
 from parallel import Tree, count, make_mesh
-from runtime.config_checks import validate
+from runtime import agreement
+from runtime.config_checks import (
+    check_all_devices,
+    check_compiler_options,
+    check_fields,
+    validate,
+)
+from runtime.data_record import data_record
 from runtime.evaluation import checkpoint_config, make_evaluation, over_sources, zlib_bits_per_byte
-from runtime.guards import AGAIN, StopSignals, TrainingError, Watchdog
+from runtime.guards import (
+    CutShortError,
+    NothingToSave,
+    StopSignals,
+    TrainingError,
+    Watchdog,
+)
+from runtime.lease import Lease, OwnedSaves
 from runtime.metrics import Progress, Writer
+from runtime.next_commands import say_next, say_unfinished
 from runtime.plot import need_matplotlib, plot
-from runtime.resume import first_step, load_params, restore_state
+from runtime.resume import compared_data, first_step, load_params, restore_state
 from runtime.sampling import make_sampler
 from runtime.terminal import Terminal
 from runtime.workdir import (
     CHECKPOINTS,
+    EVALUATIONS,
     PROFILE,
     TOKENIZER,
     append_evaluation,
     check_shared,
+    keep_records,
+    mend,
     new_workdir,
     start_entry,
     tokenizer_record,
 )
+from storage.stores import store_errors
 from train_step import Setup, abstract_state, init_state, lower_train_step, put_batch, setup
 
 T = TypeVar('T')
@@ -72,6 +98,8 @@ class Run:
     config: ConfigDict
     start: int
     init_from: str  # another run's workdir or checkpoint, '' for none
+    data: tuple[Loader | Mixture, list[Source], tiktoken.Encoding]
+    data_record: dict[str, Any]
     writer: Writer
     checkpoints: Checkpointer
     stop: StopSignals
@@ -82,23 +110,31 @@ class Run:
 class Due(NamedTuple):
     """The tasks after a step."""
 
-    log: bool
+    log: bool  # to metrics.jsonl and the terminal
+    show: bool  # on the terminal
     evaluate: bool
     sample: bool
     save: bool
     stop: bool  # a signal ends the run early
 
 
-def due(step: int, config: ConfigDict, asked_to_stop: bool) -> Due:
-    """Returns the tasks after this step. An `every` of 0 switches a task off."""
+def due(step: int, config: ConfigDict, start: int, asked_to_stop: bool) -> Due:
+    """Returns the tasks after this step of a run that began after step `start`.
+
+    An `every` of 0 switches a task off. The run's first step is logged whatever log.every is, and
+    the first one of a later start is shown.
+    """
     last = step == config.steps
 
     def multiple(every: int) -> bool:
         return every > 0 and step % every == 0
 
     stop = asked_to_stop and step < config.steps
+    logging = config.log.every > 0
+    log = logging and (multiple(config.log.every) or last or step == 1)
     return Due(
-        log=multiple(config.log.every) or (last and config.log.every > 0),
+        log=log,
+        show=log or (logging and step == start + 1),
         evaluate=not stop and (multiple(config.eval.every) or (last and config.eval.every > 0)),
         sample=not stop and multiple(config.log.sample_every),
         save=last or stop or multiple(config.checkpoint.every),
@@ -109,12 +145,12 @@ def due(step: int, config: ConfigDict, asked_to_stop: bool) -> Due:
 def run(r: Run) -> dict[str, Any]:
     """Takes the steps; returns the summary."""
     config, writer, started = r.config, r.writer, time.perf_counter()
-    r.checkpoints.clean()
-    loader, sources, encoding = opened_data(config)
+    loader, sources, encoding = r.data
     s = setup(config, make_mesh(config.mesh), encoding.eot_token)
     sample = make_sampler(s, encoding) if config.log.sample_every else None
-    writer.keep(TOKENIZER, tokenizer_record(encoding))
-    writer.record_start(start_entry(config, s.mesh, r.start))
+    with store_errors(f'{writer.workdir} cannot be written; make room or mend the access'):
+        writer.keep(TOKENIZER, tokenizer_record(encoding))
+        writer.record_start(start_entry(config, s.mesh, r.start))
     writer.say(
         f'{count(s.declared):,} parameters · {loader.n_tokens:,} tokens · workdir {writer.workdir}'
     )
@@ -123,6 +159,7 @@ def run(r: Run) -> dict[str, Any]:
     train_step = compiled_step(s, r)
     evaluate, evaluation = make_evaluation(s, encoding), {}
 
+    r.stop.begin()
     progress.start(r.start)
     batches = prefetch(functools.partial(put_batch, loader.batch_at, s=s), r.start, config.steps)
     for step, batch in enumerate(batches, start=r.start + 1):
@@ -133,48 +170,75 @@ def run(r: Run) -> dict[str, Any]:
         if r.tracer.after(step, state):
             writer.say(f'steps {r.tracer.first} to {r.tracer.last} are traced in {r.tracer.folder}')
         r.watchdog.follow(step, metrics)
-        now = due(step, config, r.stop.asked())
-        if now.log:
-            progress.keep(step, metrics)
+        now = due(step, config, r.start, r.stop.asked())
+        if now.show:
+            progress.keep(step, metrics, now.log)
         if now.evaluate or now.sample or now.save:
             progress.log()  # before the checkpoint that includes it
             jax.block_until_ready(state)
-        if now.evaluate:
-            r.watchdog.during(f'evaluating after step {step}')
-            measure = functools.partial(evaluate, state['params'])
-            evaluation, seconds = timed(over_sources, sources, measure)
-            progress.log_evaluation(step, evaluation, seconds)
-        if now.sample:
-            r.watchdog.during(f'sampling after step {step}')
-            progress.log_samples(step, *timed(sample, state['params'], step))
+            writer.terminal.catch_up(step)
+            progress.check_peak()
+        try:
+            if now.evaluate:
+                with doing(f'evaluating after step {step}', r):
+                    measure = functools.partial(evaluate, state['params'], between=r.stop.between)
+                    evaluation, seconds = timed(over_sources, sources, measure)
+                progress.log_evaluation(step, evaluation, seconds)
+            if now.sample:
+                with doing(f'sampling after step {step}', r):
+                    draw = functools.partial(sample, between=r.stop.between)
+                    samples, seconds = timed(draw, state['params'], step)
+                progress.log_samples(step, samples, seconds)
+        except CutShortError:
+            now = now._replace(save=True, stop=True)
         if now.save:
-            r.watchdog.during(f'saving step {step}')
-            writer.flush()
-            r.checkpoints.save(step, state, config.to_dict())
+            with doing(f'saving step {step}', r, at_once=now.stop):
+                writer.flush()
+                r.checkpoints.save(step, state, config.to_dict(), r.data_record)
         if now.stop:
             break
     batches.close()
     progress.log()
     r.tracer.close(state)
-    r.checkpoints.wait()
+    with doing(f'saving step {step}', r):
+        r.checkpoints.wait()
     seconds = time.perf_counter() - started
     if now.stop:
         writer.say(f'stopped by a signal: step {step} is saved, of {config.steps}')
     elif evaluation and writer.active:
         evaluation |= over_sources(sources, functools.partial(zlib_bits_per_byte, encoding))
+    writer.say(f'summary at step {step} of {config.steps}:')
+    return summary_of(s, r.start, step, seconds) | evaluation
+
+
+def summary_of(s: Setup, start: int, step: int, seconds: float) -> dict[str, float]:
+    """Returns the numbers of a run that ends at `step`, and of this start after step `start`."""
+    step_tokens = s.config.batch_size * s.config.seq_len
     return {
         'parameters': count(s.declared),
         'active_parameters': count(s.declared, active=True),
-        'tokens': (step - r.start) * progress.step_tokens,
-        'seconds': seconds,
-        **evaluation,
+        'tokens': step * step_tokens,
+        'tokens_of_this_start': (step - start) * step_tokens,
+        'seconds_of_this_start': seconds,
     }
+
+
+@contextlib.contextmanager
+def doing(text: str, r: Run, at_once: bool = False) -> Iterator[None]:
+    """Gives the body the time of a pause, and says what it does, `at_once` or if it takes long."""
+    r.watchdog.during(text)
+    if at_once:
+        r.writer.say(text)
+        yield
+        return
+    with r.writer.terminal.patiently(text):
+        yield
 
 
 def opened_data(config: ConfigDict) -> tuple[Loader | Mixture, list[Source], tiktoken.Encoding]:
     """Returns the training stream, its sources and their tokenizer.
 
-    Raises ConfigError on all processes if one of them cannot open the data.
+    Raises ConfigError on all processes if one of them cannot open the data, or has another.
     """
     opened, error = None, None
     try:
@@ -183,6 +247,7 @@ def opened_data(config: ConfigDict) -> tuple[Loader | Mixture, list[Source], tik
         error = e
     if not processes.all_processes(error is None):
         raise error or ConfigError('another process cannot open the data, see its message')
+    agreement.check_same(data_record(*opened[1:]))
     return opened
 
 
@@ -199,8 +264,8 @@ def start_state(s: Setup, checkpoints: Checkpointer, start: int, init_from: str)
 
 def compiled_step(s: Setup, r: Run) -> Callable[[Tree, jax.Array], tuple[Tree, dict]]:
     """Compiles the step, (state, batch) -> (state, metrics), and says how long that took."""
-    r.watchdog.during('compiling')
-    train_step, seconds = timed(lambda: lower_train_step(s).compile())
+    with doing('compiling ...', r, at_once=True):
+        train_step, seconds = timed(r.stop.interruptible, lambda: lower_train_step(s).compile())
     r.writer.say(f'compiled in {seconds:.1f} s')
     return train_step
 
@@ -218,29 +283,48 @@ def train(
     traced_steps: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """Runs a config in a workdir, or the rest of its run there; returns the summary."""
+    arguments = {'workdir': workdir, 'init_from': init_from, 'profile': traced_steps}
+    agreement.check_same(agreement.start_facts(config, **arguments))
     validate(config, jax.device_count(), jax.process_count())
     check_shared(workdir)
     processes.use_cache(config)
     path, c = os.path.join(workdir, CHECKPOINTS), config.checkpoint
+    say = Terminal(config.steps, jax.process_index() == 0).say
     with (
         out_of_memory_explained(config),
         Watchdog(config.guard, config.steps) as watchdog,
-        Checkpointer(path, c.keep, c.keep_every) as checkpoints,
-        StopSignals() as stop,
+        Lease(workdir, say) as lease,
+        Checkpointer(path, c.keep, c.keep_every, check_owner=lease.check) as checkpoints,
+        StopSignals(OwnedSaves(lease, checkpoints)) as stop,
     ):
         watchdog.during('starting')
         start, where = first_step(config, workdir, checkpoints)
         if start >= config.steps:
-            Terminal(config.steps, jax.process_index() == 0).say(where)
+            say(where)
             return {}
+        data = opened_data(config)
+        record = data_record(*data[1:])
+        compared = compared_data(checkpoints, start, workdir, init_from, record)
+        # What is unfinished goes first, so that there is room; then the files are readable again.
+        checkpoints.clean()
+        lease.hold()
+        mended = mend(workdir, start) if jax.process_index() == 0 else []
         with Writer(workdir, config, start) as writer:
-            if where:
-                writer.say(where)
+            note = vocabulary_note(config.model.vocab_size, data[2])
+            for line in [where, *compared, *mended, note]:
+                if line:
+                    writer.say(line)
             if config.log.plot:
                 need_matplotlib()
             tracer = Tracer(traced_steps, os.path.join(workdir, PROFILE))
-            r = Run(config, start, init_from, writer, checkpoints, stop, watchdog, tracer)
-            summary = run(r)
+            r = Run(
+                config, start, init_from, data, record, writer, checkpoints, stop, watchdog, tracer
+            )
+            try:
+                summary = run(r)
+            except CheckpointError:
+                writer.active &= not lease.lost  # the files are another run's now
+                raise
             writer.say('\n'.join(f'{name:>22}  {number(x)}' for name, x in summary.items()))
             if config.log.plot and writer.active:
                 writer.say(f'{"plot":>22}  {plot([workdir])}')
@@ -257,15 +341,22 @@ def evaluate_only(config: ConfigDict, workdir: str, step: int) -> dict[str, floa
 
     Adds loss and bits per byte to eval.jsonl. The run itself, which may be going on, is left alone.
     """
+    agreement.check_same(agreement.start_facts(config, workdir=workdir, eval_only=step))
     validate(config, jax.device_count())
-    _, sources, encoding = open_data(config)
-    s = setup(config, make_mesh(config.mesh), encoding.eot_token)
+    _, sources, encoding = opened_data(config)
     path = os.path.join(workdir, CHECKPOINTS, str(step))
+    terminal = Terminal(config.steps, jax.process_index() == 0)
+    with Checkpointer(os.path.dirname(path)) as checkpoints:
+        record = data_record(sources, encoding)
+        for line in compared_data(checkpoints, step, workdir, '', record):
+            terminal.say(line)
+    s = setup(config, make_mesh(config.mesh), encoding.eot_token)
     params = load_params(path, abstract_state(s)['params'])
     measure = functools.partial(make_evaluation(s, encoding), params)
     result = over_sources(sources, measure)
+    if jax.process_index() == 0 and (line := keep_records(os.path.join(workdir, EVALUATIONS))):
+        terminal.say(line)
     file = append_evaluation(workdir, step, result, s.mesh)
-    terminal = Terminal(config.steps, jax.process_index() == 0)
     terminal.say(f'step {step} of {workdir}, added to {file}')
     terminal.say('\n'.join(f'{name:>22}  {value:.4f}' for name, value in result.items()))
     return result
@@ -284,7 +375,7 @@ NEWEST = 'newest'
 class StepParser(flags.ArgumentParser):
     """Parses --eval_only: a step, or nothing, which stands for the newest one."""
 
-    syntactic_help = 'a step; without one, the newest'
+    metavar = 'STEP'
 
     def parse(self, argument: str | int) -> int | str:
         if argument in ('true', NEWEST):
@@ -294,25 +385,21 @@ class StepParser(flags.ArgumentParser):
         return int(argument)
 
 
-def say_next(workdir: str) -> None:
-    """Prints the commands that one may want next."""
-    named = [] if FLAGS.workdir else [f'--workdir={workdir}']
-    commands = {
-        'go on': shlex.join(['python', *sys.argv, *named]),
-        'curves': f'python train.py --plot={workdir}',
-        'text': f"python generate.py --workdir={workdir} --prompt='def '",
-    }
-    for purpose, command in commands.items():
-        print(f'{purpose:>22}  {command}')
-
-
-def main(arguments: list[str]) -> None:
+def main(words: list[str]) -> None:
     keep_freed_memory()
     processes.choose_platform(FLAGS.cpu_devices)
     try:
-        command(arguments[1:])
+        start(words)
+    except NothingToSave:
+        if jax.process_count() == 1:
+            sys.stdout.flush()
+            os._exit(0)  # the compiler may still be running
+        if jax.process_index() == 0:  # all end like this
+            print('ended by a signal before the first step: there is nothing to save')
     except (ConfigError, CheckpointError, TrainingError) as error:
         sys.exit(str(error))
+    except UnreadableError as error:  # of this process, it may be; a network may answer again
+        processes.fail(str(error), 1 if jax.process_count() == 1 else processes.AGAIN)
     except OutOfMemoryError as error:
         processes.fail(str(error))
     except Exception:
@@ -322,65 +409,78 @@ def main(arguments: list[str]) -> None:
         processes.fail(
             f'process {jax.process_index()} of {jax.process_count()} ends. If another one ended '
             f'first, its output says why; the same command goes on from the newest checkpoint.',
-            AGAIN,
+            processes.AGAIN,
         )
 
 
-def command(arguments: list[str]) -> None:
+def start(words: list[str]) -> None:
     """Draws, evaluates or trains, as the flags say."""
     if FLAGS.plot:
-        print(plot([*FLAGS.plot, *arguments], FLAGS.plot_output or ''))
+        print(plot([*FLAGS.plot, *map(os.path.expanduser, words)], FLAGS.plot_output or ''))
         return
-    if arguments:
+    if words:
+        command.refuse(words)
+    if FLAGS.eval_only is not None and not FLAGS.workdir:
+        raise ConfigError('--eval_only evaluates a run; add --workdir=RUN')
+    if FLAGS.eval_only is None and not FLAGS.config:
         raise ConfigError(
-            f'the config cannot run: {" ".join(arguments)} is no flag; flags are --name=value, '
-            f'and fields of the config --config.name=value'
+            'give --config=configs/NAME.py to train, --workdir=RUN --eval_only to evaluate, or '
+            '--plot=RUN to draw'
         )
+    if FLAGS.config:
+        check_fields(FLAGS.config)
     heartbeat = (
         FLAGS.config.guard.heartbeat_seconds if FLAGS.config else processes.HEARTBEAT_SECONDS
     )
     processes.start(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id, heartbeat)
+    names = ('workdir', 'init_from', 'eval_only', 'profile', 'spare_devices')
+    asked = {name: getattr(FLAGS, name) for name in names}
+    agreement.check_same(agreement.start_facts(FLAGS.config, **asked))
     if FLAGS.eval_only is not None:
         step = None if FLAGS.eval_only == NEWEST else FLAGS.eval_only
         step, config = checkpoint_config(FLAGS.workdir, step, FLAGS.config)
         evaluate_only(config, FLAGS.workdir, step)
         return
+    if not FLAGS.spare_devices:
+        check_all_devices(FLAGS.config, jax.device_count())
+    check_compiler_options(FLAGS.config)
+    if not FLAGS.workdir and jax.process_index() == 0:
+        say_unfinished(FLAGS.config)
     workdir = FLAGS.workdir or new_workdir()
     train(FLAGS.config, workdir, FLAGS.init_from or '', parse_steps(FLAGS.profile or ''))
     if jax.process_index() == 0:
-        say_next(workdir)
+        say_next(FLAGS.config, workdir, named=bool(FLAGS.workdir))
 
 
 def define_flags() -> None:
-    config_flags.DEFINE_config_file('config', None, 'A file of configs/.', lock_config=True)
-    flags.DEFINE_string('workdir', None, 'Where the run goes; a new folder in runs/ by default.')
+    command.DEFINE_config('config', 'Config file, e.g. configs/tiny.py or just tiny.')
+    command.DEFINE_path('workdir', None, 'Folder or URL of the run; a new one in runs/ by default.')
+    command.DEFINE_path('init_from', None, 'Run or checkpoint folder to take the parameters from.')
+    flags.DEFINE_integer(
+        'cpu_devices', 0, 'Devices to simulate on the CPU, per process.',
+        lower_bound=0, upper_bound=4096,
+    )  # fmt: skip
+    flags.DEFINE_boolean('spare_devices', False, 'Let the mesh take fewer devices than there are.')
     flags.DEFINE_string(
-        'init_from', None, 'Start from the parameters of this workdir or checkpoint folder.'
+        'coordinator', None, "HOST:PORT of process 0, for several processes; 'auto' on Cloud TPU."
     )
-    flags.DEFINE_integer('cpu_devices', 0, 'Simulate this many devices on the CPU, per process.')
-    flags.DEFINE_string(
-        'coordinator', None, "HOST:PORT of process 0, for several processes; 'auto' asks a TPU VM."
+    flags.DEFINE_integer(
+        'num_processes', None, 'With --coordinator: number of processes.', lower_bound=1
     )
-    flags.DEFINE_integer('num_processes', None, 'With --coordinator: how many there are.')
-    flags.DEFINE_integer('process_id', None, 'With --coordinator: which one this is, from 0.')
+    flags.DEFINE_integer(
+        'process_id', None, 'With --coordinator: number of this one, from 0.', lower_bound=0
+    )
     flags.DEFINE_string('profile', None, 'FIRST:LAST, steps to trace into WORKDIR/profile.')
     flags.DEFINE_flag(
         flags.Flag(
             StepParser(), None, 'eval_only', None,
-            'Evaluate this checkpoint of --workdir, or the newest, and do nothing else.',
+            'Evaluate a checkpoint of --workdir, by default the newest, and exit.',
             boolean=True,  # only such flags may stand without a value
         )
     )  # fmt: skip
-    flags.DEFINE_list('plot', None, 'Draw the runs of these workdirs, and do nothing else.')
-    flags.DEFINE_string('plot_output', None, 'The PNG; WORKDIR/metrics.png by default.')
-    flags.register_multi_flags_validator(
-        ['config', 'plot', 'eval_only', 'workdir'],
-        lambda f: bool(f['config'] or f['plot'] or (f['eval_only'] is not None and f['workdir'])),
-        'give --config=configs/NAME.py to train, --workdir=RUN --eval_only to evaluate, or '
-        '--plot=RUN to draw',
-    )
+    command.DEFINE_paths('plot', None, 'Draw the curves of these runs as a PNG, and exit.')
+    command.DEFINE_path('plot_output', None, 'The PNG; WORKDIR/metrics.png by default.')
 
 
 if __name__ == '__main__':
-    define_flags()
-    app.run(main)
+    command.run(main, define_flags, takes_words=True)

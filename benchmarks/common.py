@@ -18,9 +18,10 @@ from typing import Any, TypeVar
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from config import ConfigError
+from machine import command
 
 FLAGS = flags.FLAGS
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -40,20 +41,15 @@ def run(measure: Callable[[], Figures | list[Figures]]) -> None:
     """Runs a benchmark as a command: prints the figures that `measure` returns as a table and, with
     --json, as one JSON object on the last line. Ends with the message of a ConfigError."""
     flags.DEFINE_boolean('json', False, 'Print the figures as a JSON object on the last line, too.')
-    app.run(functools.partial(_main, measure))
 
-
-def _main(measure: Callable[[], Figures | list[Figures]], arguments: Sequence[str]) -> None:
-    """Measures and prints; `arguments` are the command's name and what is no flag."""
-    if len(arguments) > 1:
-        raise app.UsageError(f'{" ".join(arguments[1:])}: flags are --name=value')
-    try:
+    @functools.wraps(measure)
+    def main(_: list[str]) -> None:
         figures = measure()
-    except ConfigError as error:
-        sys.exit(str(error))
-    print(table(figures))
-    if FLAGS.json:
-        print(json.dumps(figures if isinstance(figures, dict) else {'rows': figures}))
+        print(table(figures))
+        if FLAGS.json:
+            print(json.dumps(figures if isinstance(figures, dict) else {'rows': figures}))
+
+    command.run(main)
 
 
 def figures_of(

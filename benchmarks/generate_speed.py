@@ -22,6 +22,7 @@ from configs import default
 from layers.attention import attention_sizes
 from model import model_for, model_params
 from parallel import TP, Array, Tree, init_params, make_mesh
+from runtime.config_checks import validate
 
 FLAGS = flags.FLAGS
 CONTEXT, CHUNK = 2048, 16
@@ -39,6 +40,8 @@ def configure(kind: str) -> ConfigDict:
     c.compute_dtype = FLAGS.dtype
     c.model.update(n_layers=FLAGS.n_layers, d_model=FLAGS.d_model, d_ff=3 * FLAGS.d_model)
     c.model.update(KINDS[kind])
+    c.mesh.tp = FLAGS.tp
+    validate(c, jax.device_count(), needs_data=False)
     return c
 
 
@@ -117,7 +120,7 @@ if __name__ == '__main__':
     flags.DEFINE_list('kinds', list(KINDS), 'Kinds of attention; moe is mla with experts.')
     flags.register_validator('kinds', lambda kinds: {*kinds} <= {*KINDS}, f'choose of {[*KINDS]}')
     flags.DEFINE_string('dtype', 'float32', 'Compute type, of weights and cache too.')
-    flags.DEFINE_integer('n_layers', 4, 'Layers.')
+    flags.DEFINE_integer('n_layers', 4, 'Layers.', lower_bound=1)
     flags.DEFINE_integer('d_model', 256, 'Width; the feed-forward is three times as wide.')
     flags.DEFINE_integer('tp', 1, 'Shards of heads, feed-forward and vocabulary.')
     flags.DEFINE_integer('cpu_devices', 0, 'Simulated devices.')

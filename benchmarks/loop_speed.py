@@ -22,6 +22,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 import train
+from config import ConfigError
 from configs import tiny
 from train_step import Setup
 
@@ -75,6 +76,10 @@ def step_times() -> np.ndarray:
 
 
 def main() -> common.Figures:
+    if not 0 <= FLAGS.warmup <= FLAGS.steps - 2:
+        raise ConfigError(
+            f'--warmup={FLAGS.warmup} leaves less than two of --steps={FLAGS.steps}; use more steps'
+        )
     common.prepare_devices()
     times = step_times()[FLAGS.warmup :]
     step = float(np.mean(times[:, 1] - times[:, 0]))

@@ -77,6 +77,9 @@ def main() -> list[common.Figures]:
 if __name__ == '__main__':
     flags.DEFINE_integer('pp', 4, 'Stages.', lower_bound=2)
     flags.DEFINE_list('microbatches', ['4', '8', '16', '32'], 'Numbers of microbatches.')
+    flags.register_validator(
+        'microbatches', lambda counts: all(m.isdecimal() and int(m) for m in counts), 'as 4,8'
+    )
     flags.DEFINE_list(
         'schedules', ['1f1b', 'gpipe', 'interleaved', 'zero_bubble'], 'pipeline.schedule of each.'
     )

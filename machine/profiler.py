@@ -23,13 +23,13 @@ def parse_steps(text: str) -> tuple[int, int] | None:
     first, _, last = text.partition(':')
     if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
         raise ConfigError(
-            f'the config cannot run: --profile={text} names no steps; use FIRST:LAST, both from 1 '
+            f'--profile={text} names no steps; use FIRST:LAST, both from 1 '
             f'up and both traced, as in --profile=10:13'
         )
     platforms = jax.config.jax_platforms or ''
     if jax.default_backend() == 'cpu' and platforms != 'cpu' and importlib.util.find_spec('libtpu'):
         raise ConfigError(
-            'the config cannot run: --profile on the CPU while libtpu is installed and loaded: its '
+            '--profile on the CPU while libtpu is installed and loaded: its '
             'profiler ends the process if its version does not match jaxlib; use --cpu_devices=1, '
             'which does not load it'
         )

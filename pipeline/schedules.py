@@ -21,13 +21,13 @@ Sources: GPipe, Huang et al. 2019; 1F1B (PipeDream-Flush) and interleaved 1F1B, 
 """
 
 import functools
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from config import ConfigError
+from machine import command
 from pipeline.tables import Schedule, complete
 
 NAMES = ('gpipe', '1f1b', 'interleaved', 'zero_bubble')
@@ -72,7 +72,7 @@ def _zero_bubble(
     """
     cost = dict(zip('fbw', costs, strict=True))
     room = max(costs) * (1 + 1e-9)
-    when = {work: np.full((stages, microbatches), -1) for work in 'fbw'}
+    when = {work: [[-1] * microbatches for _ in range(stages)] for work in 'fbw'}  # ticks
     n = {work: [0] * stages for work in 'fbw'}  # units done so far, and so the next microbatch
     rows = []
 
@@ -81,10 +81,10 @@ def _zero_bubble(
         if m == microbatches:
             return False
         if work == 'f':
-            arrived = s == 0 or 0 <= when['f'][s - 1, m] < tick
+            arrived = s == 0 or 0 <= when['f'][s - 1][m] < tick
             return arrived and m - n['b'][s] < stages - s
         if work == 'b':
-            source = when['f'][s, m] if s == stages - 1 else when['b'][s + 1, m]
+            source = when['f'][s][m] if s == stages - 1 else when['b'][s + 1][m]
             return 0 <= source < tick and m - n['w'][s] < stash
         return m < n['b'][s]
 
@@ -96,7 +96,7 @@ def _zero_bubble(
                 if cost[work] <= left and ready(work, s, len(rows)):
                     left -= cost[work]
                     row['fbw'.index(work), s] = n[work][s]
-                    when[work][s, n[work][s]] = len(rows)
+                    when[work][s][n[work][s]] = len(rows)
                     n[work][s] += 1
         rows.append(row)
     return np.stack(rows, axis=1)
@@ -252,27 +252,30 @@ def describe(schedule: Schedule, costs: tuple[float, float, float] = EQUAL_COSTS
 # ---------------------------------------------------------------------------------------------
 
 
-def main(_: Sequence[str]) -> None:
+def main(_: list[str]) -> None:
     """Prints the schedule that the flags describe."""
     args = flags.FLAGS
     costs = (args.cost_f, args.cost_b, args.cost_w)
-    try:
-        schedule = make_schedule(args.schedule, args.stages, args.microbatches, args.chunks, costs)
-    except ConfigError as error:
-        sys.exit(str(error))
+    if not all(0 < cost <= 1e6 for cost in costs):
+        raise ConfigError(f'the costs of F, B and W are {costs}; use numbers above 0, up to 1e6')
+    schedule = make_schedule(args.schedule, args.stages, args.microbatches, args.chunks, costs)
     print(describe(schedule, costs))
 
 
+def define_flags() -> None:
+    flags.DEFINE_string('schedule', '1f1b', f'{", ".join(NAMES)}.')
+    most = {'lower_bound': 1, 'upper_bound': 4096}  # a table of more takes minutes, and no screen
+    flags.DEFINE_integer('stages', 4, 'Pipeline stages.', **most)
+    flags.DEFINE_integer('microbatches', 8, 'Microbatches per step.', **most)
+    flags.DEFINE_integer('chunks', 1, 'Virtual stages per stage; only for interleaved.', **most)
+    flags.DEFINE_float('cost_f', 1.0, 'Time of the forward pass of a microbatch on a stage.')
+    flags.DEFINE_float('cost_b', 1.0, "Time of the stage's input gradients; 2 with recomputation.")
+    flags.DEFINE_float('cost_w', 1.0, "Time of the stage's weight gradients.")
+
+
 def run_command() -> None:
-    """Defines the command's flags and runs it, as this file and parallel.py do when called."""
-    flags.DEFINE_string('schedule', '1f1b', 'gpipe, 1f1b, interleaved or zero_bubble.')
-    flags.DEFINE_integer('stages', 4, 'Pipeline stages.')
-    flags.DEFINE_integer('microbatches', 8, 'Microbatches per step.')
-    flags.DEFINE_integer('chunks', 1, 'Virtual stages per stage (interleaved).')
-    flags.DEFINE_float('cost_f', 1.0, 'Time of a forward of one microbatch on one stage.')
-    flags.DEFINE_float('cost_b', 1.0, 'Time of its input gradients; 2 with recomputation.')
-    flags.DEFINE_float('cost_w', 1.0, 'Time of its weight gradients.')
-    app.run(main)
+    """Runs the command, as this file and parallel.py do when called."""
+    command.run(main, define_flags)
 
 
 if __name__ == '__main__':

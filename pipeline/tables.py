@@ -132,11 +132,13 @@ def _assign_slots(first: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, int]
     slots, depth = np.zeros(first.shape, np.int32), 1
     for stage in range(len(first)):
         free, busy = list(range(first.shape[1])), []
-        for unit in np.argsort(first[stage], kind='stable'):
-            while busy and busy[0][0] < first[stage, unit]:
+        births, deaths = first[stage].tolist(), last[stage].tolist()
+        for unit in np.argsort(first[stage], kind='stable').tolist():
+            while busy and busy[0][0] < births[unit]:
                 heapq.heappush(free, heapq.heappop(busy)[1])
-            slots[stage, unit] = heapq.heappop(free)
-            heapq.heappush(busy, (last[stage, unit], slots[stage, unit]))
+            slot = heapq.heappop(free)
+            slots[stage, unit] = slot
+            heapq.heappush(busy, (deaths[unit], slot))
         depth = max(depth, int(slots[stage].max()) + 1)
     return slots, depth
 

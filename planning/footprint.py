@@ -27,7 +27,14 @@ from train_step import train_schedule
 FLOAT32 = 4  # bytes of a master parameter, a moment, an accumulated gradient
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Group:
+    """Parameters that are counted together. A key of what is kept, equal to itself alone."""
+
+    params: tuple[Param, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Part:
     """One device's part of a config: its mesh, and the sizes of its part of a microbatch."""
 
@@ -42,15 +49,24 @@ class Part:
     optimizer: str  # optimizer.name
     schedule: Schedule | None  # None: no pipeline
 
-    @property
-    def declared(self) -> Tree:
-        """Declares every parameter."""
-        return declarations(self.cfg, self.chunks)
+    @functools.cached_property
+    def sizes(self) -> tuple[tuple[str, int], ...]:
+        """The mesh as a key."""
+        return tuple(self.mesh.items())
 
     @property
-    def slots(self) -> Tree:
-        """Declares the optimizer's state beside the parameters."""
-        return slot_declarations(self.cfg, self.chunks, self.optimizer)
+    def declared(self) -> Group:
+        """All parameters."""
+        return declared(self.cfg, self.chunks)
+
+    @property
+    def slots(self) -> Group:
+        """The optimizer's state beside the parameters."""
+        return slots(self.cfg, self.chunks, self.optimizer)
+
+    def declared_in(self, group: str) -> Group:
+        """The parameters of one group of the tree: 'embed', 'blocks', 'first'."""
+        return declared(self.cfg, self.chunks, group)
 
     @property
     def tokens(self) -> int:
@@ -106,16 +122,28 @@ def declarations(cfg: ModelConfig, chunks: int) -> Tree:
     return model_params(cfg, chunks)
 
 
-@functools.cache
-def slot_declarations(cfg: ModelConfig, chunks: int, optimizer: str) -> Tree:
-    """Declares the optimizer's slots, once per model and optimizer."""
-    return OPTIMIZERS[optimizer].slots(declarations(cfg, chunks))
+def group(tree: Tree) -> Group:
+    """Returns the declarations in a tree as a group."""
+    return Group(tuple(jax.tree.leaves(tree, is_leaf=is_param)))
 
 
 @functools.cache
-def layer_declaration(cfg: ModelConfig, kind: str) -> Tree:
-    """Declares the parameters of a layer, once per kind."""
-    return layer_params(cfg, kind)
+def declared(cfg: ModelConfig, chunks: int, within: str = '') -> Group:
+    """Returns all parameters of a model, or those of one group of its tree."""
+    tree = declarations(cfg, chunks)
+    return group(tree.get(within, {}) if within else tree)
+
+
+@functools.cache
+def slots(cfg: ModelConfig, chunks: int, optimizer: str) -> Group:
+    """Returns the optimizer's slots."""
+    return group(OPTIMIZERS[optimizer].slots(declarations(cfg, chunks)))
+
+
+@functools.cache
+def layer(cfg: ModelConfig, kind: str) -> Group:
+    """Returns the parameters of a layer of this kind."""
+    return group(layer_params(cfg, kind))
 
 
 def part_of(config: ConfigDict, platform: str) -> Part:
@@ -142,14 +170,18 @@ def shard_size(p: Param, mesh: dict[str, int], whole: str | None = None) -> int:
     return math.prod(p.shape) // math.prod(mesh[axis] for axis in axes)
 
 
-def leaves(tree: Tree) -> list[Param]:
-    """Lists the declarations in a tree."""
-    return jax.tree.leaves(tree, is_leaf=is_param)
+@functools.cache
+def shards(
+    params: Group, mesh: tuple[tuple[str, int], ...], whole: str | None = None, every: bool = True
+) -> int:
+    """Counts the numbers of a group on one device, as `shard_size`; else `every`: of matrices."""
+    sizes = dict(mesh)
+    return sum(shard_size(p, sizes, whole) for p in params.params if every or p.matrix)
 
 
-def gathered(tree: Tree, s: Part) -> float:
-    """Returns the bytes of a tree's matrices in matmuls: whole over fsdp, in the compute type."""
-    return sum(shard_size(p, s.mesh, FSDP) * s.width for p in leaves(tree) if p.matrix)
+def gathered(params: Group, s: Part) -> float:
+    """Returns the bytes of a group's matrices in matmuls: whole over fsdp, in the compute type."""
+    return shards(params, s.sizes, FSDP, every=False) * s.width
 
 
 # ---------------------------------------------------------------------------------------------
@@ -168,6 +200,7 @@ class Value:
     group: str = ''
 
 
+@functools.lru_cache(maxsize=64)
 def attention_values(s: Part) -> list[Value]:
     """Lists the arrays of a layer's attention, and the residual stream after it."""
     cfg, c, tp, t = s.cfg, s.width, s.mesh[TP], s.tokens
@@ -206,6 +239,7 @@ def swiglu_values(rows: int, width: int, c: int) -> list[Value]:
     return [Value(2 * rows * width * c, HIDDEN), Value(rows * width * c)]
 
 
+@functools.lru_cache(maxsize=64)  # of the last few parts
 def layer_values(s: Part, kind: str) -> list[Value]:
     """Lists all arrays that a layer keeps from forward to backward without rematerialization."""
     x = Value(s.local * s.cfg.d_model * s.width, RESIDUAL)
@@ -252,7 +286,7 @@ def gradients_of_layer(s: Part, kind: str) -> float:
 def linear_values(s: Part, kind: str) -> float:
     """Returns the bytes of inputs and output gradients of all `linear` of a layer, for W."""
     numbers = 0
-    for p in leaves(layer_declaration(s.cfg, kind)):
+    for p in layer(s.cfg, kind).params:
         if not p.linear:
             continue
         tp = s.mesh[TP] if TP in spec_axes(p.spec) else 1
@@ -338,23 +372,23 @@ class Memory:
 
 def memory(s: Part) -> Memory:
     """Estimates the memory of one device."""
-    kinds, blocks = tuple(s.cfg.block), s.declared['blocks']
-    count = sum(shard_size(p, s.mesh) for p in leaves(s.declared))
-    in_blocks = sum(shard_size(p, s.mesh) for p in leaves(blocks))
+    kinds, blocks = tuple(s.cfg.block), s.declared_in('blocks')
+    count = shards(s.declared, s.sizes)
+    in_blocks = shards(blocks, s.sizes)
     ahead = s.gather == 'step'
     summed = count
     if ahead:
         summed -= in_blocks
-        in_blocks = sum(shard_size(p, s.mesh, FSDP) for p in leaves(blocks))
+        in_blocks = shards(blocks, s.sizes, FSDP)
         summed += in_blocks
     kept = s.blocks // s.chunks * sum(kept_of_layer(s, kind) for kind in kinds)
     if s.schedule is None:
         kept += s.cfg.first_dense * kept_of_layer(s, 'dense')
-    layers = max(gathered(layer_declaration(s.cfg, kind), s) for kind in kinds)
+    layers = max(gathered(layer(s.cfg, kind), s) for kind in kinds)
     logits, head = head_parts(s)
     return Memory(
         parameters=FLOAT32 * count,
-        moments=FLOAT32 * sum(shard_size(p, s.mesh) for p in leaves(s.slots)),
+        moments=FLOAT32 * shards(s.slots, s.sizes),
         gradients=FLOAT32 * summed * (s.schedule is not None or s.microbatches > 1),
         microbatch_gradients=FLOAT32 * in_blocks / s.chunks,
         stash=pipeline_stash(s),

@@ -1,6 +1,7 @@
 """Formats what plan.py prints: tables for people, records (JSON) for programs."""
 
 import dataclasses
+import shlex
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -11,6 +12,7 @@ from parallel import AXES
 from planning.compiled import Compiled, Cost
 from planning.footprint import part_of
 from planning.roofline import Estimate
+from planning.search import expected
 
 WIDTH = 44  # characters of the column of names
 
@@ -227,17 +229,21 @@ def record(config: ConfigDict, e: Estimate) -> dict[str, Any]:
 
 
 def overrides(config: ConfigDict, base: ConfigDict) -> str:
-    """Returns the flags that turn the base config into this one."""
+    """Returns the flags that turn the base config into this one, as a shell takes them."""
     fields = [
         *(f'mesh.{axis}' for axis in AXES), 'microbatches', 'pipeline.schedule', 'pipeline.chunks',
-        'model.remat', 'model.remat_keep',
+        'model.remat', 'model.remat_keep', 'model.remat_offload',
     ]  # fmt: skip
     changed = []
     for field in fields:
         group, _, name = field.rpartition('.')
         new, old = ((c[group] if group else c)[name] for c in (config, base))
         if new != old:
-            changed.append(f'--config.{field}={new}')
+            if isinstance(new, tuple) and old:
+                changed.append(f'--config.{field}=')  # tuples add up
+            if new != ():
+                value = ','.join(new) if isinstance(new, tuple) else new
+                changed.append(shlex.quote(f'--config.{field}={value}'))
     return ' '.join(changed) or '(as it is)'
 
 
@@ -250,27 +256,32 @@ def search_text(
     found: list[tuple[ConfigDict, Estimate]], tried: int, base: ConfigDict, n: int
 ) -> str:
     """Returns the first `n` of the layouts found, each with its figures and its flags."""
+    if not found:
+        return f'{tried:,} layouts tried, and none fits: use more devices, or a smaller model'
     lines = [
-        f'{tried:,} layouts tried; the best {min(n, len(found))} meshes with their best layout:'
+        f'{tried:,} layouts tried; the best {min(n, len(found))} meshes with their best layout, in '
+        'the order',
+        'of the mean of two bounds: every collective waited for, and every one behind compute. No',
+        'program reaches a bound: tokens/s and MFU are those at best.',
     ]
     for i, (c, e) in enumerate(found[:n], 1):
         lines += [
             '',
             f'{i}. {layout_text(c)}',
-            f'   {seconds(e.seconds)} per step ({seconds(e.overlapped_seconds)} with collectives '
-            f'hidden), {e.tokens / e.seconds:,.0f} tokens/s, MFU {e.mfu(e.seconds):.1%}, '
-            f'{scaled(e.memory.peak, "B")}',
+            f'   bounds of a step: {seconds(e.seconds)} with collectives waited for, '
+            f'{seconds(e.overlapped_seconds)} with them hidden, mean {seconds(expected(e))}',
+            f'   at best {e.tokens / e.overlapped_seconds:,.0f} tokens/s and MFU '
+            f'{e.mfu(e.overlapped_seconds):.1%}; {scaled(e.memory.peak, "B")}',
             f'   limited by {reason(e)}',
             f'   {overrides(c, base)}',
         ]
-    if not found:
-        lines.append('none fits: use more devices, or a smaller model')
     return '\n'.join(lines)
 
 
 def search_record(found: list[tuple[ConfigDict, Estimate]], tried: int, n: int) -> dict[str, Any]:
-    """Returns the first `n` of the layouts found as a record."""
-    return {'tried': tried, 'best': [record(c, e) for c, e in found[:n]]}
+    """Returns the first `n` of the layouts found as a record, in the order of expected_seconds."""
+    best = [record(c, e) | {'expected_seconds': expected(e)} for c, e in found[:n]]
+    return {'tried': tried, 'best': best}
 
 
 # ---------------------------------------------------------------------------------------------

@@ -26,17 +26,18 @@ from parallel import AXES, EP, FSDP, PP, TP, count, free_axes
 from pipeline.schedules import ideal, lock_step
 from planning.footprint import (
     FLOAT32,
+    Group,
     Memory,
     Part,
     declarations,
     gathered,
     kept_of_layer,
-    layer_declaration,
+    layer,
     layer_values,
-    leaves,
     memory,
     part_of,
     shard_size,
+    shards,
 )
 from train_step import pipeline_costs
 
@@ -98,10 +99,17 @@ def matmul_flops(s: Part, kind: str, again: bool = False) -> float:
     """Returns the FLOPs of one pass over a layer's matrices, for a microbatch on a device: 2 per
     weight and token. With `again` only those that remat computes again."""
     kept = (*s.cfg.kept_names, NEVER) if again else ()
+    return flops_of(layer(s.cfg, kind), s.local, kept)
+
+
+@functools.cache
+def flops_of(params: Group, tokens: int, without: tuple[str, ...]) -> float:
+    """Returns the FLOPs of one pass of so many tokens over the matrices that are not kept by one
+    of these names."""
     return sum(
-        2 * math.prod(p.shape) * p.use * s.local * p.work
-        for p in leaves(layer_declaration(s.cfg, kind))
-        if p.matrix and p.kept_by not in kept
+        2 * math.prod(p.shape) * p.use * tokens * p.work
+        for p in params.params
+        if p.matrix and p.kept_by not in without
     )
 
 
@@ -116,15 +124,14 @@ def layers_work(s: Part, part: str, kinds: tuple[str, ...], n: int) -> Work:
             flops += matmul_flops(s, kind, again=True)
             flops += attend * (ATTENTION_OUTPUT not in s.cfg.kept_names)
         values = sum(v.bytes for v in layer_values(s, kind))
-        weights = gathered(layer_declaration(s.cfg, kind), s)
+        weights = gathered(layer(s.cfg, kind), s)
         # Forward writes and reads each array once, backward twice that.
         moved += (passes + remat + 2) * 2 * (values + weights)
         moved += STACKING * kept_of_layer(s, kind)
         if ATTENTION_KERNELS[s.cfg.attention_kernel].scores:
             moved += (passes + remat + 2) * score_bytes(s)
         # Each gradient is written, and added to a sum that is read and written.
-        shards = [shard_size(p, s.mesh) for p in leaves(layer_declaration(s.cfg, kind))]
-        moved += 4 * FLOAT32 * sum(shards)
+        moved += 4 * FLOAT32 * shards(layer(s.cfg, kind), s.sizes)
     return Work(part, s.microbatches * n * flops, s.microbatches * n * moved)
 
 
@@ -148,7 +155,7 @@ def head_work(s: Part) -> Work:
 def optimizer_work(s: Part) -> Work:
     """Returns the work of the update: gradients read twice, for the norm and the update; parameters
     and slots read and written."""
-    n, slots = (sum(shard_size(p, s.mesh) for p in leaves(x)) for x in (s.declared, s.slots))
+    n, slots = (shards(params, s.sizes) for params in (s.declared, s.slots))
     return Work('optimizer', 12.0 * n, FLOAT32 * (4 * n + 2 * slots))
 
 
@@ -173,10 +180,9 @@ def part_sent(n: int) -> float:
 
 def weight_transfers(s: Part) -> list[Transfer]:
     """Lists the gathers of weights over fsdp and the way back of their gradients."""
-    declared, once, M = s.declared, s.gather == 'step', s.microbatches
-    blocks = gathered(declared['blocks'], s)
-    first = gathered(declared['first'], s) if 'first' in declared else 0.0
-    vocabulary = 2 * M * gathered(declared['embed'], s)  # as embedding and as head
+    once, M = s.gather == 'step', s.microbatches
+    blocks, first, embed = (gathered(s.declared_in(x), s) for x in ('blocks', 'first', 'embed'))
+    vocabulary = 2 * M * embed  # as embedding and as head
     # In forward, and in backward, which does not keep them; in a pipeline also in B's forward.
     times = M * (forward_passes(s) + 1)
     weights = (1 if once else times) * blocks + times * first + vocabulary
@@ -204,7 +210,7 @@ def activation_transfers(s: Part) -> list[Transfer]:
     cfg, passes, remat = s.cfg, forward_passes(s), s.cfg.remat != 'none'
     x = s.tokens * cfg.d_model * s.width
 
-    def layer(kind: str) -> float:
+    def of_layer(kind: str) -> float:
         gathers, scatters = activations_sent(s, kind)
         sent = (passes + 1) * sum(gathers + scatters)
         if FEED_FORWARD[kind].routed:
@@ -213,8 +219,8 @@ def activation_transfers(s: Part) -> list[Transfer]:
             sent += sum(gathers) + scatters[0] * (RESIDUAL not in cfg.kept_names)
         return sent
 
-    sent = s.blocks * sum(layer(kind) for kind in cfg.block)
-    sent += cfg.first_dense * layer('dense')
+    sent = s.blocks * sum(of_layer(kind) for kind in cfg.block)
+    sent += cfg.first_dense * of_layer('dense')
     sent += 2 * x  # the embedding's
     sent += s.head_tokens * s.mesh[TP] * (2 * cfg.d_model * s.width + 28)  # and loss statistics
     sent *= part_sent(s.mesh[TP]) * s.microbatches
@@ -246,15 +252,22 @@ def pipeline_transfers(s: Part) -> list[Transfer]:
     ]
 
 
-def gradient_transfers(s: Part) -> list[Transfer]:
-    """Lists the sums of gradients over the axes that do not shard their parameter, once per step:
-    as a hierarchy, scattered over the innermost axis first."""
-    sent = dict.fromkeys(AXES, 0.0)
-    for p in leaves(s.declared):
-        part = 2.0 * FLOAT32 * shard_size(p, s.mesh)
+@functools.cache
+def gradients_sent(params: Group, mesh: tuple[tuple[str, int], ...]) -> dict[str, float]:
+    """Returns the bytes along each axis that sum the gradients over the axes that do not shard
+    their parameter: as a hierarchy, scattered over the innermost axis first."""
+    sent, sizes = dict.fromkeys(AXES, 0.0), dict(mesh)
+    for p in params.params:
+        part = 2.0 * FLOAT32 * shard_size(p, sizes)
         for axis in reversed(free_axes(p.spec)):
-            sent[axis] += part * part_sent(s.mesh[axis])
-            part /= s.mesh[axis]
+            sent[axis] += part * part_sent(sizes[axis])
+            part /= sizes[axis]
+    return sent
+
+
+def gradient_transfers(s: Part) -> list[Transfer]:
+    """Lists the sums of gradients, once per step."""
+    sent = gradients_sent(s.declared, s.sizes)
     return [Transfer(axis, 'gradients, summed', n) for axis, n in sent.items()]
 
 

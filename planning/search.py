@@ -1,11 +1,12 @@
 """Searches the layouts of a config: meshes, microbatches, pipeline schedules, rematerialization."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 
 from ml_collections import ConfigDict
 
-from config import ConfigError
+from config import ConfigError, ModelConfig
 from machine.chips import Chip
 from model import FEED_FORWARD
 from parallel import AXES
@@ -20,6 +21,12 @@ REMAT_CHOICES = (
 )  # fmt: skip
 
 
+def factors(n: int) -> list[int]:
+    """Returns all divisors of n, the smallest first."""
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return sorted({*small, *(n // d for d in small)})
+
+
 def meshes(devices: int) -> Iterator[dict[str, int]]:
     """Yields every mesh of this many devices: all ways to write the number as a product of the
     axes' sizes."""
@@ -28,10 +35,9 @@ def meshes(devices: int) -> Iterator[dict[str, int]]:
         if len(axes) == 1:
             yield {axes[0]: n}
             return
-        for size in range(1, n + 1):
-            if n % size == 0:
-                for rest in factor(n // size, axes[1:]):
-                    yield {axes[0]: size} | rest
+        for size in factors(n):
+            for rest in factor(n // size, axes[1:]):
+                yield {axes[0]: size} | rest
 
     return factor(devices, AXES)
 
@@ -61,16 +67,17 @@ def candidates(config: ConfigDict, devices: int) -> Iterator[ConfigDict]:
     """Yields the config with every mesh, number of microbatches and pipeline schedule that can run;
     the batch size stays as it is."""
     m = config.model
+    blocks = (m.n_layers - m.first_dense) // len(m.block)
     for mesh in meshes(devices):
         if mesh['ep'] > 1 and not any(FEED_FORWARD[kind].routed for kind in m.block):
             continue  # without experts, ep is fsdp without its shards
+        if blocks % mesh['pp']:
+            continue  # seen before a schedule is made, which takes long for many stages
         shards = mesh['dp'] * mesh['fsdp'] * mesh['ep']
         if config.batch_size % shards or m.n_heads % mesh['tp'] or mesh['tp'] > m.n_heads:
             continue
         rows = config.batch_size // shards
-        for microbatches in range(1, rows + 1):
-            if rows % microbatches:
-                continue
+        for microbatches in factors(rows):
             if mesh['pp'] > 1 and microbatches > 8 * mesh['pp']:
                 continue  # the bubble is small by then
             for schedule, chunks in schedules(config, mesh['pp']):
@@ -82,27 +89,52 @@ def candidates(config: ConfigDict, devices: int) -> Iterator[ConfigDict]:
                     yield c
 
 
+def check_base(config: ConfigDict) -> None:
+    """Raises ConfigError for what is wrong with a config in any layout: then none can run."""
+    c = config.copy_and_resolve_references()
+    c.mesh.update(dict.fromkeys(AXES, 1))
+    c.microbatches = 1
+    c.pipeline.update(schedule='1f1b', chunks=1)
+    validate(c, 1, needs_data=False)
+
+
 def search(
-    config: ConfigDict, devices: int, chip: Chip, room: float = 0.9
+    config: ConfigDict,
+    devices: int,
+    chip: Chip,
+    room: float = 0.9,
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[list[tuple[ConfigDict, Estimate]], int]:
     """Returns the fastest layout of each mesh, the fastest mesh first, and how many were tried.
 
     Leaves out layouts that take more than `room` of the chip's memory. Compares by `expected`.
+    Calls progress(layouts tried, meshes with one that fits). Raises ConfigError if the config is
+    wrong in any layout, or no layout divides it.
     """
+    check_base(config)
     best: dict[tuple[int, ...], tuple[ConfigDict, Estimate]] = {}
+    models: dict[ModelConfig, ModelConfig] = {}  # one object of each, which is found by identity
     tried = 0
     for c in candidates(config, devices):
         s, key = part_of(c, chip.platform), tuple(c.mesh[axis] for axis in AXES)
         for remat, keep in REMAT_CHOICES:
             cfg = dataclasses.replace(s.cfg, remat=remat, remat_keep=keep, remat_offload=())
+            cfg = models.setdefault(cfg, cfg)
             e = estimate_part(dataclasses.replace(s, cfg=cfg), chip)
             tried += 1
+            if progress:
+                progress(tried, len(best))
             if e.memory.peak > room * chip.memory:
                 break  # the next choices keep more
             if key not in best or expected(e) < expected(best[key][1]):
                 found = c.copy_and_resolve_references()
                 found.model.update(remat=remat, remat_keep=keep, remat_offload=())
                 best[key] = (found, e)
+    if not tried:
+        raise ConfigError(
+            f'no layout of {devices} devices divides the config; use another number of devices, '
+            f'or sizes of the model and a batch_size ({config.batch_size}) with more divisors'
+        )
     return sorted(best.values(), key=lambda found: expected(found[1])), tried
 
 

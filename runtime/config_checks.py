@@ -7,27 +7,83 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from config import REMAT_NAMES, ConfigError, divisors, flat, indivisible
+from configs import default
 from data import source_errors
 from layers.attention import ATTENTION, attention_sizes
 from layers.attention_kernels import ATTENTION_KERNELS
 from layers.expert_kernels import EXPERT_KERNELS
 from layers.kernels import kernel_errors, names
 from machine.chips import CHIPS
+from machine.config_flag import RECORDS
 from model import FEED_FORWARD, REMAT
 from optimizer import OPTIMIZERS
-from parallel import AXES, FSDP, TP
+from parallel import AXES, DP, EP, FSDP, PP, TP
 from pipeline.schedules import NAMES
 from runtime.writers import WRITERS
-from train_step import train_schedule
+from train_step import compiler_options, train_schedule
 
-MAY_BE_ZERO = {
-    'seed', 'eval.every', 'eval.batches', 'log.every', 'optimizer.warmup_steps',
-    'optimizer.decay_steps', 'model.q_rank', 'model.first_dense', 'model.n_shared_experts',
-    'log.loads_every', 'checkpoint.every', 'checkpoint.keep', 'checkpoint.keep_every',
-    'log.sample_every', 'guard.max_skips',
+INT32 = 2**31 - 1  # counts are int32 on the device
+FLOAT32 = 3e38  # the largest number, and below the smallest that is not 0, in float32
+TINY = 1e-30
+BELOW_1 = 1 - 2**-24  # as float32
+YEAR = 366 * 86400.0  # longer waits overflow what the system waits with
+
+DEFAULTS = flat(default.get_config().to_dict())
+# By the type of a field's default: the types of its values, and their name for people.
+TYPES: dict[type, tuple[tuple[type, ...], str]] = {
+    bool: ((bool,), 'True or False'),
+    int: ((int,), 'a whole number'),
+    float: ((int, float), 'a number'),
+    str: ((str,), 'a text'),
+    tuple: ((tuple,), "a tuple, as in ('a', 'b')"),
+}
+
+# The least and the largest value of each numeric field; further rules may narrow them.
+RANGES: dict[str, tuple[float, float]] = {
+    'seed': (0, 2**32 - 1),  # jax would take it modulo 2**32
+    **dict.fromkeys(
+        ('steps', 'batch_size', 'seq_len', 'microbatches', *(f'mesh.{axis}' for axis in AXES),
+         'pipeline.chunks', 'log.sample_tokens', 'model.vocab_size', 'model.d_model',
+         'model.n_layers', 'model.d_ff', 'model.n_experts', 'model.experts_per_token',
+         'model.d_expert', 'model.n_expert_groups', 'model.n_top_groups', 'model.n_heads',
+         'model.n_kv_heads', 'model.head_dim', 'model.kv_rank', 'model.nope_dim', 'model.rope_dim',
+         'model.v_dim', 'model.rope_original_len', 'model.attention_block', 'model.loss_chunk'),
+        (1, INT32),
+    ),
+    **dict.fromkeys(
+        ('optimizer.warmup_steps', 'optimizer.decay_steps', 'eval.every', 'eval.batches',
+         'log.every', 'log.loads_every', 'log.sample_every', 'checkpoint.every', 'checkpoint.keep',
+         'checkpoint.keep_every', 'guard.max_skips', 'model.first_dense', 'model.n_shared_experts',
+         'model.q_rank'),
+        (0, INT32),
+    ),
+    'model.document_end': (-1, INT32),
+    **dict.fromkeys(
+        ('optimizer.peak_lr', 'optimizer.final_lr', 'optimizer.weight_decay', 'optimizer.clip_norm',
+         'model.routed_scale', 'model.balance_loss', 'model.router_z_loss', 'model.z_loss',
+         'model.capacity_factor', 'model.buffer_factor', 'log.sample_temperature',
+         'guard.spike_factor', 'peak_flops'),
+        (0, FLOAT32),
+    ),
+    **dict.fromkeys(('optimizer.b1', 'optimizer.b2', 'model.dropout'), (0, BELOW_1)),
+    **dict.fromkeys(('optimizer.eps', 'model.norm_eps'), (TINY, 1)),
+    'model.bias_rate': (0, 1),
+    'model.rope_base': (1, FLOAT32),
+    **dict.fromkeys(('model.rope_beta_fast', 'model.rope_beta_slow'), (TINY, FLOAT32)),
+    **dict.fromkeys(
+        ('model.rope_mscale', 'model.rope_mscale_all_dim', 'model.rope_attention_factor'),
+        (0, FLOAT32),
+    ),
+    'model.rope_factor': (1, FLOAT32),
+    'guard.history': (1, 10**6),  # norms that each device holds
+    'guard.step_seconds': (0, YEAR),
+    'guard.pause_seconds': (0, YEAR),
+    'guard.heartbeat_seconds': (1, int(YEAR)),
 }  # fmt: skip
 
 
@@ -38,9 +94,8 @@ def validate(
 
     `needs_data=False` leaves out data.path and data.sources, for plans.
     """
-    fields = flat(config.to_dict())
-    errors = [*choice_errors(fields), *number_errors(fields), *value_errors(config)]
-    if needs_data:
+    errors = field_errors(config)
+    if needs_data and isinstance(config.data.sources, tuple):
         errors += source_errors(config)
     if not errors:
         errors += layout_errors(config)
@@ -48,13 +103,44 @@ def validate(
         errors += remat_errors(config)
         errors += pipeline_errors(config)
         errors += device_errors(config, n_devices, n_processes)
+    refuse(errors)
+
+
+def check_fields(config: ConfigDict) -> None:
+    """Raises ConfigError for values that are wrong by themselves, before any device is known."""
+    refuse(field_errors(config))
+
+
+def refuse(errors: list[str]) -> None:
+    """Raises one ConfigError of all errors, if there are any."""
     if errors:
         raise ConfigError('the config cannot run:\n' + '\n'.join(f'  - {e}' for e in errors))
+
+
+def field_errors(config: ConfigDict) -> list[str]:
+    """Lists what is wrong with single fields."""
+    fields = flat(config.to_dict())
+    errors = [*type_errors(fields)]
+    if not errors:  # the others compare values
+        errors += [*choice_errors(fields), *number_errors(fields), *value_errors(config)]
+    return errors
 
 
 # ---------------------------------------------------------------------------------------------
 # Values
 # ---------------------------------------------------------------------------------------------
+
+
+def type_errors(fields: dict[str, Any]) -> Iterator[str]:
+    """Yields errors for values of another type than the default, and entries that are no text."""
+    for name, example in DEFAULTS.items():
+        value, (types, needed) = fields[name], TYPES[type(example)]
+        if type(value) not in types:
+            yield f'{name}={value!r} is of the type {type(value).__name__}; use {needed}'
+        elif type(value) is tuple and name not in RECORDS:
+            for entry in value:
+                if not isinstance(entry, str):
+                    yield f'{name}={value!r} holds {entry!r}; use texts, as in ({str(entry)!r},)'
 
 
 def choice_errors(fields: dict[str, Any]) -> Iterator[str]:
@@ -98,13 +184,13 @@ def choice_errors(fields: dict[str, Any]) -> Iterator[str]:
 
 
 def number_errors(fields: dict[str, Any]) -> Iterator[str]:
-    """Yields errors for counts below 1, or 0 where they may be, and for negative numbers."""
+    """Yields errors for numbers outside RANGES; NaN and infinity are outside of all."""
     for name, value in fields.items():
-        least = -1 if name == 'model.document_end' else 0 if name in MAY_BE_ZERO else 1
-        if isinstance(value, int) and not isinstance(value, bool) and value < least:
-            yield f'{name}={value} is below {least}; use {least} or more'
-        if isinstance(value, float) and value < 0:
-            yield f'{name}={value} is negative; use 0 or more'
+        low, high = RANGES.get(name, (-math.inf, math.inf))
+        if isinstance(value, int | float) and not low <= value <= high:
+            most = f'{high}' if isinstance(high, int) else f'{high:.8g}'
+            use = f'{low} to {most}' if high not in (INT32, FLOAT32) or value > high else ''
+            yield f'{name}={value} is out of range; use {use or f"{low} or more"}'
 
 
 def value_errors(config: ConfigDict) -> Iterator[str]:
@@ -112,13 +198,14 @@ def value_errors(config: ConfigDict) -> Iterator[str]:
     m, spike = config.model, config.guard.spike_factor
     if not m.block:
         yield "model.block=() is empty; use at least one kind of layer, as in ('dense',)"
-    if m.dropout >= 1:
-        yield f'model.dropout={m.dropout} drops everything; use a share below 1'
-    if m.rope_factor < 1:
-        yield f'model.rope_factor={m.rope_factor} shortens the context; use 1 or more'
     if 0 < spike <= 1:
         yield (
             f'guard.spike_factor={spike} skips ordinary steps; use a factor above 1, or 0 for none'
+        )
+    if config.log.sample_every and not (config.log.prompts and all(config.log.prompts)):
+        yield (
+            f'log.sample_every={config.log.sample_every} continues log.prompts='
+            f'{config.log.prompts!r}; give texts that are not empty'
         )
     if config.optimizer.name in OPTIMIZERS:
         yield from OPTIMIZERS[config.optimizer.name].rules(config)
@@ -217,3 +304,49 @@ def device_errors(config: ConfigDict, n_devices: int, n_processes: int) -> Itera
             f'the mesh takes {needed} of the {n_devices} devices that {n_processes} processes '
             f'have; use a mesh of all of them, since no process may be left out'
         )
+
+
+def check_compiler_options(config: ConfigDict) -> None:
+    """Raises ConfigError for options that the compiler of this machine's devices does not take."""
+    if not config.compiler_options:
+        return
+    options = compiler_options(config.compiler_options, jax.default_backend())
+    try:
+        jax.jit(jnp.negative, compiler_options=options).lower(0.0).compile()
+    except jax.errors.JaxRuntimeError as error:
+        refuse([f'compiler_options={config.compiler_options!r}: {error}; use names of XLA'])
+
+
+def check_all_devices(config: ConfigDict, n_devices: int) -> None:
+    """Raises ConfigError if the mesh leaves devices idle, with sizes that take all of them."""
+    validate(config, n_devices)
+    needed = math.prod(config.mesh[axis] for axis in AXES)
+    if needed == n_devices:
+        return
+    sizes = [size for axis in (FSDP, DP, TP, EP, PP) if (size := larger(config, axis, n_devices))]
+    use = ' or '.join(sizes[:2]) or f'python plan.py --config=... --search --devices={n_devices}'
+    refuse(
+        [
+            f'the mesh takes {needed} of {n_devices} devices; use {use}, or --spare_devices to '
+            f'leave the others idle'
+        ]
+    )
+
+
+def is_routed(config: ConfigDict) -> bool:
+    """Returns whether the model's blocks have experts."""
+    return any(FEED_FORWARD[kind].routed for kind in config.model.block)
+
+
+def larger(config: ConfigDict, axis: str, n_devices: int) -> str:
+    """Returns the flag that lets this axis of the mesh take all devices, '' if it cannot."""
+    c = config.copy_and_resolve_references()
+    others = math.prod(c.mesh[other] for other in AXES if other != axis)
+    c.mesh[axis] = n_devices // others
+    if others * c.mesh[axis] != n_devices or (axis == EP and not is_routed(c)):
+        return ''
+    try:
+        validate(c, n_devices, needs_data=False)
+    except ConfigError:
+        return ''
+    return f'--config.mesh.{axis}={c.mesh[axis]}'

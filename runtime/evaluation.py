@@ -1,6 +1,5 @@
 """Loss and bits per byte on the fixed validation set of each source."""
 
-import functools
 import os
 import zlib
 from collections.abc import Callable
@@ -20,19 +19,34 @@ from storage.stores import store_errors
 from tokenizer import token_bytes
 from train_step import Setup, make_eval_step, put_batch
 
-Evaluate = Callable[[Tree, EvaluationSet], dict[str, float]]
+Evaluate = Callable[..., dict[str, float]]
+AHEAD = 2  # batches that are queued on the devices
+
+
+def _nothing() -> None:
+    pass
 
 
 def make_evaluation(s: Setup, encoding: tiktoken.Encoding) -> Evaluate:
-    """Returns (params, a fixed evaluation set) -> mean loss (nats per token) and bits per byte."""
+    """Returns (params, a fixed evaluation set) -> mean loss (nats per token) and bits per byte.
+
+    As keyword argument it takes `between`, which is called after each batch, and stops the
+    evaluation by an exception.
+    """
     step = make_eval_step(s)
     bytes_V = np.zeros(s.model.vocab_size, np.int32)
     bytes_V[: encoding.n_vocab] = token_bytes(encoding)
     bytes_V = jax.device_put(bytes_V, NamedSharding(s.mesh, P()))
 
-    def evaluate(params: Tree, batches: EvaluationSet) -> dict[str, float]:
-        put = functools.partial(put_batch, batches.batch_at, s=s)
-        found = [step(params, put(i), bytes_V) for i in range(batches.n_batches)]
+    def evaluate(
+        params: Tree, batches: EvaluationSet, between: Callable[[], None] = _nothing
+    ) -> dict[str, float]:
+        found = []
+        for i in range(batches.n_batches):
+            found.append(step(params, put_batch(batches.batch_at, i, s), bytes_V))
+            if i >= AHEAD:
+                jax.block_until_ready(found[i - AHEAD])
+            between()
         nats, targets, n_bytes = (
             sum(float(sums[name]) for sums in found) for name in ('nats', 'targets', 'bytes')
         )
@@ -56,15 +70,21 @@ def over_sources(
 ) -> dict[str, float]:
     """Averages `measure` over the sources, by their share of the training rows.
 
-    With several sources, also returns the result of each, as name/source.
+    With several sources, also returns the result of each, as name/source. Sources without
+    validation documents are left out; without any, the result is empty.
     """
-    results = [measure(source.evaluation) for source in sources]
-    shares = [source.share for source in sources]
+    measured = [source for source in sources if source.evaluation is not None]
+    if not measured:
+        return {}
+    results = [measure(source.evaluation) for source in measured]
+    shares = [source.share for source in measured]
+    if len(measured) < len(sources):
+        shares = [share / sum(shares) for share in shares]
     out = {
         name: sum(share * result[name] for share, result in zip(shares, results, strict=True))
         for name in results[0]
     }
-    for source, result in zip(sources, results, strict=True):
+    for source, result in zip(measured, results, strict=True):
         if len(sources) > 1:
             out |= {f'{name}/{source.name}': value for name, value in result.items()}
     return out
@@ -80,17 +100,17 @@ def checkpoint_config(
     """
     with Checkpointer(os.path.join(workdir, CHECKPOINTS)) as checkpoints:
         if step is None:
-            with store_errors(f'the config cannot run: {checkpoints.path} cannot be read'):
+            with store_errors(f'{checkpoints.path} cannot be read'):
                 step = checkpoints.latest_step()
         if step is None:
             raise ConfigError(
-                f'the config cannot run: {workdir} holds no checkpoint to evaluate; use the '
-                f'--workdir of a run that has saved one'
+                f'{workdir} holds no checkpoint to evaluate; use the --workdir of a run that has '
+                f'saved one'
             )
         try:
             saved = checkpoints.metadata(step)['config']
         except ConfigError as error:
-            raise ConfigError(f'the config cannot run: --eval_only={step}: {error}') from error
+            raise ConfigError(f'--eval_only={step}: {error}') from error
     if given is None:
         return step, saved_config(saved)
     check_alike(saved, given, ('model.', 'data.isolate_documents'), f'{workdir} holds a model')

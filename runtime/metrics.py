@@ -4,20 +4,22 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from machine.chips import peak_flops
+from machine.chips import is_measured, peak_flops
 from machine.memory import memory_use
 from model import flops_per_token
 from parallel import Array, Tree
-from runtime.terminal import Terminal
-from runtime.workdir import CONFIG, METRICS, add_entry, keep_records
+from runtime.guards import TrainingError
+from runtime.terminal import SEPARATOR, Terminal
+from runtime.workdir import CONFIG, METRICS, add_entry
 from runtime.writers import WRITERS
-from storage.stores import Lines, write_text
+from storage.stores import Lines, store_errors, write_text
 from train_step import Setup
 
 
@@ -25,7 +27,10 @@ class Writer:
     """Writes the numbers of a run: to metrics.jsonl and log.writers, continued after the step
     `start`, and to the terminal.
 
-    Only process 0 writes. Raises ConfigError if the package of a writer is missing.
+    Only process 0 writes. Raises ConfigError if the package of a writer is missing. While the run
+    goes on, what cannot be written ends nothing: it is said once. Lines of metrics.jsonl are kept
+    and tried again with the next ones, since a disk that is full may have room later; a writer of
+    log.writers that fails is left out from then on.
     """
 
     def __init__(self, workdir: str, config: ConfigDict, start: int):
@@ -33,21 +38,29 @@ class Writer:
         self.workdir, self.path = workdir, os.path.join(workdir, METRICS)
         self.terminal = Terminal(config.steps, self.active)
         self._others: list[Any] = []
+        self._problem: Exception | None = None  # why the last lines are not in metrics.jsonl
         if not self.active:
             return
         self._others = [WRITERS[name](workdir, config, start) for name in config.log.writers]
-        keep_records(self.path, start)
         self._lines = Lines(self.path)
-        write_text(os.path.join(workdir, CONFIG), config.to_json(indent=2) + '\n')
+        with store_errors(f'{workdir} cannot be written; make room or mend the access'):
+            write_text(os.path.join(workdir, CONFIG), config.to_json(indent=2) + '\n')
 
     def __enter__(self) -> 'Writer':
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
+        """Raises TrainingError if lines of metrics.jsonl could not be written, and nothing else
+        ends the run."""
         self.terminal.close()
         self.flush()
-        for writer in self._others:
-            writer.close()
+        for writer in list(self._others):
+            self._guarded(writer, writer.close)
+        if self._problem and error is None:
+            raise TrainingError(
+                f'{self.path} lacks lines, which could not be written: {self._problem}\nThe '
+                f'checkpoints are complete.'
+            ) from self._problem
 
     def keep(self, name: str, content: str) -> None:
         """Writes a file of the workdir."""
@@ -64,14 +77,35 @@ class Writer:
         # NaN and infinity, which JSON has no numbers for, as null.
         finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None
                   for k, v in record.items()}  # fmt: skip
-        self._lines.add(json.dumps(finite, allow_nan=False))
-        for writer in self._others:
-            writer.write(record)
+        self._try(self._lines.add, json.dumps(finite, allow_nan=False))
+        for writer in list(self._others):
+            self._guarded(writer, writer.write, record)
 
     def flush(self) -> None:
-        """Returns when all that was written is there, also in a bucket."""
-        if self.active:
-            self._lines.flush()
+        """Returns when all that was written is there, also in a bucket, or cannot be written."""
+        if self.active and self._try(self._lines.flush) and self._problem:
+            self.say(f'{self.path} is written again')
+            self._problem = None
+
+    def _try(self, write: Callable[..., None], *args: Any) -> bool:
+        """Calls a method of `Lines`, which keeps the lines that it could not write; returns False
+        if it fails."""
+        try:
+            write(*args)
+        except (OSError, ValueError) as error:
+            if self._problem is None:
+                self.say(f'{self.path} cannot be written ({error}): its lines are kept for later')
+            self._problem = error
+            return False
+        return True
+
+    def _guarded(self, writer: Any, call: Callable[..., None], *args: Any) -> None:
+        """Calls a method of one of log.writers; drops the writer if it fails."""
+        try:
+            call(*args)
+        except Exception as error:  # of any kind: they are other projects' services
+            self._others.remove(writer)
+            self.say(f'log.writers: {type(writer).__name__} has failed and is left out: {error!r}')
 
     def say(self, text: str) -> None:
         self.terminal.say(text)
@@ -104,11 +138,12 @@ class Progress:
     """
 
     def __init__(self, s: Setup, writer: Writer):
-        self.config, self.writer = s.config, writer
+        self.setup, self.config, self.writer = s, s.config, writer
         self.step_tokens = s.config.batch_size * s.config.seq_len
         self.step_flops = self.step_tokens * flops_per_token(s.model, s.config.seq_len)
         self.peak, source = peak_flops(s.config, s.mesh)
-        self._pending: tuple[int, dict[str, Array]] | None = None
+        self._doubtful = False
+        self._pending: tuple[int, dict[str, Array], bool] | None = None
         writer.say(f'mesh {dict(s.config.mesh)} · peak {self.peak / 1e12:.3g} TFLOP/s: {source}')
         self.start(0)
 
@@ -116,15 +151,16 @@ class Progress:
         """Counts time from now on, `step` steps being done."""
         self.last_time, self.last_step = time.perf_counter(), step
 
-    def keep(self, step: int, metrics: dict[str, Array]) -> None:
-        """Notes the metrics of a step that may still be running."""
-        self._pending = step, metrics
+    def keep(self, step: int, metrics: dict[str, Array], record: bool = True) -> None:
+        """Notes the metrics of a step that may still be running; without `record` they are shown,
+        and not written to metrics.jsonl."""
+        self._pending = step, metrics, record
 
     def log(self) -> None:
         """Fetches and writes the metrics that were noted, if any; waits for their step."""
         if self._pending is None:
             return
-        (step, metrics), self._pending = self._pending, None
+        (step, metrics, record), self._pending = self._pending, None
         self.writer.terminal.catch_up(step)
         metrics = jax.device_get(metrics)
         stats = metrics.pop('router')
@@ -133,26 +169,51 @@ class Progress:
         values |= router_metrics(stats, self.config, loads=bool(every) and step % every == 0)
         seconds = (time.perf_counter() - self.last_time) / (step - self.last_step)
         self.start(step)
-        speed = {
-            'tokens_per_second': self.step_tokens / seconds,
-            'mfu': self.step_flops / seconds / self.peak,
-        }
+        speed = {'tokens_per_second': self.step_tokens / seconds, 'mfu': self.mfu(seconds)}
         memory = memory_use()
-        tokens = step * self.step_tokens
-        self.writer.write(step=step, tokens=tokens, **values, **speed, **memory)
-        skipped = f'{values["skipped"]:.0f} skipped  ' if values['skipped'] else ''
-        gigabytes = memory.get('device_bytes', memory['host_bytes']) / 1e9
-        self.writer.terminal.log(
-            step,
-            f'loss {values["loss"]:.4f}  {skipped}grad norm {values["grad_norm"]:.3f}  '
-            f'{speed["tokens_per_second"]:,.0f} tokens/s  MFU {speed["mfu"]:.1%}  '
-            f'{gigabytes:.1f} GB',
-            seconds,
-        )
+        if record:
+            tokens = step * self.step_tokens
+            self.writer.write(step=step, tokens=tokens, **values, **speed, **memory)
+        fields = [f'loss {values["loss"]:.4f}']
+        if values['skipped']:
+            fields.append(f'{values["skipped"]:.0f} skipped')
+        fields += [
+            f'grad norm {values["grad_norm"]:.3f}',
+            f'{speed["tokens_per_second"]:,.0f} tokens/s',
+            *([f'MFU {speed["mfu"]:.1%}'] if math.isfinite(speed['mfu']) else []),
+            f'{memory.get("device_bytes", memory["host_bytes"]) / 1e9:.1f} GB',
+        ]
+        self.writer.terminal.log(step, SEPARATOR.join(fields), seconds)
+
+    def mfu(self, seconds: float) -> float:
+        """Returns the share of the peak that a step of so many seconds uses.
+
+        No step beats the peak: where it seems to, the peak was measured while the machine had other
+        work, and NaN is returned until `check_peak` has measured again.
+        """
+        share = self.step_flops / seconds / self.peak
+        if share > 1 and is_measured(self.config, self.setup.mesh):
+            self._doubtful = True
+            return math.nan
+        return share
+
+    def check_peak(self) -> None:
+        """Measures the peak again if it is in doubt; to be called while the devices are idle."""
+        if not self._doubtful or not self.writer.active:
+            return
+        start = time.perf_counter()
+        self._doubtful = False
+        peak, _ = peak_flops(self.config, self.setup.mesh)
+        if peak > self.peak:
+            self.peak = peak
+            self.writer.say(f'peak measured again: {peak / 1e12:.3g} TFLOP/s')
+        self.last_time += time.perf_counter() - start
 
     def log_evaluation(self, step: int, evaluation: dict[str, float], seconds: float) -> None:
-        """Writes an evaluation, whose seconds do not count as training."""
+        """Writes an evaluation, if there is one, whose seconds do not count as training."""
         self.last_time += seconds
+        if not evaluation:
+            return
         self.writer.write(step=step, tokens=step * self.step_tokens, **evaluation)
         self.writer.say(
             f'step {step}/{self.config.steps}  eval loss {evaluation["eval_loss"]:.4f}  '

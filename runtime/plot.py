@@ -1,20 +1,21 @@
 """Plots the metrics of one or several runs in one PNG."""
 
 import importlib.util
-import json
 import logging
 import os
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from config import ConfigError
-from runtime.workdir import CONFIG, METRICS, PICTURE
-from storage.stores import local_folder, read_text
+from runtime.workdir import CONFIG, METRICS, PICTURE, exists, read_json, read_records
+from storage.stores import local_folder
 
 COLUMNS = 3
 SMOOTHING = 0.02  # width over which noisy curves are averaged, as a fraction of the logged range
+FEW = 20  # points; so many are marked, since a line of one or two hardly shows
 GREY = '#666666'
 STYLES = ('-', '--', ':', '-.')  # of the lines of sources
 
@@ -25,21 +26,23 @@ class Run:
     def __init__(self, workdir: str):
         """Reads the records; raises ConfigError if there are none of training steps."""
         path = os.path.join(workdir, METRICS)
-        text = read_text(path)
-        if text is None:
+        if not exists(path):
             raise ConfigError(f'{path} does not exist: --plot takes the workdirs of runs')
-        # a run may be writing the last line
-        lines = [line for line in text.splitlines(keepends=True) if line.endswith('}\n')]
-        self.records: list[dict[str, Any]] = [json.loads(line) for line in lines]
+        self.records, complaints = read_records(path)
+        for complaint in complaints:
+            print(f'{complaint}; it is left out', file=sys.stderr)
         if not any('loss' in record for record in self.records):
             raise ConfigError(f'{path} holds no logged step yet: wait for one, or lower log.every')
         self.name = os.path.basename(os.path.abspath(workdir))
-        config = json.loads(read_text(os.path.join(workdir, CONFIG)))
+        config = read_json(os.path.join(workdir, CONFIG))
+        if config is None:
+            raise ConfigError(f'{workdir} holds {METRICS}, but no {CONFIG}: restore it')
         self.step_tokens: int = config['batch_size'] * config['seq_len']
 
     def curve(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the steps that logged this metric, and its values."""
-        points = [(r['step'], r[name]) for r in self.records if name in r]
+        """Returns the steps that logged this metric, and its values; null is not finite."""
+        numbers = (int, float, type(None))
+        points = [(r['step'], r[name]) for r in self.records if type(r.get(name, '')) in numbers]
         steps, values = np.array(points, np.float64).reshape(-1, 2).T
         return steps, values
 
@@ -68,6 +71,8 @@ class Run:
 
 def smooth(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Averages the finite values of y, weighted by a Gaussian in x."""
+    if not len(x):
+        return y
     width = SMOOTHING * (x[-1] - x[0]) or 1.0
     finite = np.isfinite(y)
     known_x, known_y = x[finite], y[finite]
@@ -138,9 +143,9 @@ class Figure:
         """Draws a metric of each run: the logged values, faint, and the smoothed ones."""
         for run, colour in zip(self.runs, self.colours, strict=True):
             steps, values = run.curve(name)
-            x = self.x(run, steps)
+            x, marker = self.x(run, steps), 'o' if len(steps) <= FEW else ''
             axes.plot(x, values, color=colour, alpha=0.25, linewidth=0.8)
-            axes.plot(x, smooth(x, values), color=colour, linewidth=1.6)
+            axes.plot(x, smooth(x, values), marker=marker, ms=4, color=colour, linewidth=1.6)
 
 
 def draw_loss(figure: Figure) -> None:
@@ -207,7 +212,7 @@ def draw_speed(figure: Figure) -> None:
 
 def draw_balance(figure: Figure) -> None:
     """Draws the mean and the range over layers of the fullest expert's load."""
-    axes = figure.curves('fullest expert over the mean one')
+    axes = figure.curves('max/mean expert load')
     for run, colour in zip(figure.runs, figure.colours, strict=True):
         names = run.layers('load_max_over_mean')
         if not names:
@@ -215,7 +220,8 @@ def draw_balance(figure: Figure) -> None:
         x = figure.x(run, run.curve(names[0])[0])
         layers = np.array([smooth(x, run.curve(name)[1]) for name in names])
         axes.fill_between(x, layers.min(axis=0), layers.max(axis=0), color=colour, alpha=0.15, lw=0)
-        axes.plot(x, layers.mean(axis=0), color=colour, linewidth=1.6)
+        marker = 'o' if len(x) <= FEW else ''
+        axes.plot(x, layers.mean(axis=0), marker=marker, ms=4, color=colour, linewidth=1.6)
     axes.plot([], [], color=GREY, label='mean of layers')
     axes.fill_between([], [], [], color=GREY, alpha=0.15, lw=0, label='all layers')
     axes.axhline(1, color='#bbbbbb', linewidth=0.8)
@@ -247,9 +253,23 @@ def need_matplotlib() -> None:
     """Raises ConfigError if matplotlib is not installed."""
     if importlib.util.find_spec('matplotlib') is None:
         raise ConfigError(
-            'the config cannot run: plots need matplotlib: pip install matplotlib, or '
-            'pip install -r requirements/log.txt'
+            'plots need matplotlib: pip install matplotlib, or pip install -r requirements/log.txt'
         )
+
+
+def check_output(output: str) -> None:
+    """Raises ConfigError if a picture cannot be written there; '' is the default."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    known = FigureCanvasAgg.get_supported_filetypes()
+    kind = os.path.splitext(output)[1].removeprefix('.').lower()
+    if kind and kind not in known:
+        raise ConfigError(
+            f'--plot_output={output}: matplotlib writes no .{kind}; use one of {", ".join(known)}'
+        )
+    folder = os.path.dirname(output) or '.'
+    if output and not os.path.isdir(folder):
+        raise ConfigError(f'--plot_output={output}: there is no folder {folder}; make it first')
 
 
 def plot(workdirs: Sequence[str], output: str = '') -> str:
@@ -259,6 +279,7 @@ def plot(workdirs: Sequence[str], output: str = '') -> str:
     ConfigError if matplotlib or a workdir's metrics are missing.
     """
     need_matplotlib()
+    check_output(output)
     logging.getLogger('matplotlib').setLevel(logging.WARNING)  # silences its messages on fonts
     runs = [Run(workdir) for workdir in workdirs]
     moe = [run for run in runs if run.last_loads()]

@@ -5,9 +5,9 @@ follow from the step and the seed, so the state and the step are all there is to
 """
 
 import itertools
-import json
 import math
 import os
+from typing import Any
 
 import jax
 from jax.sharding import NamedSharding
@@ -16,34 +16,60 @@ from ml_collections import ConfigDict
 from checkpoint import Checkpointer
 from config import FIXED, ConfigError, check_alike, differences
 from parallel import P, Tree
-from runtime.workdir import CHECKPOINTS, CONFIG
+from runtime.data_record import changed_data, check_vocabulary, saved_record
+from runtime.workdir import CHECKPOINTS, CONFIG, exists
 from storage.leaves import leaf_names
-from storage.stores import read_text, store_errors
+from storage.stores import store_errors
 
 
 def first_step(config: ConfigDict, workdir: str, checkpoints: Checkpointer) -> tuple[int, str]:
     """Returns the step that the run goes on from (0: it starts anew), and a line that says so.
 
-    Raises ConfigError if the workdir holds the run of another model or order of the data,
-    CheckpointError if its newest checkpoint is damaged. All processes have to call this.
+    A workdir without a checkpoint binds nothing. Raises ConfigError if the workdir holds the run of
+    another model or order of the data, CheckpointError if its newest checkpoint is damaged. All
+    processes have to call this.
     """
-    step, old = checkpoints.latest_step() or 0, {}
-    file = os.path.join(workdir, CONFIG)
-    if step:
-        old = checkpoints.metadata(step)['config']
-    elif text := read_text(file):
-        old = json.loads(text)
+    step = checkpoints.latest_step() or 0
+    if not step:
+        begun = exists(os.path.join(workdir, CONFIG))
+        return 0, f'starting again: {workdir} holds no checkpoint' if begun else ''
+    old = checkpoints.metadata(step)['config']
     check_alike(old, config, FIXED, f'{workdir} holds a run')
     changed = differences(old, config.to_dict())
-    if not step:
-        return 0, f'starting again: {workdir} holds no checkpoint' if old else ''
     if step >= config.steps:
         return step, (
-            f'the run in {workdir} is complete: step {step} of {config.steps} is saved; to go on, '
-            f'give it more with --config.steps'
+            f'the run in {workdir} is complete: step {step} is saved, and steps={config.steps}; to '
+            f'go on, give it more with --config.steps'
         )
     said = ''.join(f' · {name} {a!r} -> {b!r}' for name, a, b in changed)
     return step, f'going on from step {step} of {config.steps} in {checkpoints.path}{said}'
+
+
+def compared_data(
+    checkpoints: Checkpointer, start: int, workdir: str, init_from: str, record: dict[str, Any]
+) -> list[str]:
+    """Compares the data with what the parameters that a run starts from were trained on.
+
+    Those are step `start` of the workdir, or at 0 those of `init_from`, if any. Returns lines to
+    say. Raises ConfigError if the vocabulary is another one, or `init_from` holds no checkpoint.
+    All processes have to call this.
+    """
+    if start:
+        holder = f'step {start} of {workdir}'
+        old = saved_record(checkpoints.metadata(start), workdir)
+    elif init_from:
+        path, step, origin = init_step(init_from)
+        holder = f'step {step} of {origin}'
+        with Checkpointer(path) as source:
+            old = saved_record(source.metadata(step), origin)
+    else:
+        return []
+    check_vocabulary(old, record, holder)
+    ignored = start and init_from
+    return [
+        *([f'--init_from={init_from} is left aside: the run has steps of its own'] * bool(ignored)),
+        *([changed] if (changed := changed_data(old, record, holder)) else []),
+    ]
 
 
 def restore_state(checkpoints: Checkpointer, step: int, target: Tree) -> Tree:
@@ -90,19 +116,30 @@ def load_params(path: str, shapes: Tree) -> Tree:
 
     Raises ConfigError if there is none or the shapes differ. All processes have to call this.
     """
-    root, name = os.path.split(path.rstrip('/'))
-    is_step = os.path.basename(root) == CHECKPOINTS and name.isdecimal()
-    with Checkpointer(root if is_step else os.path.join(path, CHECKPOINTS)) as source:
-        with store_errors(f'the config cannot run: {source.path} cannot be read'):
-            step = int(name) if is_step else source.latest_step()
-        if step is None:
-            raise ConfigError(
-                f'the config cannot run: {path} holds no checkpoint to start from; use the workdir '
-                f'of a run, or WORKDIR/checkpoints/STEP'
-            )
+    folder, step, _ = init_step(path)
+    with Checkpointer(folder) as source:
         try:
             return restore_state(source, step, {'params': shapes})['params']
         except ConfigError as error:
+            raise ConfigError(f'the parameters of {path}: {error}') from error
+
+
+def init_step(path: str) -> tuple[str, int, str]:
+    """Returns the folder of checkpoints, the step and the workdir that `path` stands for.
+
+    It is a workdir, whose newest step is taken, or the folder of one checkpoint. Raises ConfigError
+    if there is none. All processes have to call this.
+    """
+    path = path.rstrip('/')
+    root, name = os.path.split(path)
+    if os.path.basename(root) == CHECKPOINTS and name.isdecimal():
+        return root, int(name), os.path.dirname(root)
+    with Checkpointer(os.path.join(path, CHECKPOINTS)) as source:
+        with store_errors(f'{source.path} cannot be read'):
+            step = source.latest_step()
+        if step is None:
             raise ConfigError(
-                f'the config cannot run: the parameters of {path}: {error}'
-            ) from error
+                f'{path} holds no checkpoint to start from; use the workdir '
+                f'of a run, or WORKDIR/checkpoints/STEP'
+            )
+        return source.path, step, path

@@ -1,7 +1,6 @@
 """Text of a run: its tokenizer, and completions of prompts."""
 
 import codecs
-import json
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,10 +9,9 @@ import numpy as np
 import tiktoken
 
 from config import ConfigError
-from decoding import Sampling, check_prompts, generate
+from decoding import Sampling, check_prompts, stream
 from parallel import Tree
-from runtime.workdir import TOKENIZER
-from storage.stores import read_text, store_errors
+from runtime.workdir import TOKENIZER, read_json
 from tokenizer import END_OF_TEXT, fingerprint, get_encoding, token_bytes
 from train_step import Setup
 
@@ -24,14 +22,10 @@ def run_encoding(workdir: str, name: str = '') -> tiktoken.Encoding:
     Raises ConfigError if it is unknown or another one than the run's.
     """
     path = os.path.join(workdir, TOKENIZER)
-    with store_errors(f'{path} cannot be read'):
-        text = read_text(path) or '{}'
     try:
-        record = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(
-            f'{path} is damaged ({error}): remove it, and name the tokenizer with --tokenizer'
-        ) from error
+        record = read_json(path)
+    except ConfigError as error:
+        raise ConfigError(f'{error}; remove it, and name the tokenizer with --tokenizer') from error
     if not name and not record:
         raise ConfigError(
             f'{workdir} does not say which tokenizer its run has: there is no {TOKENIZER}; name '
@@ -78,6 +72,12 @@ def encode(encoding: tiktoken.Encoding, prompt: str) -> list[int]:
         raise ConfigError(f'the tokenizer cannot encode a prompt ({error}); shorten it') from error
 
 
+def check_stops(stops: Sequence[str]) -> None:
+    """Raises ConfigError for an empty stop string, which is in every text."""
+    if not all(stops):
+        raise ConfigError("--stop='' is in every text; give a text that ends a completion, or none")
+
+
 class Completion:
     """The continuation of one prompt, which grows as tokens come.
 
@@ -86,6 +86,7 @@ class Completion:
     """
 
     def __init__(self, prompt: str, encoding: tiktoken.Encoding, stops: Sequence[str] = ()):
+        check_stops(stops)
         self.prompt, self.text, self.finish_reason = prompt, '', ''
         self.tokens: list[int] = []
         self._encoding, self._stops, self._end = encoding, stops, end_of_text(encoding)
@@ -130,13 +131,12 @@ class Completion:
         return {name: getattr(self, name) for name in fields}
 
 
-def make_sampler(
-    s: Setup, encoding: tiktoken.Encoding
-) -> Callable[[Tree, int], list[dict[str, str]]]:
+def make_sampler(s: Setup, encoding: tiktoken.Encoding) -> Callable[..., list[dict[str, str]]]:
     """Returns (params on their training mesh, step) -> [{prompt, text}] for config.log.prompts.
 
-    Raises ConfigError, before the run starts, for prompts that cannot be continued. With several
-    processes all call the sampler.
+    As keyword argument it takes `between`, which is called after every few tokens, and stops the
+    sampling by an exception. Raises ConfigError, before the run starts, for prompts that cannot be
+    continued. With several processes all call the sampler.
     """
     log, context = s.config.log, s.config.seq_len
     prompts = [encode(encoding, prompt) for prompt in log.prompts]
@@ -150,11 +150,18 @@ def make_sampler(
         'allowed': allowed_tokens(encoding, s.model.vocab_size),
     }
 
-    def sample(params: Tree, step: int) -> list[dict[str, str]]:
-        rows = generate(params, s.model, prompts, log.sample_tokens, context, seed=step, **options)
+    def sample(
+        params: Tree, step: int, between: Callable[[], None] | None = None
+    ) -> list[dict[str, str]]:
         completions = [Completion(prompt, encoding) for prompt in log.prompts]
-        for completion, tokens in zip(completions, rows, strict=True):
-            completion.add([*tokens, -1])
+        arguments = (params, s.model, prompts, log.sample_tokens, context)
+        for tokens in stream(*arguments, seed=step, **options):
+            for completion, row in zip(completions, tokens, strict=True):
+                completion.add(row)
+            if between:
+                between()
+        for completion in completions:
+            completion.finish()
         return [{'prompt': c.prompt, 'text': c.text} for c in completions]
 
     return sample

@@ -6,19 +6,27 @@ record.json       an entry per start: config, mesh, devices, versions, git revis
 metrics.jsonl     an object per logged step
 eval.jsonl        an object per evaluated checkpoint
 tokenizer.json    name and fingerprint of the vocabulary
+lease.json        the process that is writing here, while it does
 profile/          traces, with --profile
 metrics.png       curves, by --plot
 tensorboard/      event files, and wandb.json the id of the run there, with log.writers
+*.damaged-N       such a file as it was when it could not be read any more
 """
 
+import contextlib
 import datetime
+import glob
 import importlib.metadata
+import itertools
 import json
+import math
 import os
 import platform
+import re
 import subprocess
 import time
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import tiktoken
@@ -27,7 +35,7 @@ from ml_collections import ConfigDict
 
 from config import ConfigError
 from machine.processes import all_processes, from_process_0
-from storage.stores import Lines, read_text, write_text
+from storage.stores import Lines, local_folder, open_store, store_errors, write_text
 from tokenizer import fingerprint
 
 CHECKPOINTS = 'checkpoints'
@@ -36,15 +44,28 @@ RECORD = 'record.json'
 METRICS = 'metrics.jsonl'
 EVALUATIONS = 'eval.jsonl'
 TOKENIZER = 'tokenizer.json'
+LEASE = 'lease.json'
 PROFILE = 'profile'
 PICTURE = 'metrics.png'
 WANDB = 'wandb.json'  # the run's id there
 TENSORBOARD = 'tensorboard'
 
 RUNS = 'runs'  # the folder of runs that were given no workdir
+RECENT = 20  # of them that are looked at for an unfinished one
 
 PACKAGES = ('jax', 'jaxlib', 'libtpu', 'numpy', 'tensorstore', 'tiktoken', 'ml_collections')
-VARIABLES = ('XLA_FLAGS', 'LIBTPU_INIT_ARGS')  # that change the compiled program
+# Variables that change the compiled program, or its numbers.
+VARIABLES = (
+    'XLA_FLAGS', 'LIBTPU_INIT_ARGS', 'NVIDIA_TF32_OVERRIDE', 'JAX_DEFAULT_MATMUL_PRECISION',
+    'JAX_ENABLE_X64', 'JAX_DEFAULT_PRNG_IMPL', 'JAX_THREEFRY_PARTITIONABLE',
+)  # fmt: skip
+
+# The JSON files with one object, and fields without which they are of no use.
+OBJECTS = {
+    CONFIG: {'steps': int, 'batch_size': int, 'seq_len': int},
+    TOKENIZER: {'name': str, 'fingerprint': str},
+    WANDB: {'id': str},
+}
 
 # ---------------------------------------------------------------------------------------------
 # The folder
@@ -65,19 +86,221 @@ def check_shared(workdir: str) -> None:
     if jax.process_count() == 1 or '://' in workdir:
         return
     probe = os.path.join(workdir, f'.seen-by-all-{from_process_0(time.monotonic_ns() % 2**31)}')
+    error = None
     if jax.process_index() == 0:
-        os.makedirs(workdir, exist_ok=True)
-        with open(probe, 'w'):
-            pass
-    all_processes(True)  # it is written
+        try:
+            os.makedirs(workdir, exist_ok=True)
+            with open(probe, 'w'):
+                pass
+        except OSError as e:
+            error = e
+    if not all_processes(error is None):
+        cause = error or 'see the message of process 0'
+        raise ConfigError(f'--workdir={workdir} cannot be written: {cause}; use another one')
     seen = all_processes(os.path.exists(probe))
     if jax.process_index() == 0:
         os.remove(probe)
     if not seen:
         raise ConfigError(
-            f'the config cannot run: --workdir={workdir} is not the same folder on all hosts; use '
+            f'--workdir={workdir} is not the same folder on all hosts; use '
             f'a file system that they share, or a URL (gs://, s3://)'
         )
+
+
+def unfinished_run(config: ConfigDict) -> tuple[str, int] | None:
+    """Returns the newest workdir in RUNS of the very same config that is not complete, and its
+    newest step; None if there is none among the last few."""
+    wanted = json.loads(config.to_json())
+    for file in sorted(glob.glob(f'{RUNS}/*/{CONFIG}'), reverse=True)[:RECENT]:
+        workdir = os.path.dirname(file)
+        try:
+            same = read_json(file) == wanted
+        except (ConfigError, OSError):
+            continue
+        commits = glob.glob(f'{glob.escape(workdir)}/{CHECKPOINTS}/*/COMMIT')
+        steps = [os.path.basename(os.path.dirname(commit)) for commit in commits]
+        step = max((int(step) for step in steps if step.isdecimal()), default=0)
+        if same and 0 < step < config.steps:
+            return workdir, step
+    return None
+
+
+# ---------------------------------------------------------------------------------------------
+# Files that may be damaged
+# ---------------------------------------------------------------------------------------------
+
+
+def _read(path: str) -> bytes | None:
+    """Returns the content of a file, or None if there is no such file."""
+    folder, name = os.path.split(path)
+    with store_errors(f'{path} cannot be read'):
+        found = open_store(folder or '.').read(name).result()
+    return found.value if found.state == 'value' else None
+
+
+def exists(path: str) -> bool:
+    """Returns True if there is such a file, damaged or not."""
+    return _read(path) is not None
+
+
+def read_json(path: str) -> Any:
+    """Returns the content of a JSON file of the workdir, or None if there is no such file.
+
+    Raises ConfigError, with file, line and reason, if it is damaged.
+    """
+    content = _read(path)
+    if content is None:
+        return None
+    name = os.path.basename(path)
+    try:
+        value = json.loads(content.decode())
+        if name == RECORD and not (isinstance(value, list) and all_objects(value)):
+            raise ValueError('it is no list of objects')
+        for field, kind in OBJECTS.get(name, {}).items():
+            if not isinstance(value, dict) or not isinstance(value.get(field), kind):
+                raise ValueError(f'it has no {field!r}')
+    except ValueError as error:
+        line, reason = _place(error, content)
+        raise ConfigError(f'{path} is damaged in line {line}: {reason}') from error
+    return value
+
+
+def all_objects(values: Iterable[Any]) -> bool:
+    """Returns True if all values are JSON objects."""
+    return all(isinstance(value, dict) for value in values)
+
+
+def _place(error: ValueError, content: bytes) -> tuple[int, str]:
+    """Returns the line, counted from 1, and the reason of an error of decoding or of JSON."""
+    if isinstance(error, json.JSONDecodeError):
+        return error.lineno, error.msg
+    if isinstance(error, UnicodeDecodeError):
+        return content.count(b'\n', 0, error.start) + 1, 'it holds bytes that are no UTF-8'
+    return 1, str(error)
+
+
+def set_aside(path: str) -> str:
+    """Moves a damaged file to path.damaged-N, with the first N that is free; returns that path."""
+    for n in itertools.count(1):
+        aside = f'{path}.damaged-{n}'
+        if _read(aside) is None:
+            break
+    if local := local_folder(path):
+        os.rename(local, f'{local}.damaged-{n}')
+        return aside
+    folder, name = os.path.split(path)
+    store = open_store(folder)
+    with store_errors(f'{path} cannot be set aside'):
+        store.write(os.path.basename(aside), _read(path)).result()
+        store.write(name, None).result()
+    return aside
+
+
+class Line(NamedTuple):
+    """A line of metrics.jsonl or eval.jsonl."""
+
+    number: int  # from 1
+    content: bytes  # with its end
+    records: list[dict[str, Any]]  # one, or what can be read of a damaged line
+    problem: str  # '' if it is not damaged
+
+
+def _lines(content: bytes) -> Iterator[Line]:
+    """Yields the lines, but for empty ones and a last one without its end: a kill cut it short, or
+    a run is writing it."""
+    for number, line in enumerate(re.findall(rb'[^\n]*\n', content), 1):
+        if not line.strip():
+            continue
+        try:
+            record, problem = json.loads(line.decode()), ''
+            if not isinstance(record, dict) or not isinstance(record.get('step'), int):
+                record, problem = None, 'it has no step'
+        except ValueError as error:
+            record, problem = None, _place(error, line)[1]
+        yield Line(number, line, [record] if record else _salvaged(line), problem)
+
+
+def _salvaged(line: bytes) -> list[dict[str, Any]]:
+    """Returns the records that are whole in a damaged line, whose newline may have been lost."""
+    found = []
+    for piece in re.split(rb'(?=\{"step": )', line):
+        with contextlib.suppress(ValueError):
+            record, _ = json.JSONDecoder().raw_decode(piece.decode())
+            if isinstance(record, dict) and isinstance(record.get('step'), int):
+                found.append(record)
+    return found
+
+
+def read_records(path: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """Returns the records of metrics.jsonl or eval.jsonl, and a complaint per damaged line.
+
+    Both are empty if there is no such file.
+    """
+    lines = list(_lines(_read(path) or b''))
+    complaints = [f'{path}, line {x.number}: {x.problem}' for x in lines if x.problem]
+    return [record for line in lines for record in line.records], complaints
+
+
+def keep_records(path: str, step: float = math.inf) -> str:
+    """Drops the records beyond the step, damaged lines, and a last line that a kill cut short.
+
+    Returns a line to say if lines were damaged, else ''; then the file as it was is set aside.
+    Nothing is written if there is nothing to drop.
+    """
+    content = _read(path)
+    if not content:
+        return ''
+    lines = list(_lines(content))
+    damaged = [line for line in lines if line.problem]
+    kept = b''.join(
+        json.dumps(record).encode() + b'\n' if line.problem else line.content
+        for line in lines
+        for record in line.records
+        if record['step'] <= step
+    )
+    said = ''
+    if damaged:
+        numbers = ', '.join(str(line.number) for line in damaged[:5])
+        more = f' and {len(damaged) - 5} more' if len(damaged) > 5 else ''
+        said = (
+            f'{path} is damaged in line {numbers}{more} ({damaged[0].problem}): what can be read '
+            f'is kept, and the file as it was is {set_aside(path)}'
+        )
+    local = local_folder(path)
+    if not damaged and local and content.startswith(kept):
+        if len(kept) < len(content):
+            os.truncate(local, len(kept))  # which needs no room on a disk
+    elif kept != content:
+        write_text(path, kept.decode())
+    return said
+
+
+def mend(workdir: str, step: int) -> list[str]:
+    """Makes the files of a run that goes on after `step` readable; returns lines to say.
+
+    A damaged file is set aside, and what can be read of it kept. For the process that writes.
+    """
+    said = []
+    for name in (*OBJECTS, RECORD):
+        path = os.path.join(workdir, name)
+        try:
+            read_json(path)
+        except ConfigError as error:
+            kept = _entries(_read(path)) if name == RECORD else []
+            said.append(f'{error}; it is set aside as {set_aside(path)}')
+            if kept:
+                write_text(path, json.dumps(kept, indent=1) + '\n')
+                said[-1] += f', {len(kept)} entries can be read'
+    return said + [line for line in [keep_records(os.path.join(workdir, METRICS), step)] if line]
+
+
+def _entries(content: bytes) -> list[dict[str, Any]]:
+    """Returns the entries of a damaged record.json that can be read."""
+    found = []
+    for piece in re.split(rb'(?m)^ (?=\{)', content):  # as `add_entry` indents them
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(piece.decode().strip().rstrip(',]').rstrip()))
+    return [entry for entry in found if isinstance(entry, dict)]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -145,7 +368,7 @@ def start_entry(config: ConfigDict, mesh: Mesh, start: int) -> dict[str, Any]:
 def add_entry(workdir: str, entry: dict[str, Any]) -> None:
     """Appends to record.json, which is replaced as a whole."""
     path = os.path.join(workdir, RECORD)
-    entries = json.loads(read_text(path) or '[]')
+    entries = read_json(path) or []
     write_text(path, json.dumps([*entries, entry], indent=1) + '\n')
 
 
@@ -157,15 +380,6 @@ def add_entry(workdir: str, entry: dict[str, Any]) -> None:
 def tokenizer_record(encoding: tiktoken.Encoding) -> str:
     """Returns the content of tokenizer.json: a name, and the fingerprint to check it by."""
     return json.dumps({'name': encoding.name, 'fingerprint': fingerprint(encoding)}) + '\n'
-
-
-def keep_records(path: str, step: int) -> None:
-    """Drops the lines of metrics.jsonl beyond the step, and one that a kill cut short."""
-    text = read_text(path)
-    if text is None:
-        return
-    whole = [line for line in text.splitlines(keepends=True) if line.endswith('}\n')]
-    write_text(path, ''.join(line for line in whole if json.loads(line)['step'] <= step))
 
 
 def append_evaluation(workdir: str, step: int, result: dict[str, float], mesh: Mesh) -> str:

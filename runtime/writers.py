@@ -14,15 +14,14 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from config import ConfigError
-from runtime.workdir import TENSORBOARD, WANDB
-from storage.stores import local_folder, read_text, write_text
+from runtime.workdir import TENSORBOARD, WANDB, read_json
+from storage.stores import local_folder, write_text
 
 
 def missing(package: str, setting: str) -> ConfigError:
     """Returns the error for a setting whose package is not installed."""
     return ConfigError(
-        f'the config cannot run: {setting} needs {package}: pip install {package}, or '
-        f'pip install -r requirements/log.txt'
+        f'{setting} needs {package}: pip install {package}, or pip install -r requirements/log.txt'
     )
 
 
@@ -103,8 +102,8 @@ class WeightsAndBiases:
     @staticmethod
     def _id(path: str, start: int) -> str:
         """Returns the id at `path`; a run that starts at step 0 makes and keeps a new one."""
-        if start and (text := read_text(path)):
-            return json.loads(text)['id']
+        if start and (kept := read_json(path)):
+            return kept['id']
         name = secrets.token_hex(4)
         write_text(path, json.dumps({'id': name}) + '\n')
         return name

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from common import cpu_model, initial_params, set_up, small_config
+from common_commands import run_command
 
 import decoding
 import generate
@@ -80,12 +81,66 @@ def test_command_refuses_without_a_traceback(workdir, tmp_path):
     assert bad.returncode != 0
     assert f'{tmp_path}/nothing/checkpoints holds no checkpoint' in bad.stderr
     assert 'Traceback' not in bad.stderr
-    empty = command(workdir, '--prompt=')
-    assert empty.returncode != 0
-    assert 'a text that is not empty' in empty.stderr
     long = command(workdir, f'--prompt={"x" * 48}')
     assert 'prompt 0 has 48 tokens, and the context of 48 must hold it' in long.stderr
     assert 'Traceback' not in long.stderr
+
+
+@pytest.mark.parametrize(
+    ('name', 'content', 'prompts'),
+    [
+        ('a.jsonl', '"a\u2028b"\n"c\x85d"\n', ['a\u2028b', 'c\x85d']),
+        ('a.jsonl', '\ufeff"a"\r\n\r\n"b"', ['a', 'b']),
+        ('a.txt', 'f():\x0c pass\r\n \n\na\u2028b\x1cc\n', ['f():\x0c pass', 'a\u2028b\x1cc']),
+        ('a.txt', '\ufeffa\n', ['a']),
+    ],
+)  # fmt: skip
+def test_lines_of_a_prompts_file(tmp_path, monkeypatch, name, content, prompts):
+    (tmp_path / name).write_bytes(content.encode())
+    given = types.SimpleNamespace(prompt=['x'], prompts_file=str(tmp_path / name))
+    monkeypatch.setattr(generate, 'FLAGS', given)
+    assert generate.read_prompts() == ['x', *prompts]
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['--prompt='], '--prompt: a prompt is a text that is not empty'),
+        ([], 'there is no prompt; give --prompt'),
+        (['--prompts_file=a.jsonl'], 'a.jsonl, line 2: Expecting value'),
+        (['--prompts_file=b.jsonl'], 'b.jsonl, line 1: a prompt is a text'),
+        (['--prompts_file=c.txt'], '--prompts_file=c.txt cannot be read'),
+        (['--prompts_file=d.txt'], '--prompts_file=d.txt cannot be read'),
+        (['--prompt=a', '--stop='], "--stop='' is in every text"),
+        (['--prompt=a', '--temperature=nan'], 'temperature=nan is out of range'),
+        (['--prompt=a', '--workdir='], 'give --workdir=RUN'),
+        (['--prompt=a', '--seed=-1'], 'flag --seed=-1'),
+        (['--prompt=a', '--tp=3'], '--tp=3 does not divide'),
+        (['--prompt=a', 'b'], 'b belongs to no flag'),
+    ],
+)
+def test_what_is_refused(workdir, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'a.jsonl').write_text('"a"\nb\n')
+    (tmp_path / 'b.jsonl').write_text('1\n')
+    (tmp_path / 'd.txt').write_bytes(b'\xff\xfe')
+    with pytest.raises(SystemExit) as caught:
+        run_command(generate, f'--workdir={workdir}', *arguments)
+    assert message in str(caught.value)
+
+
+def test_the_tokenizer_of_a_run_is_read_once(workdir, monkeypatch, capsys):
+    read = []
+
+    def run_encoding(*arguments):
+        read.append(arguments)
+        return sampling.run_encoding(*arguments)
+
+    monkeypatch.setattr(generate, 'run_encoding', run_encoding)
+    monkeypatch.setattr(generate, 'stream', lambda *_, **__: iter([[[97]], [[-1]]]))
+    run_command(generate, f'--workdir={workdir}', '--prompt=a', '--json')
+    assert len(read) == 1
+    assert json.loads(capsys.readouterr().out)['text'] == 'a'
 
 
 @pytest.mark.parametrize(
@@ -107,7 +162,7 @@ def test_checkpoints_of_any_mesh_are_loaded_in_the_type_of_use(tmp_path, chunks)
     c.pipeline.chunks = chunks
     c.model.n_layers = 9
     write_run(tmp_path, {'pp': 2, 'fsdp': 2}, c, (2,))
-    params, cfg, loaded = load(str(tmp_path), tp=2, fsdp=2, dtype='bfloat16')
+    params, cfg, loaded, _ = load(str(tmp_path), tp=2, fsdp=2, dtype='bfloat16')
     assert loaded.seq_len == 48
     assert cfg.compute_dtype == 'bfloat16'
     want = initial_params(cpu_model(c), make_mesh({}), 2, chunks)
@@ -123,9 +178,9 @@ def test_checkpoints_of_any_mesh_are_loaded_in_the_type_of_use(tmp_path, chunks)
 
 
 def test_the_newest_step_is_taken(workdir):
-    newest, _, _ = load(str(workdir))
+    newest = load(str(workdir))[0]
     for step in (3, 7):
-        params, _, _ = load(str(workdir), step)
+        params = load(str(workdir), step)[0]
         assert np.array_equal(params['head']['w_VD'], newest['head']['w_VD']) == (step == 7)
 
 
@@ -160,6 +215,11 @@ def test_characters_come_whole():
     completion.add([-1])
     assert (completion.take(), completion.text) == ('\ufffd', 'aé\ufffd\ufffd')
     assert completion.finish_reason == 'length'
+
+
+def test_an_empty_stop_string_is_refused():
+    with pytest.raises(ConfigError, match='is in every text'):
+        Completion('', BYTES, ('a', ''))
 
 
 def test_stop_strings_are_held_back_and_left_out():

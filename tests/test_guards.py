@@ -1,9 +1,13 @@
 """A step that must not count changes nothing on any device; a run that hangs or diverges ends."""
 
+import contextlib
 import math
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 
 import jax
@@ -16,6 +20,7 @@ from ml_collections import ConfigDict
 
 import optimizer
 import train_step
+from checkpoint import CheckpointError
 from configs import default
 from parallel import PP, TP, Tree, make_mesh
 from runtime import guards
@@ -51,7 +56,8 @@ def run(config: ConfigDict, step: Callable, leave_out: bool) -> tuple[Tree, list
     state, metrics = initial_state(setup(config, mesh)), []
     for i in range(4):
         if leave_out and i == SKIPPED:
-            state['step'] = jax.device_put(np.int32(i + 1), state['step'].sharding)
+            for holder, name, value in ((state, 'step', i + 1), (state['history'], 'skipped', 1)):
+                holder[name] = jax.device_put(np.int32(value), holder[name].sharding)
             continue
         batch = train_step.put_batch(poisoned_batch_at, i, setup(config, mesh))
         state, of_step = step(state, batch)
@@ -95,8 +101,7 @@ def test_a_poisoned_step_is_as_if_it_had_not_been(sizes, changes, monkeypatch):
     del metrics[SKIPPED]
     for a, b in zip(metrics, expected_metrics, strict=True):
         assert (a['loss'], a['grad_norm'], a['lr']) == (b['loss'], b['grad_norm'], b['lr'])
-    assert int(state['history'].pop('skipped')) == 1
-    assert int(expected['history'].pop('skipped')) == 0
+    assert int(state['history']['skipped']) == 1
     for (path, a), b in zip(
         jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(expected), strict=True
     ):
@@ -229,3 +234,189 @@ def test_the_watchdog_ends_a_process_that_hangs(arguments, message):
     assert message in done.stderr
     assert ' in stuck\n' in done.stderr
     assert 'the same command goes on from the newest checkpoint' in done.stderr
+
+
+@pytest.mark.parametrize('seconds', [math.inf, 1e30, math.nan])
+def test_the_watchdog_takes_any_time(seconds):
+    guard = default.get_config().guard
+    guard.pause_seconds, guard.step_seconds = seconds, seconds
+    with guards.Watchdog(guard, steps=9) as watchdog:
+        watchdog.during('compiling')
+        time.sleep(0.05)
+        watchdog.follow(1, {})
+        assert watchdog._thread.is_alive()
+
+
+def test_time_in_which_the_process_is_stopped_does_not_count():
+    root = os.path.dirname(os.path.dirname(guards.__file__))
+    stops = HANG.replace('time.sleep(3)', 'print("begun", flush=True); time.sleep(0.4)')
+    command = [sys.executable, '-c', stops, root, '0.8', '0']
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b'begun\n'
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(1.5)
+        process.send_signal(signal.SIGCONT)
+        assert process.communicate(timeout=30) == (b'went on\n', b'')
+
+
+def test_the_watchdog_ends_a_process_whose_errors_nobody_reads():
+    root = os.path.dirname(os.path.dirname(guards.__file__))
+    full = 'import os\nr, w = os.pipe()\nos.dup2(w, 2)\nos.set_blocking(2, False)\n'
+    full += 'try:\n    while True: os.write(2, b"x" * 4096)\nexcept BlockingIOError: pass\n'
+    full += 'os.set_blocking(2, True)\n'
+    imported = 'from runtime import guards\n'
+    quick = HANG.replace(imported, f'{imported}guards.REPORT_SECONDS = 0.3\n')
+    for start in (full, 'import os\nos.close(2)\n'):
+        command = [sys.executable, '-c', start + quick, root, '0.5', '0']
+        assert subprocess.run(command, timeout=60).returncode == guards.AGAIN
+
+
+# ---------------------------------------------------------------------------------------------
+# Signals
+# ---------------------------------------------------------------------------------------------
+
+
+class Checkpoints:
+    """Stands for a Checkpointer, one of whose saves may have failed."""
+
+    def __init__(self):
+        self.has_failed = False
+
+    def failed(self) -> bool:
+        return self.has_failed
+
+    def wait(self) -> None:
+        if self.has_failed:
+            raise CheckpointError('no room')
+
+
+@pytest.mark.parametrize('number', guards.SIGNALS, ids=lambda n: n.name)
+def test_each_signal_is_heard_and_said(number, capfd):
+    before = [signal.getsignal(n) for n in guards.SIGNALS]
+    with guards.StopSignals() as stop:
+        stop.begin()
+        assert not stop.asked()
+        stop.between()
+        os.kill(os.getpid(), number)
+        assert stop.asked()
+        with pytest.raises(guards.CutShortError):
+            stop.between()
+        os.kill(os.getpid(), signal.SIGTERM)  # another one changes nothing
+        assert stop.asked()
+    assert [signal.getsignal(n) for n in guards.SIGNALS] == before
+    said = capfd.readouterr().err
+    assert said.count(f'{number.name}: the run stops after this step, and saves it') == 1
+    assert ('Ctrl-C again ends it at once' in said) == (number == signal.SIGINT)
+
+
+def test_before_the_first_step_there_is_nothing_to_save(capfd):
+    with pytest.raises(guards.NothingToSave), guards.StopSignals():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert 'SIGTERM: the run ends; it has taken no step' in capfd.readouterr().err
+    with guards.StopSignals() as stop:
+        with contextlib.suppress(KeyboardInterrupt):  # as a library might do
+            os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(guards.NothingToSave):
+            stop.begin()
+
+
+def test_compiling_is_interruptible():
+    """A thread that never looks at signals, like the compiler, keeps none from being heard."""
+    compiled = threading.Event()
+    threading.Timer(0.2, os.kill, [os.getpid(), signal.SIGTERM]).start()
+    with guards.StopSignals() as stop:
+        assert stop.interruptible(lambda: 'result') == 'result'
+        with pytest.raises(ZeroDivisionError):
+            stop.interruptible(lambda: 1 / 0)
+        with pytest.raises(guards.NothingToSave):
+            stop.interruptible(lambda: compiled.wait(20))
+    assert not compiled.is_set()
+    compiled.set()
+
+
+def test_several_processes_end_together(monkeypatch, capfd):
+    monkeypatch.setattr(jax, 'process_count', lambda: 2)
+    answers = []
+    monkeypatch.setattr(guards, 'all_processes', lambda flag: answers.append(flag) or flag)
+    with guards.StopSignals() as stop:
+        stop.begin()
+    with guards.StopSignals() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(guards.NothingToSave):
+            stop.begin()
+    assert answers == [True, False]
+    said = 'process 0: SIGTERM: all processes end before the first step, with nothing to save'
+    assert said in capfd.readouterr().err
+
+
+def test_flags_of_several_processes_are_those_of_the_call_before(monkeypatch):
+    checkpoints = Checkpoints()
+    monkeypatch.setattr(guards, 'all_processes', lambda flag: flag)
+    with guards.StopSignals(checkpoints) as stop:
+        stop.begin()
+        stop._alone = False  # the devices of this process stand for those of all
+        assert not stop.asked()
+        stop.received = signal.SIGTERM
+        assert not stop.asked()
+        assert stop.asked()
+        checkpoints.has_failed = True
+        assert stop.asked()
+        with pytest.raises(CheckpointError):
+            stop.asked()
+
+
+def test_a_failed_save_is_raised_at_the_next_step():
+    checkpoints = Checkpoints()
+    with guards.StopSignals(checkpoints) as stop:
+        stop.begin()
+        assert not stop.asked()
+        checkpoints.has_failed = True
+        with pytest.raises(CheckpointError, match='no room'):
+            stop.asked()
+
+
+def test_under_nohup_a_lost_terminal_ends_nothing():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with guards.StopSignals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            stop.begin()
+            assert not stop.asked()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+STUCK = """
+import ctypes, sys
+sys.path.insert(0, sys.argv[1])
+from runtime import guards
+guards.HANDLER_SECONDS = 0.5
+libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+with guards.StopSignals() as stop:
+    if sys.argv[2:]:
+        stop.begin()
+    print('begun', flush=True)
+    libc.pthread_mutex_lock(mutex)
+    libc.pthread_mutex_lock(mutex)  # for ever, and no signal interrupts it
+"""
+
+
+@pytest.mark.parametrize(
+    ('begun', 'numbers', 'code'),
+    [
+        (False, [signal.SIGTERM], 0),
+        (True, [signal.SIGTERM, signal.SIGINT, signal.SIGINT], 130),
+    ],
+)
+def test_a_main_thread_deep_in_c_cannot_hold_a_signal_up(begun, numbers, code):
+    root = os.path.dirname(os.path.dirname(guards.__file__))
+    command = [sys.executable, '-c', STUCK, root, *(['begun'] if begun else [])]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b'begun\n'
+        time.sleep(0.2)
+        for number in numbers:
+            process.send_signal(number)
+            time.sleep(0.2)
+        _, said = process.communicate(timeout=30)
+        assert process.returncode == code
+    assert said.decode().startswith(f'{numbers[0].name}: the run ')

@@ -22,7 +22,7 @@ from config import ConfigError
 from configs import default
 from machine import processes
 from machine.memory import OutOfMemoryError
-from runtime import guards
+from runtime import agreement, guards
 
 ROOT = pathlib.Path(train.__file__).parent
 TIMEOUT = 300  # seconds, for what would otherwise hang
@@ -50,20 +50,28 @@ def test_the_environment_says_whether_there_are_others(environment, several):
 
 def test_what_the_environment_offers_is_left_to_jax(monkeypatch):
     calls = []
-    monkeypatch.setattr(
-        processes.jax.distributed, 'initialize', lambda *a, **k: calls.append((a, k))
-    )
+    monkeypatch.setattr(processes.jax.distributed, 'initialize', lambda **k: calls.append(k))
     monkeypatch.setattr(processes.jax.config, 'update', lambda *_: None)
-    times = {'heartbeat_timeout_seconds': 9, 'shutdown_timeout_seconds': processes.SHUTDOWN_SECONDS}
+    monkeypatch.delenv(processes.BIND_ADDRESS, raising=False)
+    times = {
+        'initialization_timeout': 2 * processes.JOIN_SECONDS,
+        'heartbeat_timeout_seconds': 9,
+        'shutdown_timeout_seconds': processes.SHUTDOWN_SECONDS,
+    }
+    with socket.socket() as s:
+        s.bind(('localhost', 0))
+        address = f'localhost:{s.getsockname()[1]}'
     processes.start(None, None, None, 9)
     assert not calls
     processes.start('auto', None, None, 9)
-    processes.start('a:1', 2, 0, 9)
+    processes.start(address, 2, 0, 9)
     monkeypatch.setattr(processes.os, 'environ', SRUN | {'SLURM_NTASKS': '4'})
     processes.start(None, None, None, 9)
-    assert calls == [((), times), (('a:1', 2, 0), times), ((), times)]
+    given = {'coordinator_address': address, 'num_processes': 2, 'process_id': 0}
+    given['coordinator_bind_address'] = address
+    assert calls == [times, times | given, times]
     for partial in [('a:1', 2, None), ('a:1', None, None), (None, 2, 1), ('auto', 2, 1)]:
-        with pytest.raises(ValueError, match=r'the config cannot run: .* belong together'):
+        with pytest.raises(ValueError, match=r'belong together'):
             processes.start(*partial, 9)
 
 
@@ -224,14 +232,16 @@ def test_exit_codes(error, alone, of_two, monkeypatch):
     given = {'coordinator': None, 'num_processes': None, 'process_id': None, 'init_from': None}
     given |= {'plot': None, 'eval_only': None, 'profile': None}
     given |= {'config': default.get_config(), 'workdir': 'nowhere', 'cpu_devices': 0}
+    given |= {'spare_devices': True}
     monkeypatch.setattr(train, 'FLAGS', types.SimpleNamespace(**given))
     monkeypatch.setattr(train, 'keep_freed_memory', lambda: None)
     monkeypatch.setattr(train, 'train', fail)
+    monkeypatch.setattr(agreement, 'check_same', lambda _: None)
     monkeypatch.setattr(processes.os, '_exit', leave)
     for n, code in ((1, alone), (2, of_two or alone)):
         monkeypatch.setattr(train.jax, 'process_count', functools.partial(int, n))
         with pytest.raises(code if isinstance(code, type) else SystemExit) as caught:
-            train.main(['train.py'])
+            train.main([])
         if not isinstance(code, type):
             assert caught.value.code == code
 

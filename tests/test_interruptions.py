@@ -152,13 +152,17 @@ def interrupt_twice(workdir: pathlib.Path, setup: dict) -> None:
     assert 'stopped by a signal' not in worker.output
 
 
-def stop(number: int, workdir: pathlib.Path, setup: dict) -> None:
-    """Starts the run, and sends a signal: it saves the step and ends in success."""
-    expected = said_start(workdir)
-    worker = Worker(workdir, setup, phase='step')
-    worker.wait_for('PHASE step')
+def stop(number: int, workdir: pathlib.Path, setup: dict, phase: str = 'step') -> None:
+    """Starts the run, and sends a signal: it is heard, saves the step and ends in success."""
+    expected = said_start(workdir) if workdir.exists() else ''
+    worker = Worker(workdir, setup, phase=phase)
+    worker.wait_for(f'PHASE {phase}')
     worker.send(number)
+    worker.wait_for(f'{signal.Signals(number).name}: the run stops after this step, and saves it')
+    worker.wait_for('saving step ')
     output = worker.succeed()
+    announced = output.index('the run stops after')
+    assert output[announced:].count(f'PHASE {phase}') <= 3  # steps, or batches of an evaluation
     step = committed(workdir)[-1]
     assert expected in output
     assert f'stopped by a signal: step {step} is saved' in output
@@ -166,14 +170,19 @@ def stop(number: int, workdir: pathlib.Path, setup: dict) -> None:
 
 
 def be_refused(workdir: pathlib.Path, setup: dict) -> None:
-    """Starts a new run that may write no large file from its second save on."""
-    worker = Worker(workdir, setup, file_limit=10_000)
+    """Starts a new run that may write no large file from its second save on.
+
+    It ends soon after that, and not at its third save, which is its end.
+    """
+    setup = setup | {'config': setup['config'] | {'checkpoint__every': 8}}
+    worker = Worker(workdir, setup, file_limit=10_000, phase='step')
     assert worker.end() == 1
-    assert 'step 4 could not be saved' in worker.output
+    assert 'step 16 could not be saved' in worker.output
     assert 'File too large' in worker.output
-    assert 'Steps that are safe there: 2.' in worker.output
+    assert 'Steps that are safe there: 8.' in worker.output
     assert 'Traceback' not in worker.output
-    assert committed(workdir) == [2]
+    assert worker.output.count('PHASE step') <= 4
+    assert committed(workdir) == [8]
 
 
 # Each event's start goes on from what the event before has left, and the last start, which nothing
@@ -187,6 +196,33 @@ def test_refused_killed_interrupted_and_stopped(setup, whole, tmp_path):
     interrupt_twice(workdir, setup)
     stop(signal.SIGTERM, workdir, setup)
     finish_and_compare(workdir, setup, whole)
+
+
+@pytest.mark.slow
+def test_a_signal_in_an_evaluation_cuts_it_short(setup, whole, tmp_path):
+    workdir = tmp_path / 'run'
+    evaluating = {'eval__every': 6, 'eval__batches': 40, 'batch_size': 4}
+    setup = setup | {'config': setup['config'] | evaluating}
+    stop(signal.SIGHUP, workdir, setup, phase='evaluation')
+    assert committed(workdir) == [6]
+    stop(signal.SIGUSR1, workdir, setup, phase='evaluation')
+    assert committed(workdir) == [12]
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_cuts_the_evaluation_of_both_short(setup, tmp_path):
+    workdir = tmp_path / 'run'
+    config = {'mesh__fsdp': 2, 'eval__every': 6, 'eval__batches': 40, 'batch_size': 4}
+    each = [{}, {'phase': 'evaluation'}]
+    config = setup['config'] | config
+    workers = start_together(2, workdir, setup, *each, config=config)
+    workers[1].wait_for('PHASE evaluation')
+    workers[1].send(signal.SIGTERM)
+    for worker in workers:
+        worker.succeed()
+    assert 'process 1: SIGTERM: the run stops after this step' in workers[1].output
+    assert workers[1].output.count('PHASE evaluation') <= 6
+    assert committed(workdir)[-1] == 6
 
 
 @pytest.mark.slow

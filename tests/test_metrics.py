@@ -2,22 +2,33 @@
 
 import glob
 import json
+import math
 import os
 import pathlib
+import resource
+import signal
 import struct
+import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from common import small_config
 from training_worker import small_run
 
 import train
+from machine import chips
 from machine.profiler import parse_steps
+from parallel import make_mesh
+from runtime import evaluation, sampling
 from runtime.evaluation import checkpoint_config
-from runtime.metrics import Writer
+from runtime.guards import CutShortError, TrainingError
+from runtime.metrics import Progress, Writer
 from runtime.plot import Run
 from runtime.workdir import EVALUATIONS, add_entry, git_state
+from tokenizer import get_encoding
+from train_step import setup
 
 MEASURED = {'tokens_per_second', 'mfu', 'time', 'host_bytes'}
 RUN = {
@@ -66,6 +77,177 @@ def test_what_is_no_number_is_null(tmp_path):
     assert first == {'step': 1, 'loss': 1.5, 'grad_norm': None}
     assert second == {'step': 2, 'loss': None, 'grad_norm': 2.0}
     np.testing.assert_array_equal(Run(str(tmp_path)).curve('grad_norm'), [[1, 2], [np.nan, 2]])
+
+
+class FullDisk:
+    """Stands for Lines on a disk that has room again later."""
+
+    def __init__(self):
+        self.full, self.kept, self.written = False, [], []
+
+    def add(self, line: str) -> None:
+        self.kept.append(line)
+        self.flush()
+
+    def flush(self) -> None:
+        if self.full:
+            raise OSError(28, 'No space left on device')
+        self.written += self.kept
+        self.kept.clear()
+
+
+def test_lines_that_cannot_be_written_end_no_run_and_are_kept(tmp_path, capsys):
+    disk = FullDisk()
+    with Writer(str(tmp_path), small_config(), 0) as writer:
+        writer._lines = disk
+        for step, full in [(1, False), (2, True), (3, True), (4, False)]:
+            disk.full = full
+            writer.write(step=step)
+            writer.flush()
+    assert [json.loads(line)['step'] for line in disk.written] == [1, 2, 3, 4]
+    said = capsys.readouterr().out
+    assert said.count('metrics.jsonl cannot be written ([Errno 28] No space') == 1
+    assert said.count('metrics.jsonl is written again') == 1
+
+
+def test_lines_that_are_lost_at_the_end_are_an_error(tmp_path):
+    writer = Writer(str(tmp_path), small_config(), 0)
+    writer._lines = FullDisk()
+    writer._lines.full = True
+    writer.write(step=1)
+    with pytest.raises(TrainingError, match=r'metrics\.jsonl lacks lines.*No space left'), writer:
+        pass
+    with pytest.raises(ZeroDivisionError), writer:  # the error that ends the run counts
+        raise ZeroDivisionError
+
+
+def test_a_line_that_cannot_be_written_stays_whole(tmp_path):
+    """Nothing of it remains in the file, and all of it is there once there is room."""
+    path = tmp_path / 'metrics.jsonl'
+    with Writer(str(tmp_path), small_config(), 0) as writer:
+        writer.write(step=1)
+        size = path.stat().st_size
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 5, limits[1]))
+        try:
+            writer.write(step=2)
+            assert path.stat().st_size == size
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            signal.signal(signal.SIGXFSZ, before)
+        writer.write(step=3)
+    assert [record['step'] for record in read(path)] == [1, 2, 3]
+
+
+class Service:
+    """Stands for one of log.writers, whose service goes away."""
+
+    def __init__(self):
+        self.calls = []
+
+    def write(self, record: dict) -> None:
+        self.calls.append(record['step'])
+        raise RuntimeError('the service is gone')
+
+    def close(self) -> None:
+        self.calls.append('close')
+
+
+def test_a_writer_that_fails_is_left_out(tmp_path, capsys):
+    service = Service()
+    with Writer(str(tmp_path), small_config(), 0) as writer:
+        writer._others = [service]
+        writer.write(step=1)
+        writer.write(step=2)
+    assert service.calls == [1]
+    assert [record['step'] for record in read(tmp_path / 'metrics.jsonl')] == [1, 2]
+    said = "Service has failed and is left out: RuntimeError('the service is gone')"
+    assert said in capsys.readouterr().out
+
+
+def test_no_step_beats_a_peak_that_was_measured(tmp_path, monkeypatch, capsys):
+    peaks = [1e9, 8e9]  # while the machine was busy, and later
+    monkeypatch.setattr(chips, 'cpu_flops', lambda _: peaks.pop(0))
+    config = small_config()
+    with Writer(str(tmp_path), config, 0) as writer:
+        progress = Progress(setup(config, make_mesh({})), writer)
+        progress.step_flops = 4e9
+        progress.check_peak()
+        assert progress.mfu(8.0) == 0.5
+        assert math.isnan(progress.mfu(1.0))
+        progress.check_peak()
+        assert progress.mfu(1.0) == 0.5
+        assert not peaks
+    assert 'peak measured again: 0.008 TFLOP/s' in capsys.readouterr().out
+    config.peak_flops = 1e9  # a figure that was given is not doubted
+    with Writer(str(tmp_path), config, 0) as writer:
+        progress = Progress(setup(config, make_mesh({})), writer)
+        progress.step_flops = 4e9
+        assert progress.mfu(1.0) == 4.0
+
+
+def batches_of(n: int) -> types.SimpleNamespace:
+    """Returns an evaluation set of n batches."""
+    return types.SimpleNamespace(n_batches=n, batch_at=lambda i, rows=slice(None): np.int32(i))
+
+
+def test_an_evaluation_stops_between_batches(monkeypatch):
+    began = []
+
+    def step(params, i, _):
+        began.append(i)
+        return {'nats': jnp.float32(2.0), 'targets': jnp.int32(4), 'bytes': jnp.int32(8)}
+
+    def between() -> None:
+        if len(began) == 3:
+            raise CutShortError
+
+    monkeypatch.setattr(evaluation, 'make_eval_step', lambda _: step)
+    monkeypatch.setattr(evaluation, 'put_batch', lambda batch_at, i, s: batch_at(i))
+    config = small_config()
+    config.model.vocab_size = 264
+    evaluate = evaluation.make_evaluation(setup(config, make_mesh({})), get_encoding('bytes'))
+    result = evaluate({}, batches_of(5))
+    assert result['eval_loss'] == 0.5
+    assert began == [0, 1, 2, 3, 4]
+    began.clear()
+    with pytest.raises(CutShortError):
+        evaluate({}, batches_of(5), between=between)
+    assert began == [0, 1, 2]
+
+
+def test_sampling_stops_between_tokens(monkeypatch):
+    began = []
+
+    def stream(*_, **__):
+        for token in b'abc':
+            began.append(token)
+            yield np.array([[token]])
+
+    def between() -> None:
+        if len(began) == 2:
+            raise CutShortError
+
+    monkeypatch.setattr(sampling, 'stream', stream)
+    config = small_config()
+    config.model.vocab_size, config.log.prompts = 264, ('x',)
+    sample = sampling.make_sampler(setup(config, make_mesh({})), get_encoding('bytes'))
+    assert sample({}, 1) == [{'prompt': 'x', 'text': 'abc'}]
+    began.clear()
+    with pytest.raises(CutShortError):
+        sample({}, 1, between=between)
+    assert len(began) == 2
+
+
+def test_sources_without_validation_documents_are_left_out():
+    sources = [
+        types.SimpleNamespace(name=name, share=share, evaluation=e)
+        for name, share, e in [('a', 0.25, 1.0), ('b', 0.25, 2.0), ('c', 0.5, None)]
+    ]
+    result = evaluation.over_sources(sources, lambda e: {'eval_loss': e})
+    assert result == {'eval_loss': 1.5, 'eval_loss/a': 1.0, 'eval_loss/b': 2.0}
+    assert evaluation.over_sources(sources[2:], lambda e: {'eval_loss': e}) == {}
 
 
 def test_each_start_adds_an_entry(tmp_path):

@@ -4,12 +4,12 @@ import importlib
 import json
 import math
 import pathlib
-import sys
+import shlex
 
 import jax
 import pytest
-from absl import flags
 from common import small_config
+from common_commands import run_command
 
 import plan
 from machine.chips import CHIPS, Chip, chip_of
@@ -150,15 +150,11 @@ def test_search_finds_what_fits_and_is_fastest():
 
 
 @pytest.fixture
-def run_plan(monkeypatch, capsys):
+def run_plan(capsys):
     """The command in this process: its flags -> what it prints to standard output."""
 
     def run(*argv: str) -> str:
-        monkeypatch.setattr(sys, 'argv', ['plan.py', *argv])
-        monkeypatch.setattr(plan, 'FLAGS', flags.FlagValues())
-        plan.define_flags(plan.FLAGS)
-        plan.FLAGS(sys.argv)
-        plan.main([])
+        run_command(plan, *argv)
         return capsys.readouterr().out
 
     return run
@@ -187,7 +183,12 @@ def test_command_searches(run_plan):
     result = json.loads(printed.splitlines()[-1])
     assert f'{result["tried"]} layouts tried' in printed
     assert len(result['best']) == 1
-    assert result['best'][0]['fits']
+    best = result['best'][0]
+    assert best['fits']
+    mean = (best['step_seconds'] + best['overlapped_step_seconds']) / 2
+    assert best['expected_seconds'] == pytest.approx(mean)
+    assert f'mean {report.seconds(mean)}' in printed
+    assert 'at best' in printed
 
 
 @pytest.mark.parametrize(
@@ -207,6 +208,45 @@ def test_command_shows_the_traceback_of_a_bug(run_plan, monkeypatch):
     monkeypatch.setattr(plan, 'estimate', lambda *_: [].index('missing'))
     with pytest.raises(ValueError, match='not in list'):
         run_plan(TPU_V4)
+
+
+def test_flags_of_a_layout_are_those_that_a_shell_takes(run_plan):
+    base, found = load('tpu_v4'), load('tpu_v4')
+    found.mesh.update(fsdp=16, tp=1)
+    found.model.update(remat='full', remat_keep=('attention', 'residual'))
+    argv = shlex.split(report.overrides(found, base))
+    assert "'" not in report.overrides(found, base)
+    result = json.loads(run_plan(TPU_V4, *argv, '--json').splitlines()[-1])
+    assert result['mesh']['fsdp'] == 16
+    assert result['remat_keep'] == ['attention', 'residual']
+    base.model.remat_keep = ('attention',)
+    found.model.remat_keep = ('residual',)
+    argv = [
+        TPU_V4,
+        '--config.model.remat_keep=attention',
+        *shlex.split(report.overrides(found, base)),
+    ]
+    assert json.loads(run_plan(*argv, '--json').splitlines()[-1])['remat_keep'] == ['residual']
+
+
+@pytest.mark.parametrize(
+    ('flag', 'message'),
+    [
+        ('--config.model.d_ff=0', r'model\.d_ff=0 is out of range'),
+        ('--config.model.remat_keep=heads', "has the unknown 'heads'"),
+        ('--devices=7', 'no layout of 7 devices divides the config'),
+    ],
+)
+def test_a_search_that_can_find_nothing_says_why(run_plan, flag, message):
+    with pytest.raises(SystemExit, match=message):
+        run_plan(TPU_V4, '--search', flag)
+
+
+def test_a_search_says_how_far_it_is(run_plan, monkeypatch, capsys):
+    monkeypatch.setattr(plan.time, 'monotonic', iter(range(10**6)).__next__)
+    small = ('--devices=2', '--config.batch_size=2', '--config.microbatches=1')
+    run_command(plan, TPU_V4, '--search', *small)
+    assert 'layouts tried, 1 meshes fit' in capsys.readouterr().err
 
 
 @pytest.mark.tpu

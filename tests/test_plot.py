@@ -13,7 +13,9 @@ from runtime.plot import Run, plot, smooth
 
 def write_run(workdir: pathlib.Path, batch_size: int = 4, moe: bool = True) -> str:
     workdir.mkdir()
-    (workdir / 'config.json').write_text(json.dumps({'batch_size': batch_size, 'seq_len': 8}))
+    (workdir / 'config.json').write_text(
+        json.dumps({'steps': 400, 'batch_size': batch_size, 'seq_len': 8})
+    )
     records = []
     for step in range(10, 400, 10):
         record = {'step': step, 'loss': 9 / step, 'grad_norm': 1.0, 'tokens_per_second': 100.0}
@@ -70,7 +72,7 @@ def test_pictures_of_one_and_of_several_runs(tmp_path, monkeypatch):
     one, two, dense = ([ax for ax in f.axes if ax.get_title('left')] for f in drawn)
     assert [ax.get_title('left') for ax in one] == [
         'loss (nats per token)', 'validation, bits per byte', 'gradient norm', 'tokens per second',
-        'fullest expert over the mean one', 'expert load, step 300',
+        'max/mean expert load', 'expert load, step 300',
     ]  # fmt: skip
     assert one[-1].get_images()[0].get_array().shape == (2, 2)
     assert {ax.get_xlabel() for ax in one} == {'step', 'expert'}
@@ -87,6 +89,30 @@ def test_what_cannot_be_drawn(tmp_path, monkeypatch):
     (tmp_path / 'metrics.jsonl').write_text('')
     with pytest.raises(ConfigError, match='no logged step yet'):
         plot([str(tmp_path)])
+    (tmp_path / 'metrics.jsonl').write_text('{"step": 1, "loss": 2.0}\n')
+    with pytest.raises(ConfigError, match=r'but no config\.json'):
+        plot([str(tmp_path)])
+    (tmp_path / 'config.json').write_text('{"steps": 2,')
+    with pytest.raises(ConfigError, match=r'config\.json is damaged in line 1'):
+        plot([str(tmp_path)])
+    with pytest.raises(ConfigError, match=r'writes no \.doc; use one of'):
+        plot([str(tmp_path)], 'a.doc')
+    with pytest.raises(ConfigError, match='there is no folder'):
+        plot([str(tmp_path)], f'{tmp_path}/none/a.png')
     monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
     with pytest.raises(ConfigError, match='pip install matplotlib'):
         plot([str(tmp_path)])
+
+
+def test_a_run_of_one_step_shows_a_point(tmp_path, monkeypatch):
+    """Also where the other metrics are missing, and a line is damaged."""
+    drawn = []
+    monkeypatch.setattr(Figure, 'savefig', lambda self, *_, **__: drawn.append(self))
+    run = write_run(tmp_path / 'a', moe=False)
+    (tmp_path / 'a/metrics.jsonl').write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo\n')
+    plot([run])
+    marked = [
+        x for x in drawn[0].axes[0].get_lines() if x.get_marker() == 'o' and len(x.get_xdata())
+    ]
+    assert [(list(x.get_xdata()), list(x.get_ydata())) for x in marked] == [([1], [2])]
+    assert not [x for x in drawn[0].axes[0].get_lines() if len(x.get_xdata()) > 20]

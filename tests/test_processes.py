@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -13,9 +14,11 @@ from common_data import ROOT, contents, prepared
 from servers import leads_to, serve_bucket
 
 import train_step
+from config import ConfigError
 from configs import default
 from corpus.shards import Split
 from data import Mixture
+from machine import processes
 from parallel import make_mesh
 
 STEPS = (0, 5, 6)
@@ -104,8 +107,8 @@ def test_two_processes_share_the_rows_of_a_bucket(paths, bucket):
 def test_what_is_kept_of_a_bucket_is_bounded(bucket):
     n_reads = {}
     for cache_bytes in (4 << 20, 1 << 20, 0):
-        bucket.reads.clear()
         split = Split('gs://bucket/0', 'train', cache_bytes)
+        bucket.reads.clear()  # of checksums
         for _ in range(5):
             split.read(0, split.n_tokens)
         n_reads[cache_bytes] = sum('/c/' in name for name, _ in bucket.reads)
@@ -114,6 +117,149 @@ def test_what_is_kept_of_a_bucket_is_bounded(bucket):
     assert n_reads[4 << 20] == 20
     assert 20 < n_reads[1 << 20] <= 2.5 * 20
     assert n_reads[0] >= 5 * 20
+
+
+# ---------------------------------------------------------------------------------------------
+# Joining
+# ---------------------------------------------------------------------------------------------
+
+SRUN = dict.fromkeys(processes.SLURM, '0')
+
+
+@pytest.mark.parametrize(
+    ('environment', 'several'),
+    [
+        # An interactive step: one process, in an allocation for eight.
+        (SRUN | {'SLURM_NTASKS': '8', 'SLURM_STEP_NUM_TASKS': '1'}, False),
+        (SRUN | {'SLURM_NTASKS': '1', 'SLURM_STEP_NUM_TASKS': '4'}, True),
+        (SRUN | {'SLURM_NTASKS': '4', 'SLURM_STEP_NUM_TASKS': ''}, True),
+    ],
+    ids=str,
+)
+def test_the_tasks_of_the_step_count(environment, several):
+    assert processes.several_offered(environment) == several
+
+
+@pytest.mark.parametrize(
+    'wrong',
+    [
+        SRUN | {'SLURM_NTASKS': '4(x2)'},
+        SRUN | {'SLURM_NTASKS': '4', 'SLURM_PROCID': 'first'},
+        SRUN | {'SLURM_NTASKS': '4', 'SLURM_STEP_NUM_TASKS': '-1'},
+        {'MEGASCALE_NUM_SLICES': 'two'},
+    ],
+    ids=str,
+)
+def test_a_variable_that_is_no_number_is_named(wrong):
+    name, value = next((n, v) for n, v in reversed(wrong.items()) if not v.isdecimal())
+    with pytest.raises(ConfigError) as caught:
+        processes.several_offered(wrong)
+    assert f'{name}={value} in the environment is no number' in str(caught.value)
+
+
+@pytest.fixture
+def joined(monkeypatch) -> list[dict]:
+    """Collects the calls of jax.distributed.initialize, which do nothing."""
+    calls: list[dict] = []
+    monkeypatch.setattr(jax.distributed, 'initialize', lambda **options: calls.append(options))
+    monkeypatch.setattr(jax.config, 'update', lambda *_: None)
+    return calls
+
+
+def test_slurm_is_asked_for_the_tasks_of_the_step(joined, monkeypatch):
+    monkeypatch.setattr(os, 'environ', SRUN | {'SLURM_NTASKS': '8', 'SLURM_STEP_NUM_TASKS': '4'})
+    processes.start(None, None, None, 9)
+    assert joined[0]['num_processes'] == 4
+
+
+@pytest.mark.parametrize(
+    'coordinator', ['host', 'host:', ':123', 'host:port', 'host:0', 'host:70000', 'host:-1']
+)
+def test_an_address_without_a_port_is_refused(coordinator, joined):
+    with pytest.raises(ConfigError, match='is no address; use HOST:PORT'):
+        processes.start(coordinator, 2, 1, 9)
+    assert not joined
+
+
+def test_the_number_of_a_process_is_below_their_number(joined):
+    with pytest.raises(ConfigError, match='--process_id=2 is not below --num_processes=2'):
+        processes.start('localhost:1234', 2, 2, 9)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+
+def test_process_0_listens_where_the_others_look_for_it(joined, capfd):
+    port = free_port()
+    for host in ('localhost', '127.0.0.1'):
+        processes.start(f'{host}:{port}', 2, 0, 9)
+        assert joined[-1]['coordinator_bind_address'] == f'{host}:{port}'
+    assert not capfd.readouterr().err
+    processes.start(f'192.0.2.1:{port}', 2, 1, 9)  # no other process listens
+    assert 'coordinator_bind_address' not in joined[-1]
+
+
+@pytest.mark.parametrize(
+    ('host', 'reason'),
+    [
+        ('192.0.2.1', 'is no address of this machine'),
+        ('nowhere.invalid', 'cannot be resolved here'),
+        ('this-machine', 'stands for this machine alone'),  # 127.0.1.1 in /etc/hosts
+    ],
+)
+def test_behind_another_address_it_listens_everywhere(host, reason, joined, monkeypatch, capfd):
+    resolve = socket.getaddrinfo
+
+    def fake(name: str, *args, **kwargs):
+        if name == 'nowhere.invalid':
+            raise socket.gaierror(socket.EAI_NONAME, 'Name or service not known')
+        return resolve('127.0.1.1' if name == 'this-machine' else name, *args, **kwargs)
+
+    monkeypatch.setattr(socket, 'getaddrinfo', fake)
+    port = free_port()
+    processes.start(f'{host}:{port}', 2, 0, 9)
+    assert joined[0]['coordinator_bind_address'] == f'[::]:{port}'
+    assert f'{host} {reason}' in capfd.readouterr().err
+
+
+@pytest.mark.parametrize('host', ['localhost', '192.0.2.1'])
+def test_a_port_in_use_is_refused(host, joined):
+    with socket.socket() as s:
+        s.bind(('127.0.0.1' if host == 'localhost' else '0.0.0.0', 0))
+        s.listen()
+        port = s.getsockname()[1]
+        with pytest.raises(ConfigError, match=f'cannot listen on port {port}.*use another port'):
+            processes.start(f'{host}:{port}', 2, 0, 9)
+    assert not joined
+
+
+def test_who_waits_says_for_whom(joined, monkeypatch, capfd):
+    monkeypatch.setattr(processes, 'WORD_SECONDS', 0.05)
+    monkeypatch.setattr(jax.distributed, 'initialize', lambda **_: time.sleep(0.5))
+    processes.start('localhost:1234', 2, 1, 9)
+    said = capfd.readouterr().err
+    assert 'process 1 of 2 is waiting for process 0 and the others at localhost:1234' in said
+    assert 'to run alone, leave --coordinator, --num_processes and --process_id out' in said
+    assert said.endswith('(up to 300 s)\n')
+    environment = SRUN | {'SLURM_NTASKS': '8', 'SLURM_STEP_NODELIST': 'node[1-8]'}
+    monkeypatch.setattr(os, 'environ', environment)
+    processes.start(None, None, None, 9)
+    said = capfd.readouterr().err
+    assert 'task 0 of 8 of SLURM job 0 is waiting for the others, on node[1-8]; to run' in said
+
+
+def test_who_waits_in_vain_asks_to_be_started_again(joined, monkeypatch, capfd):
+    monkeypatch.setattr(processes, 'WORD_SECONDS', 0.05)
+    monkeypatch.setattr(processes, 'JOIN_SECONDS', 0.1)
+    monkeypatch.setattr(jax.distributed, 'initialize', lambda **_: time.sleep(0.5))
+    codes = []
+    monkeypatch.setattr(processes.os, '_exit', codes.append)
+    processes.start('localhost:1234', 2, 1, 9)
+    assert codes == [75]
+    assert 'not all processes have come within 0.1 s' in capfd.readouterr().err
 
 
 if __name__ == '__main__':

@@ -2,7 +2,9 @@
 
 import json
 import pathlib
+import shlex
 import shutil
+import sys
 
 import jax
 import numpy as np
@@ -17,9 +19,12 @@ import train_step
 from checkpoint import Checkpointer
 from config import FIXED, ConfigError, check_alike, differences, saved_config
 from parallel import make_mesh
+from runtime import next_commands
+from runtime.data_record import data_record
 from runtime.evaluation import checkpoint_config
-from runtime.resume import load_params, restore_state
-from runtime.workdir import keep_records
+from runtime.lease import Lease
+from runtime.resume import compared_data, load_params, restore_state
+from runtime.workdir import read_json
 from train_step import setup
 
 
@@ -145,7 +150,7 @@ def test_a_complete_run_ends_at_once(whole, tokens, monkeypatch, capsys):
     monkeypatch.setattr(train, 'open_data', None)
     before = records(whole)
     assert train.train(small_run(tokens), str(whole)) == {}
-    assert 'is complete: step 20 of 20 is saved' in capsys.readouterr().out
+    assert 'is complete: step 20 is saved, and steps=20' in capsys.readouterr().out
     assert records(whole) == before
 
 
@@ -174,22 +179,24 @@ def test_another_model_or_order_of_the_data_is_refused(whole, tokens, tmp_path):
     assert 'seed: 0 there, 1 here' in text
     assert 'batch_size: 16 there, 8 here' in text
     assert text.count('\n  - ') == 3
-    # So it is where the run ended before its first checkpoint.
-    shutil.copytree(whole, tmp_path / 'run')
-    shutil.rmtree(tmp_path / 'run' / 'checkpoints')
-    with pytest.raises(ValueError, match=r'model\.d_ff: 48 there, 96 here'):
-        train.train(config, str(tmp_path / 'run'))
 
 
-def test_without_a_checkpoint_the_run_starts_again(whole, tokens, tmp_path, capsys):
+def test_a_workdir_without_a_checkpoint_binds_nothing(whole, tokens, tmp_path, capsys):
+    """The remedy that a refused start names can be taken in the same workdir."""
     workdir = tmp_path / 'run'
+    with pytest.raises(ConfigError, match=r'model\.vocab_size=256 is below the 257 tokens'):
+        train.train(small_run(tokens, model__vocab_size=256), str(workdir))
+    assert not workdir.exists()
     shutil.copytree(whole, workdir)
     shutil.rmtree(workdir / 'checkpoints')
     (workdir / 'checkpoints' / '10' / 'arrays').mkdir(parents=True)
-    train.train(small_run(tokens, steps=2), str(workdir))
-    assert 'starting again' in capsys.readouterr().out
+    (workdir / 'tokenizer.json').write_text('{"name": "x", "fingerprint": "another"}')
+    train.train(small_run(tokens, steps=2, seed=1, model__d_ff=32), str(workdir))
     assert [r['step'] for r in records(workdir)] == [1, 2]
     assert [p.name for p in (workdir / 'checkpoints').iterdir()] == ['2']
+    assert f'starting again: {workdir} holds no checkpoint' in capsys.readouterr().out
+    assert read_json(str(workdir / 'config.json'))['seed'] == 1
+    assert read_json(str(workdir / 'tokenizer.json'))['name'] == 'bytes'
 
 
 def test_init_from_takes_the_parameters_alone(whole, tokens, tmp_path):
@@ -214,22 +221,151 @@ def test_init_from_takes_the_parameters_alone(whole, tokens, tmp_path):
 def test_init_from_refuses_what_does_not_fit(whole, tokens, tmp_path):
     config = small_run(tokens, model__d_ff=96)
     shapes = train_step.abstract_state(setup(config, make_mesh({})))['params']
-    with pytest.raises(
-        ValueError, match=r'the config cannot run: the parameters of .*\n.*d_ff|\[2, 32, 48\]'
-    ):
+    with pytest.raises(ValueError, match=r'the parameters of .*\n.*d_ff|\[2, 32, 48\]'):
         load_params(str(whole), shapes)
     with pytest.raises(ValueError, match='holds no checkpoint'):
         load_params(str(tmp_path), shapes)
 
 
-def test_records_beyond_the_step_and_torn_lines_go(tmp_path):
-    file = tmp_path / 'metrics.jsonl'
-    keep_records(str(file), 3)
-    assert not file.exists()
-    lines = [json.dumps({'step': i, 'loss': 0.5}) + '\n' for i in (1, 2, 3, 3, 4)]
-    file.write_text(''.join(lines) + '{"step": 5, "lo')
-    keep_records(str(file), 3)
-    assert file.read_text() == ''.join(lines[:4])
+# ---------------------------------------------------------------------------------------------
+# Other data
+# ---------------------------------------------------------------------------------------------
+
+
+def recorded(whole: pathlib.Path, **changes) -> dict:
+    """Returns the record of the whole run's data, with changes of its vocabulary or source."""
+    with Checkpointer(f'{whole}/checkpoints') as checkpoints:
+        record = checkpoints.metadata(20)['data']
+    for part in (record['tokenizer'], record['sources']['data']):
+        part |= {name: x for name, x in changes.items() if name in part}
+    return record
+
+
+def compare(record: dict, workdir: pathlib.Path, start: int, init_from: str = '') -> list[str]:
+    with Checkpointer(f'{workdir}/checkpoints') as checkpoints:
+        return compared_data(checkpoints, start, str(workdir), init_from, record)
+
+
+def test_a_checkpoint_holds_the_record_of_its_data(whole, tokens):
+    _, sources, encoding = train.opened_data(small_run(tokens))
+    record = data_record(sources, encoding)
+    assert record == recorded(whole)
+    assert record['sources']['data']['digest'] == sources[0].train.digest
+    assert record['tokenizer']['name'] == 'bytes'
+
+
+@pytest.mark.parametrize('source', ['', 'run', 'run/checkpoints/10'])
+def test_another_vocabulary_is_refused_and_other_tokens_are_said(source, whole, tmp_path):
+    """On resuming, and from the newest or a named checkpoint of another run."""
+    (tmp_path / 'run').symlink_to(whole)
+    step = 10 if source.endswith('10') else 20
+    start, workdir = (0, tmp_path / 'new') if source else (20, tmp_path / 'run')
+    init_from = str(tmp_path / source) if source else ''
+    holder = f'step {step} of {tmp_path / "run"}'
+    assert compare(recorded(whole), workdir, start, init_from) == []
+    other = recorded(whole, digest='0' * 64, tokens=12_345)
+    (said,) = compare(other, workdir, start, init_from)
+    assert said.startswith(f'the data differs from what {holder} was trained on: data: ')
+    assert said.endswith('here')
+    assert '12,345 tokens (000000000000) here' in said
+    with pytest.raises(ConfigError) as caught:
+        compare(recorded(whole, name='own', fingerprint='f' * 32), workdir, start, init_from)
+    text = str(caught.value)
+    assert text.startswith(f'{holder} was trained with the vocabulary bytes (')
+    assert 'the data has own (ffffffffffff): prepare the data with that one' in text
+
+
+def test_an_older_checkpoint_has_the_vocabulary_of_tokenizer_json(whole, tmp_path, monkeypatch):
+    workdir = tmp_path / 'run'
+    shutil.copytree(whole, workdir)
+    original = Checkpointer.metadata
+
+    def metadata(self: Checkpointer, step: int) -> dict:
+        return {name: x for name, x in original(self, step).items() if name != 'data'}
+
+    record, other = recorded(whole), recorded(whole, fingerprint='f' * 32)
+    monkeypatch.setattr(Checkpointer, 'metadata', metadata)
+    assert compare(record, workdir, 20) == []
+    with pytest.raises(ConfigError, match='was trained with the vocabulary bytes'):
+        compare(other, workdir, 20)
+    with pytest.raises(ConfigError, match='was trained with the vocabulary bytes'):
+        compare(other, tmp_path / 'new', 0, f'{workdir}/')
+    for content in ('{"na', None):  # then nothing is known
+        if content is None:
+            (workdir / 'tokenizer.json').unlink()
+        else:
+            (workdir / 'tokenizer.json').write_text(content)
+        assert compare(other, workdir, 20) == []
+
+
+def test_another_vocabulary_leaves_the_run_as_it_was(whole, tokens, tmp_path, monkeypatch):
+    workdir = tmp_path / 'run'
+    shutil.copytree(whole, workdir)
+    before = {path: path.read_bytes() for path in workdir.glob('*.json*')}
+    monkeypatch.setattr(train, 'data_record', lambda *_: recorded(whole, fingerprint='f' * 32))
+    with pytest.raises(ConfigError, match='was trained with the vocabulary'):
+        train.train(small_run(tokens, steps=22), str(workdir))
+    with pytest.raises(ConfigError, match='was trained with the vocabulary'):
+        train.evaluate_only(small_run(tokens), str(workdir), 20)
+    assert {path: path.read_bytes() for path in workdir.glob('*.json*')} == before
+
+
+def test_init_from_is_said_to_be_left_aside(whole):
+    (said,) = compare(recorded(whole), whole, 20, 'another')
+    assert said == '--init_from=another is left aside: the run has steps of its own'
+
+
+# ---------------------------------------------------------------------------------------------
+# What is printed to go on
+# ---------------------------------------------------------------------------------------------
+
+
+def said_next(monkeypatch, capsys, config, run: pathlib.Path, *arguments, named: bool) -> dict:
+    """Returns the words of the commands that are printed, by purpose."""
+    monkeypatch.setattr(sys, 'argv', ['train.py', *arguments])
+    next_commands.say_next(config, str(run), named)
+    lines = [line.strip().partition('  ') for line in capsys.readouterr().out.splitlines()]
+    return {purpose: shlex.split(line) for purpose, _, line in lines}
+
+
+def test_commands_to_copy_are_quoted_and_a_complete_run_goes_on_with_more_steps(
+    whole, tokens, tmp_path, monkeypatch, capsys
+):
+    workdir = tmp_path / 'my (first) run'
+    shutil.copytree(whole, workdir)
+    given = ('--config=a b.py', '--config.steps', '20', f'--workdir={workdir}')
+    config = small_run(tokens)
+    said = said_next(monkeypatch, capsys, config, workdir, *given, named=True)
+    assert said == {
+        'go on': ['python', 'train.py', given[0], given[3], '--config.steps=40'],
+        'curves': ['python', 'train.py', f'--plot={workdir}'],
+        'text': ['python', 'generate.py', f'--workdir={workdir}', '--prompt=The number 1 follows'],
+    }
+    shutil.rmtree(workdir / 'checkpoints' / '20')
+    said = said_next(monkeypatch, capsys, config, workdir, given[0], named=False)
+    assert said['go on'] == ['python', 'train.py', given[0], f'--workdir={workdir}']
+    config.data.path = 'nowhere'
+    said = said_next(monkeypatch, capsys, config, workdir, given[0], named=False)
+    assert said['text'][-1] == '--prompt=The'
+
+
+def test_an_unfinished_run_of_the_same_config_is_said(whole, tokens, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'argv', ['train.py', '--config=a b.py'])
+    workdir = tmp_path / 'runs' / '1'
+    shutil.copytree(whole, workdir)
+    config = saved_config(read_json(str(workdir / 'config.json')))
+    next_commands.say_unfinished(config)
+    assert capsys.readouterr().out == ''
+    shutil.rmtree(workdir / 'checkpoints' / '20')
+    next_commands.say_unfinished(config)
+    assert capsys.readouterr().out == (
+        "runs/1 stopped at step 10 of 20; to go on with it: python train.py '--config=a b.py' "
+        '--workdir=runs/1\n'
+    )
+    with Lease('runs/1'):  # it is running
+        next_commands.say_unfinished(config)
+    assert capsys.readouterr().out == ''
 
 
 def test_differences():

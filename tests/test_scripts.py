@@ -153,7 +153,15 @@ def test_slurm_submits_and_stops(slurm, tmp_path):
 
 @pytest.mark.parametrize(
     ('codes', 'tries', 'ends'),
-    [('0', 1, 0), ('1 0', 1, 1), ('75 KILL 0', 3, 0), ('75 75 75 75 0', 4, 75)],
+    [
+        ('0', 1, 0),
+        ('1 0', 1, 1),
+        ('75 KILL 0', 3, 0),
+        ('134 0', 2, 0),  # jax aborts a process that has lost another one
+        ('143 0', 1, 143),  # it was to end, and was before it heard signals
+        ('130 0', 1, 130),
+        ('75 75 75 75 0', 4, 75),
+    ],
 )
 def test_a_job_goes_on_after_a_lost_process(codes, tries, ends, slurm, tmp_path):
     (tmp_path / 'codes').write_text(codes.replace(' ', '\n') + '\n')
@@ -161,6 +169,18 @@ def test_a_job_goes_on_after_a_lost_process(codes, tries, ends, slurm, tmp_path)
     assert job.returncode == ends
     called = ['srun --kill-on-bad-exit=1 python train.py --config=x.py'] * tries
     assert pathlib.Path(slurm['LOG']).read_text().splitlines() == called
+
+
+@pytest.mark.parametrize('name', ['TERM', 'INT', 'HUP', 'USR1', 'USR2', 'XCPU'])
+def test_restarts_end_by_a_signal_which_the_command_gets(name, environment, tmp_path):
+    script = 'trap "echo saved; exit 0" TERM; echo begun; for i in {1..300}; do sleep 0.1; done'
+    command(tmp_path / 'bin', 'train', script)
+    with open(tmp_path / 'output', 'w') as f:
+        again = subprocess.Popen(['scripts/again.sh', 'train'], env=environment, cwd=ROOT, stdout=f)
+    wait_for(lambda: (tmp_path / 'output').read_text() == 'begun\n')
+    again.send_signal(getattr(signal, f'SIG{name}'))
+    assert again.wait(TIMEOUT) == 0
+    assert (tmp_path / 'output').read_text() == 'begun\nsaved\n'
 
 
 def test_a_job_whose_time_is_over_saves_and_queues_again(slurm, tmp_path):

@@ -3,6 +3,7 @@
 import importlib
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -39,6 +40,29 @@ def test_every_config_loads_and_evaluates_its_shapes(name):
     assert new_shapes == shapes
     assert set(metrics) == NUMBERS | {'router'}
     assert all(metrics[name].shape == () for name in NUMBERS)
+
+
+def test_what_follows_a_step():
+    config = small_config()
+    config.steps = 50
+    config.log.update(every=10, sample_every=20)
+    config.eval.every, config.checkpoint.every = 20, 25
+
+    def logged(start: int, tasks: str) -> list[int]:
+        steps = range(start + 1, 51)
+        return [s for s in steps if getattr(train.due(s, config, start, False), tasks)]
+
+    assert logged(0, 'log') == logged(0, 'show') == [1, 10, 20, 30, 40, 50]
+    # A later start shows its first step, and writes the lines of a run that was not interrupted.
+    assert logged(32, 'show') == [33, 40, 50]
+    assert logged(32, 'log') == [40, 50]
+    assert (logged(0, 'evaluate'), logged(0, 'sample')) == ([20, 40, 50], [20, 40])
+    assert logged(0, 'save') == [25, 50]
+    config.log.every = 0
+    assert logged(0, 'show') == logged(0, 'log') == []
+    now = train.due(20, config, 0, True)
+    assert (now.save, now.stop, now.evaluate, now.sample) == (True, True, False, False)
+    assert not train.due(50, config, 0, True).stop  # it is complete
 
 
 def test_masked_rows_change_nothing():
@@ -102,6 +126,10 @@ def one(corpus, tmp_path_factory) -> pathlib.Path:
     done = run_command(corpus, workdir)
     assert done.returncode == 0, done.stderr
     assert 'zlib_bits_per_byte' in done.stdout
+    # What takes long is said before, and the numbers say of what they are.
+    assert done.stdout.index('\ncompiling ...\n') < done.stdout.index('\ncompiled in ')
+    assert '\nsummary at step 12 of 12:\n' in done.stdout
+    assert re.search(r'\n *tokens_of_this_start  12,288\n', done.stdout)
     return workdir
 
 
@@ -114,13 +142,13 @@ def test_command_trains_alike_on_one_and_on_eight_devices(one, corpus, tmp_path)
     assert eight.returncode == 0, eight.stderr
     a, b = read_metrics(one), read_metrics(tmp_path / 'eight')
     logged = [r for r in a if 'loss' in r]
-    assert [r['step'] for r in logged] == [3, 6, 9, 12]
+    assert [r['step'] for r in logged] == [1, 3, 6, 9, 12]
     names = NUMBERS | {'step', 'tokens', 'tokens_per_second', 'mfu', 'host_bytes'}
     router = {f'moe/{i}/{s}' for i in (0, 1) for s in ('load_max_over_mean', 'dropped', 'entropy')}
     assert set(logged[0]) == names | router
-    assert set(logged[1]) == names | router | {'moe/0/load', 'moe/1/load'}
-    assert logged[1]['moe/0/load_max_over_mean'] == pytest.approx(8 * max(logged[1]['moe/0/load']))
-    assert sum(logged[1]['moe/0/load']) == pytest.approx(1)
+    assert set(logged[2]) == names | router | {'moe/0/load', 'moe/1/load'}
+    assert logged[2]['moe/0/load_max_over_mean'] == pytest.approx(8 * max(logged[2]['moe/0/load']))
+    assert sum(logged[2]['moe/0/load']) == pytest.approx(1)
     assert logged[-1]['tokens'] == 12 * 32 * 32
     assert logged[-1]['loss'] < logged[0]['loss'] - 0.5
     evals = [r for r in a if 'eval_loss' in r]
@@ -141,7 +169,7 @@ def test_command_trains_alike_on_one_and_on_eight_devices(one, corpus, tmp_path)
 
     again = run_command(corpus, one)
     assert again.returncode == 0
-    assert 'is complete: step 12 of 12 is saved' in again.stdout
+    assert 'is complete: step 12 is saved, and steps=12' in again.stdout
     assert read_metrics(one) == a
 
 

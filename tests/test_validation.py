@@ -3,10 +3,13 @@
 import importlib
 import itertools
 import math
+import re
 
 import pytest
 
-from runtime.config_checks import validate
+from config import ConfigError, flat
+from configs import default
+from runtime.config_checks import RANGES, check_all_devices, validate
 
 
 def errors(**changes) -> str:
@@ -89,19 +92,24 @@ def test_tiny_divides_on_every_mesh(name, sizes):
         ),
         ({'fsdp_gather': 'never'}, 'layer, step'),
         ({'optimizer__lr_schedule': 'step'}, 'cosine, wsd'),
-        ({'optimizer__peak_lr': -1.0}, 'optimizer.peak_lr=-1.0 is negative'),
-        ({'steps': 0}, 'steps=0 is below 1'),
+        ({'optimizer__peak_lr': -1.0}, 'optimizer.peak_lr=-1.0 is out of range; use 0 or more'),
+        ({'steps': 0}, 'steps=0 is out of range; use 1 or more'),
         ({'data__path': ''}, 'data.path is empty'),
         ({'data__sources': (('a', 'x', 1),)}, 'data.sources are both set; leave one of them empty'),
         ({'data__path': '', 'data__sources': ('x',)}, "data.sources holds 'x'; use ((name, path"),
         ({'data__path': '', 'data__sources': (('a', 'x', -1),)}, 'whose weight is not above 0'),
         ({'data__path': '', 'data__sources': (('', 'x', 1),)}, 'whose name or path is no text'),
         ({'data__path': '', 'data__sources': (('a', 'x', 1), ('a', 'y', 1))}, 'a name of its own'),
+        ({'log__sample_every': 5, 'log__prompts': ()}, 'log.prompts=(); give texts that are not'),
+        ({'log__sample_every': 5, 'log__prompts': ('',)}, "log.prompts=('',); give texts"),
         ({'compute_dtype': 'float16'}, 'float32, bfloat16'),
-        ({'model__dropout': 1.0}, 'model.dropout=1.0'),
+        ({'model__dropout': 1.0}, 'model.dropout=1.0 is out of range; use 0 to 0.99999994'),
         ({'guard__spike_factor': 0.5}, 'use a factor above 1, or 0 for none'),
-        ({'guard__history': 0}, 'guard.history=0 is below 1'),
-        ({'guard__step_seconds': -1.0}, 'guard.step_seconds=-1.0 is negative'),
+        ({'guard__history': 0}, 'guard.history=0 is out of range; use 1 to 1000000'),
+        (
+            {'guard__step_seconds': -1.0},
+            'guard.step_seconds=-1.0 is out of range; use 0 to 31622400',
+        ),
     ],
     ids=lambda x: x if isinstance(x, str) else '',
 )
@@ -118,3 +126,75 @@ def test_unknown_keys_are_errors():
     config = importlib.import_module('configs.tiny').get_config()
     with pytest.raises((AttributeError, KeyError), match='n_head'):
         config.model.n_head = 3
+
+
+def numbers() -> dict[str, float]:
+    fields = flat(default.get_config().to_dict())
+    return {n: x for n, x in fields.items() if type(x) in (int, float)}
+
+
+def test_every_numeric_field_has_a_range_and_a_default_in_it():
+    assert set(RANGES) == set(numbers())
+    for name, value in numbers().items():
+        low, high = RANGES[name]
+        assert low <= value <= high, name
+        assert math.isfinite(low), name
+        assert math.isfinite(high), name
+
+
+def set_field(config, name: str, value) -> None:
+    group, _, field = name.rpartition('.')
+    (config[group] if group else config)[field] = value
+
+
+@pytest.mark.parametrize('name', numbers())
+def test_numbers_out_of_range_are_refused(name):
+    low, high = RANGES[name]
+    outside = [low - 1, high + 1 if isinstance(high, int) else high * 2]
+    if isinstance(numbers()[name], float):
+        outside += [math.nan, math.inf, -math.inf]
+    for value in outside:
+        config = importlib.import_module('configs.tiny').get_config()
+        set_field(config, name, value)
+        with pytest.raises(ConfigError, match=f'{name}={config_value(config, name)} is out of'):
+            validate(config, 8)
+
+
+def config_value(config, name: str) -> str:
+    return re.escape(str(flat(config.to_dict())[name]))
+
+
+@pytest.mark.parametrize(
+    ('name', 'value', 'message'),
+    [
+        ('steps', True, 'steps=True is of the type bool; use a whole number'),
+        ('steps', None, 'steps=None is of the type NoneType; use a whole number'),
+        ('optimizer.peak_lr', None, 'of the type NoneType; use a number'),
+        ('data.path', None, 'data.path=None is of the type NoneType; use a text'),
+        ('log.prompts', (1, 2), "log.prompts=(1, 2) holds 1; use texts, as in ('1',)"),
+        ('model.block', (('dense',),), 'model.block'),
+        ('seed', 2**32, 'seed=4294967296 is out of range; use 0 to 4294967295'),
+    ],
+)
+def test_values_have_the_type_of_the_default(name, value, message):
+    assert message in errors(**{name.replace('.', '__'): value})
+
+
+@pytest.mark.parametrize(
+    ('mesh', 'devices', 'message'),
+    [
+        ({}, 8, 'takes 1 of 8 devices; use --config.mesh.fsdp=8 or --config.mesh.dp=8, or --spare'),
+        ({'fsdp': 2, 'tp': 2}, 8, 'takes 4 of 8 devices; use --config.mesh.fsdp=4 or --config'),
+        ({}, 7, 'python plan.py --config=... --search --devices=7'),
+        ({'tp': 16}, 8, 'takes 16 devices and 8 are there'),
+    ],
+)  # fmt: skip
+def test_a_mesh_that_leaves_devices_idle_is_refused_with_sizes(mesh, devices, message):
+    config = importlib.import_module('configs.tiny').get_config()
+    config.model.n_heads = 16
+    config.mesh.update(mesh)
+    with pytest.raises(ConfigError) as caught:
+        check_all_devices(config, devices)
+    assert message in str(caught.value)
+    config.mesh.update(fsdp=4, tp=2)
+    check_all_devices(config, 8)

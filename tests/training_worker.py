@@ -25,8 +25,10 @@ from ml_collections import ConfigDict
 
 import train
 from checkpoint import Checkpointer, CheckpointError
+from config import ConfigError
 from configs import default
 from parallel import Tree
+from runtime import evaluation
 from storage import leaves
 from storage.leaves import leaf_names
 from storage.steps import StepFiles, Steps
@@ -79,6 +81,8 @@ def slow_down(phase: str, active) -> None:
         Steps.remove_old = before(Steps.remove_old)
     elif phase == 'clean-up':
         shutil.rmtree = remove_slowly
+    elif phase == 'evaluation':
+        evaluation.put_batch = before(evaluation.put_batch)
     elif phase == 'step':
         train.Tracer.before = before(train.Tracer.before)  # so that this step is the last one
     else:
@@ -160,7 +164,7 @@ def main(options: dict) -> None:
     try:
         config = small_run(options['tokens'], **options['config'])
         train.train(config, options['workdir'])
-    except CheckpointError as error:
+    except (CheckpointError, ConfigError) as error:
         sys.exit(str(error))
 
 
