@@ -39,7 +39,6 @@ from runtime.sampling import (
     run_encoding,
 )
 from runtime.workdir import CHECKPOINTS
-from storage.stores import store_errors
 from tokenizer import END_OF_TEXT
 
 # ---------------------------------------------------------------------------------------------
@@ -90,8 +89,7 @@ def load(
     """
     path = os.path.join(workdir, CHECKPOINTS)
     with Checkpointer(path) as checkpoints:
-        with store_errors(f'{path} cannot be read'):
-            newest = checkpoints.latest_step()
+        newest = checkpoints.latest_step()
         if newest is None:
             raise ConfigError(
                 f'{path} holds no checkpoint; use the --workdir of a run that has saved one'

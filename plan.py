@@ -75,7 +75,7 @@ class Progress:
 
     def __call__(self, tried: int, meshes: int) -> None:
         if time.monotonic() >= self._next:
-            self._next += 1
+            self._next = time.monotonic() + 1
             print(f'{tried:,} layouts tried, {meshes} meshes fit', file=sys.stderr, flush=True)
 
 

@@ -148,16 +148,14 @@ def run(r: Run) -> dict[str, Any]:
     loader, sources, encoding = r.data
     s = setup(config, make_mesh(config.mesh), encoding.eot_token)
     sample = make_sampler(s, encoding) if config.log.sample_every else None
-    with store_errors(f'{writer.workdir} cannot be written; make room or mend the access'):
-        writer.keep(TOKENIZER, tokenizer_record(encoding))
-        writer.record_start(start_entry(config, s.mesh, r.start))
+    processes.agreed(functools.partial(record_start, s, r))
     writer.say(
         f'{count(s.declared):,} parameters · {loader.n_tokens:,} tokens · workdir {writer.workdir}'
     )
     progress = Progress(s, writer)
     state = start_state(s, r.checkpoints, r.start, r.init_from)
     train_step = compiled_step(s, r)
-    evaluate, evaluation = make_evaluation(s, encoding), {}
+    evaluate, evaluation, evaluated = make_evaluation(s, encoding), {}, 0
 
     r.stop.begin()
     progress.start(r.start)
@@ -183,6 +181,7 @@ def run(r: Run) -> dict[str, Any]:
                 with doing(f'evaluating after step {step}', r):
                     measure = functools.partial(evaluate, state['params'], between=r.stop.between)
                     evaluation, seconds = timed(over_sources, sources, measure)
+                evaluated = step
                 progress.log_evaluation(step, evaluation, seconds)
             if now.sample:
                 with doing(f'sampling after step {step}', r):
@@ -203,12 +202,21 @@ def run(r: Run) -> dict[str, Any]:
     with doing(f'saving step {step}', r):
         r.checkpoints.wait()
     seconds = time.perf_counter() - started
+    if evaluated < step:
+        evaluation = {}  # that of another step
     if now.stop:
         writer.say(f'stopped by a signal: step {step} is saved, of {config.steps}')
     elif evaluation and writer.active:
         evaluation |= over_sources(sources, functools.partial(zlib_bits_per_byte, encoding))
     writer.say(f'summary at step {step} of {config.steps}:')
     return summary_of(s, r.start, step, seconds) | evaluation
+
+
+def record_start(s: Setup, r: Run) -> None:
+    """Writes the vocabulary, and an entry of record.json for this start."""
+    with store_errors(f'{r.writer.workdir} cannot be written; make room or mend the access'):
+        r.writer.keep(TOKENIZER, tokenizer_record(r.data[2]))
+        r.writer.record_start(start_entry(r.config, s.mesh, r.start))
 
 
 def summary_of(s: Setup, start: int, step: int, seconds: float) -> dict[str, float]:
@@ -308,14 +316,15 @@ def train(
         # What is unfinished goes first, so that there is room; then the files are readable again.
         checkpoints.clean()
         lease.hold()
-        mended = mend(workdir, start) if jax.process_index() == 0 else []
-        with Writer(workdir, config, start) as writer:
+        first = jax.process_index() == 0
+        mended = processes.agreed(functools.partial(mend, workdir, start) if first else list)
+        with processes.agreed(functools.partial(Writer, workdir, config, start)) as writer:
             note = vocabulary_note(config.model.vocab_size, data[2])
             for line in [where, *compared, *mended, note]:
                 if line:
                     writer.say(line)
             if config.log.plot:
-                need_matplotlib()
+                processes.agreed(need_matplotlib)
             tracer = Tracer(traced_steps, os.path.join(workdir, PROFILE))
             r = Run(
                 config, start, init_from, data, record, writer, checkpoints, stop, watchdog, tracer
@@ -354,7 +363,8 @@ def evaluate_only(config: ConfigDict, workdir: str, step: int) -> dict[str, floa
     params = load_params(path, abstract_state(s)['params'])
     measure = functools.partial(make_evaluation(s, encoding), params)
     result = over_sources(sources, measure)
-    if jax.process_index() == 0 and (line := keep_records(os.path.join(workdir, EVALUATIONS))):
+    keep = functools.partial(keep_records, os.path.join(workdir, EVALUATIONS))
+    if line := processes.agreed(keep if jax.process_index() == 0 else str):
         terminal.say(line)
     file = append_evaluation(workdir, step, result, s.mesh)
     terminal.say(f'step {step} of {workdir}, added to {file}')
@@ -398,7 +408,9 @@ def main(words: list[str]) -> None:
             print('ended by a signal before the first step: there is nothing to save')
     except (ConfigError, CheckpointError, TrainingError) as error:
         sys.exit(str(error))
-    except UnreadableError as error:  # of this process, it may be; a network may answer again
+    except UnreadableError as error:
+        # Other processes may be able to read it and wait: end at once; a network may answer at the
+        # next start.
         processes.fail(str(error), 1 if jax.process_count() == 1 else processes.AGAIN)
     except OutOfMemoryError as error:
         processes.fail(str(error))
@@ -442,7 +454,7 @@ def start(words: list[str]) -> None:
         evaluate_only(config, FLAGS.workdir, step)
         return
     if not FLAGS.spare_devices:
-        check_all_devices(FLAGS.config, jax.device_count())
+        check_all_devices(FLAGS.config, jax.device_count(), jax.process_count())
     check_compiler_options(FLAGS.config)
     if not FLAGS.workdir and jax.process_index() == 0:
         say_unfinished(FLAGS.config)

@@ -36,7 +36,8 @@ class Grouped(NamedTuple):
     backward: Callable[..., tuple[Array, Tree]]
 
 
-# Its derivative is the kernel's own backward: change both. tests/test_derivatives.py compares them.
+# Its derivative is the kernel's own backward: change both. tests/test_derivatives.py compares those
+# of 'blocks' with autodiff, tests/test_moe.py those of the other kernels with 'blocks'.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def grouped_swiglu(x_XD: Array, w: Tree, sizes_e: Array, kernel: str) -> Array:
     """Runs each row through the SwiGLU of its group: [X, D] -> the same, a partial sum over tp.

@@ -18,8 +18,8 @@ def rope_frequencies(cfg: ModelConfig, rotary: int) -> np.ndarray:
     'linear' divides all by the factor (position interpolation, Chen et al. 2023). 'yarn' leaves
     those that turn more than beta_fast times within the original context, divides those that turn
     less than beta_slow times, and blends between (Peng et al. 2023, section 3.2): linearly in the
-    index of the pair, with both ends rounded outwards, as in all released models. (The paper's
-    formula is linear in the number of turns.)
+    index of the pair, with both ends rounded outwards, as DeepSeek's, Qwen's and other released
+    models do. (The paper's formula is linear in the number of turns.)
     """
     half = rotary // 2
     freqs = cfg.rope_base ** (-np.arange(half) / half)

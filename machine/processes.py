@@ -15,8 +15,8 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Iterator, Mapping
-from typing import NoReturn
+from collections.abc import Callable, Iterator, Mapping
+from typing import NoReturn, TypeVar
 
 import jax
 import numpy as np
@@ -24,6 +24,8 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from config import ConfigError
+
+T = TypeVar('T')
 
 AGAIN = os.EX_TEMPFAIL  # 75, the exit code that asks for the same command again
 
@@ -125,7 +127,8 @@ def start(
         options = {'num_processes': slurm_tasks(os.environ)}
     jax.config.update('jax_cpu_collectives_implementation', 'gloo')
     # It would take SIGTERM from the handler of the run.
-    jax.config.update('jax_enable_preemption_service', False)
+    with contextlib.suppress(AttributeError):  # where jax has no such service
+        jax.config.update('jax_enable_preemption_service', False)
     with said_while_joining(waits_for(coordinator, num_processes, process_id)):
         jax.distributed.initialize(
             **options,
@@ -271,6 +274,26 @@ def fail(message: str, code: int = 1) -> NoReturn:
 def all_processes(flag: bool) -> bool:
     """Returns True if the flag is set on every process. All have to call it, on the main thread."""
     return bool(np.all(multihost_utils.process_allgather(np.int32(flag))))
+
+
+def agreed(f: Callable[[], T]) -> T:
+    """Returns f(), which may fail on one process alone, as where a disk is full.
+
+    Raises ConfigError on all processes if f raises OSError or ValueError on any. All have to call
+    this, on the main thread; one that is alone gets f's own error.
+    """
+    if jax.process_count() == 1:
+        return f()
+    result, error = None, None
+    try:
+        result = f()
+    except (OSError, ValueError) as e:
+        error = e
+    if not all_processes(error is None):
+        if error is None:
+            raise ConfigError('another process cannot start, see its message')
+        raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
+    return result
 
 
 def from_process_0(value: int) -> int:

@@ -36,10 +36,13 @@ def code_facts() -> dict[str, str]:
     for folder, inside, files in os.walk(ROOT):
         inside[:] = [x for x in inside if os.path.exists(os.path.join(folder, x, '__init__.py'))]
         for name in files:
-            if name.endswith('.py'):
+            if name.endswith('.py') and not name.startswith('.'):  # editors' lock files
                 path = os.path.join(folder, name)
-                with open(path, 'rb') as f:
-                    digest = hashlib.sha256(f.read()).hexdigest()
+                try:
+                    with open(path, 'rb') as f:
+                        digest = hashlib.sha256(f.read()).hexdigest()
+                except OSError:
+                    digest = 'unreadable'
                 facts[f'the code of {os.path.relpath(path, ROOT)}'] = digest[:12]
     if revision := git_state(ROOT).get('revision'):
         facts[GIT] = revision
@@ -49,8 +52,11 @@ def code_facts() -> dict[str, str]:
 def start_facts(config: ConfigDict | None, **arguments: Any) -> dict[str, Any]:
     """Returns all that the processes of a run have in common before they open its data.
 
-    `arguments` are those of the command that are not part of the config.
+    `arguments` are those of the command that are not part of the config. A process alone has nobody
+    to compare with: {}.
     """
+    if jax.process_count() == 1:
+        return {}
     facts = flat(config.to_dict()) if config else {}
     facts |= {f'--{name}': x for name, x in arguments.items()}
     facts |= {f'version of {name}': version for name, version in versions().items()}

@@ -317,7 +317,7 @@ def check_compiler_options(config: ConfigDict) -> None:
         refuse([f'compiler_options={config.compiler_options!r}: {error}; use names of XLA'])
 
 
-def check_all_devices(config: ConfigDict, n_devices: int) -> None:
+def check_all_devices(config: ConfigDict, n_devices: int, n_processes: int = 1) -> None:
     """Raises ConfigError if the mesh leaves devices idle, with sizes that take all of them."""
     validate(config, n_devices)
     needed = math.prod(config.mesh[axis] for axis in AXES)
@@ -325,12 +325,9 @@ def check_all_devices(config: ConfigDict, n_devices: int) -> None:
         return
     sizes = [size for axis in (FSDP, DP, TP, EP, PP) if (size := larger(config, axis, n_devices))]
     use = ' or '.join(sizes[:2]) or f'python plan.py --config=... --search --devices={n_devices}'
-    refuse(
-        [
-            f'the mesh takes {needed} of {n_devices} devices; use {use}, or --spare_devices to '
-            f'leave the others idle'
-        ]
-    )
+    # Of several processes none may be left out.
+    spare = ', or --spare_devices to leave the others idle' if n_processes == 1 else ''
+    refuse([f'the mesh takes {needed} of {n_devices} devices; use {use}{spare}'])
 
 
 def is_routed(config: ConfigDict) -> bool:

@@ -15,7 +15,6 @@ from config import ConfigError, check_alike, saved_config
 from data import EvaluationSet, Source
 from parallel import P, Tree
 from runtime.workdir import CHECKPOINTS
-from storage.stores import store_errors
 from tokenizer import token_bytes
 from train_step import Setup, make_eval_step, put_batch
 
@@ -100,8 +99,7 @@ def checkpoint_config(
     """
     with Checkpointer(os.path.join(workdir, CHECKPOINTS)) as checkpoints:
         if step is None:
-            with store_errors(f'{checkpoints.path} cannot be read'):
-                step = checkpoints.latest_step()
+            step = checkpoints.latest_step()
         if step is None:
             raise ConfigError(
                 f'{workdir} holds no checkpoint to evaluate; use the --workdir of a run that has '

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from checkpoint import Checkpointer
 from machine.processes import AGAIN, all_processes
 from parallel import Array, P
 from runtime.terminal import CLEAR
@@ -169,6 +168,14 @@ class CutShortError(Exception):
     """The processes agreed to stop, in the middle of an evaluation or of sampling."""
 
 
+class Saves(Protocol):
+    """The saves of a run, as `checkpoint.Checkpointer` and `lease.OwnedSaves` are."""
+
+    def failed(self) -> bool: ...
+
+    def wait(self) -> None: ...
+
+
 class StopSignals:
     """While entered, the signals that users and schedulers send end the run well.
 
@@ -182,7 +189,7 @@ class StopSignals:
     A second SIGINT ends the process at once. SIGHUP stays ignored under nohup.
     """
 
-    def __init__(self, checkpoints: Checkpointer | None = None):
+    def __init__(self, checkpoints: Saves | None = None):
         """`checkpoints`, if given, are those whose failed saves `asked` raises."""
         self.received = 0  # number of the first signal
         self._checkpoints = checkpoints

@@ -60,7 +60,7 @@ def process_start(pid: int) -> str | None:
         pass
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # no number of a process is that large
         return ''
     except OSError:
         pass
@@ -83,7 +83,7 @@ def parse(content: bytes) -> dict[str, Any]:
     """Returns the holder that a lease names; {} if the file is damaged."""
     try:
         holder = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return holder if isinstance(holder, dict) else {}
 
@@ -106,8 +106,11 @@ def named(holder: dict[str, Any]) -> str:
 
 
 def held_by_living(workdir: str) -> bool:
-    """Returns True if a living process of this machine holds the workdir."""
-    found = open_store(workdir).read(LEASE).result()
+    """Returns True if a living process of this machine holds the workdir, or may do so."""
+    try:
+        found = open_store(workdir).read(LEASE).result()
+    except (OSError, ValueError):
+        return True
     return found.state == 'value' and alive(parse(found.value)) is True
 
 

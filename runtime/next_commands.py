@@ -1,5 +1,6 @@
 """Prints the commands that go on where this one ended, ready to be copied into a shell."""
 
+import contextlib
 import os
 import shlex
 import sys
@@ -24,9 +25,15 @@ def say_next(config: ConfigDict, workdir: str, named: bool) -> None:
     arguments, steps = sys.argv, config.steps
     if not named:
         arguments = [*arguments, f'--workdir={workdir}']
-    with Checkpointer(os.path.join(workdir, CHECKPOINTS)) as checkpoints:
-        if max(checkpoints.steps(), default=0) >= steps:
-            arguments = [*without_flag(arguments, 'config.steps'), f'--config.steps={2 * steps}']
+    newest = 0
+    # What cannot be listed any more does not spoil a run that has ended well.
+    with (
+        contextlib.suppress(ConfigError),
+        Checkpointer(os.path.join(workdir, CHECKPOINTS)) as checkpoints,
+    ):
+        newest = max(checkpoints.steps(), default=0)
+    if newest >= steps:
+        arguments = [*without_flag(arguments, 'config.steps'), f'--config.steps={2 * steps}']
     prompt = f'--prompt={first_words(config)}'
     commands = {
         'go on': ['python', *arguments],

@@ -19,7 +19,6 @@ from parallel import P, Tree
 from runtime.data_record import changed_data, check_vocabulary, saved_record
 from runtime.workdir import CHECKPOINTS, CONFIG, exists
 from storage.leaves import leaf_names
-from storage.stores import store_errors
 
 
 def first_step(config: ConfigDict, workdir: str, checkpoints: Checkpointer) -> tuple[int, str]:
@@ -135,8 +134,7 @@ def init_step(path: str) -> tuple[str, int, str]:
     if os.path.basename(root) == CHECKPOINTS and name.isdecimal():
         return root, int(name), os.path.dirname(root)
     with Checkpointer(os.path.join(path, CHECKPOINTS)) as source:
-        with store_errors(f'{source.path} cannot be read'):
-            step = source.latest_step()
+        step = source.latest_step()
         if step is None:
             raise ConfigError(
                 f'{path} holds no checkpoint to start from; use the workdir '

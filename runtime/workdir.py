@@ -11,6 +11,7 @@ profile/          traces, with --profile
 metrics.png       curves, by --plot
 tensorboard/      event files, and wandb.json the id of the run there, with log.writers
 *.damaged-N       such a file as it was when it could not be read any more
+metrics.jsonl.before-N   that of a run that began anew, since there was no checkpoint
 """
 
 import contextlib
@@ -23,6 +24,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import subprocess
 import time
 from collections.abc import Iterable, Iterator
@@ -179,21 +181,56 @@ def _place(error: ValueError, content: bytes) -> tuple[int, str]:
     return 1, str(error)
 
 
-def set_aside(path: str) -> str:
-    """Moves a damaged file to path.damaged-N, with the first N that is free; returns that path."""
-    for n in itertools.count(1):
-        aside = f'{path}.damaged-{n}'
-        if _read(aside) is None:
-            break
-    if local := local_folder(path):
-        os.rename(local, f'{local}.damaged-{n}')
+def set_aside(path: str, why: str = 'damaged') -> str:
+    """Moves a file to path.WHY-N, with the first N that is free; returns that path."""
+    if not (local := local_folder(path)):
+        aside = copy_aside(path, why)
+        folder, name = os.path.split(path)
+        with store_errors(f'{path} cannot be set aside'):
+            open_store(folder).write(name, None).result()
         return aside
-    folder, name = os.path.split(path)
-    store = open_store(folder)
-    with store_errors(f'{path} cannot be set aside'):
-        store.write(os.path.basename(aside), _read(path)).result()
-        store.write(name, None).result()
+    aside = _free(path, why)
+    with file_errors(path):
+        os.rename(local, local_folder(aside))
     return aside
+
+
+def copy_aside(path: str, why: str = 'damaged') -> str:
+    """Copies a file that is about to be replaced as a whole to path.WHY-N; returns that path.
+
+    A kill or a full disk then leaves the file as it was. A link, where there are such, needs no
+    room.
+    """
+    aside = _free(path, why)
+    if local := local_folder(path):
+        try:
+            os.link(local, local_folder(aside))
+        except OSError:
+            with file_errors(path):
+                shutil.copy2(local, local_folder(aside))
+        return aside
+    folder, name = os.path.split(aside)
+    with store_errors(f'{path} cannot be set aside'):
+        open_store(folder).write(name, _read(path)).result()
+    return aside
+
+
+@contextlib.contextmanager
+def file_errors(path: str) -> Iterator[None]:
+    """Raises the operating system's errors as ConfigError: the file cannot be set aside."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f'{path} cannot be set aside: {error}; make room or mend the access'
+        ) from error
+
+
+def _free(path: str, why: str) -> str:
+    """Returns path.WHY-N with the first N, from 1, that no file has."""
+    for n in itertools.count(1):
+        if not exists(f'{path}.{why}-{n}'):
+            return f'{path}.{why}-{n}'
 
 
 class Line(NamedTuple):
@@ -258,15 +295,14 @@ def keep_records(path: str, step: float = math.inf) -> str:
         for record in line.records
         if record['step'] <= step
     )
-    said = ''
+    said, local = '', local_folder(path)
     if damaged:
         numbers = ', '.join(str(line.number) for line in damaged[:5])
         more = f' and {len(damaged) - 5} more' if len(damaged) > 5 else ''
         said = (
             f'{path} is damaged in line {numbers}{more} ({damaged[0].problem}): what can be read '
-            f'is kept, and the file as it was is {set_aside(path)}'
+            f'is kept, and the file as it was is {copy_aside(path)}'
         )
-    local = local_folder(path)
     if not damaged and local and content.startswith(kept):
         if len(kept) < len(content):
             os.truncate(local, len(kept))  # which needs no room on a disk
@@ -278,7 +314,8 @@ def keep_records(path: str, step: float = math.inf) -> str:
 def mend(workdir: str, step: int) -> list[str]:
     """Makes the files of a run that goes on after `step` readable; returns lines to say.
 
-    A damaged file is set aside, and what can be read of it kept. For the process that writes.
+    A damaged file is set aside, and what can be read of it kept. The metrics of a run that left no
+    checkpoint, or whose checkpoints were removed, are set aside whole. For the process that writes.
     """
     said = []
     for name in (*OBJECTS, RECORD):
@@ -287,11 +324,15 @@ def mend(workdir: str, step: int) -> list[str]:
             read_json(path)
         except ConfigError as error:
             kept = _entries(_read(path)) if name == RECORD else []
-            said.append(f'{error}; it is set aside as {set_aside(path)}')
+            aside = copy_aside(path) if kept else set_aside(path)
+            said.append(f'{error}; it is set aside as {aside}')
             if kept:
                 write_text(path, json.dumps(kept, indent=1) + '\n')
                 said[-1] += f', {len(kept)} entries can be read'
-    return said + [line for line in [keep_records(os.path.join(workdir, METRICS), step)] if line]
+    metrics = os.path.join(workdir, METRICS)
+    if step == 0 and read_records(metrics)[0]:
+        said.append(f'the {METRICS} of an earlier run is now {set_aside(metrics, "before")}')
+    return said + [line for line in [keep_records(metrics, step)] if line]
 
 
 def _entries(content: bytes) -> list[dict[str, Any]]:

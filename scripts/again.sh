@@ -2,7 +2,8 @@
 # Runs a command, and again after exit code 75 (the process hung or lost another one) or above 128
 # (it was killed, or aborted by jax, with 134, since another one was lost), up to RESTARTS times.
 # SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2 and SIGXCPU end the restarts, and the command: it gets a
-# SIGTERM. A command that one of them has killed was to end, and is not repeated either.
+# SIGTERM. A command that one of them has killed was to end, and is not repeated either; but for srun,
+# which ends the other tasks with SIGTERM when one has ended with 75, and returns the highest code.
 #
 #     RESTARTS=10 RESTART_SECONDS=10 scripts/again.sh python train.py --config=...
 set -u
@@ -31,7 +32,7 @@ for ((i = 0; ; i++)); do
   done
   ((code == 75 || code > 128)) || exit "$code"
   [[ -z $stopping ]] || exit "$code"
-  ! ended_by_request "$code" || exit "$code"
+  [[ $1 == srun ]] || ! ended_by_request "$code" || exit "$code"
   ((i < ${RESTARTS:-10})) || exit "$code"
   echo "$(date): ended with code $code; again in ${RESTART_SECONDS:-10} s"
   child=

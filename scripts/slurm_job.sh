@@ -8,10 +8,13 @@
 #SBATCH --signal=B:TERM@300
 set -u
 requeue=
-trap 'requeue=1; scancel --signal=TERM "$SLURM_JOB_ID"' TERM # to the tasks alone
+again=
+# To the tasks alone; again.sh is to know that they end by request.
+trap 'requeue=1; scancel --signal=TERM "$SLURM_JOB_ID"; kill -TERM "$again"' TERM
 
 PATH="$PWD/${VENV:-.venv}/bin:$PATH" \
   scripts/again.sh srun --kill-on-bad-exit=1 python train.py "$@" &
+again=$!
 wait $!
 code=$?
 while kill -0 $! 2>/dev/null; do # a trapped signal ends `wait`, but not the command

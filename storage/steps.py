@@ -94,6 +94,7 @@ class StepFiles:
 
         Empties `leaves` as it goes. `save_id` is the same on all processes, and new for each save.
         """
+        self.check_owner()
         ends: dict[tuple[str, int], ts.Future] = {}
         for write, chunk in windowed(self._writes(leaves)):
             write.result()
@@ -242,7 +243,8 @@ class Steps:
     ):
         """`context` brings what a URL needs: credentials, or the memory behind memory://.
 
-        `check_owner` is called before a step is committed or removed, and raises to prevent it.
+        `check_owner` is called before a step is written, committed or removed, and raises to
+        prevent it.
         """
         self.path, self._folder = expanded(path).rstrip('/'), local_folder(path)
         self._context = ts.Context({'file_io_concurrency': {'limit': IO_THREADS}}, context)
@@ -352,20 +354,22 @@ class Steps:
         """Removes all steps but `newest`, the newest `keep` (0: all) and each multiple of
         `keep_every` (0: none).
 
-        Steps whose metadata is damaged or of another layout neither count nor go, and links and
-        steps with links in them do not either.
+        Steps whose metadata is damaged or of another layout neither count nor go, nor do links; a
+        step with links in it does not go.
         """
         whole = [step for step in self.committed() if keep and self._is_whole(step)]
         for step in whole[:-keep]:
             if step != newest and not (keep_every and step % keep_every == 0):
-                self.files(step).remove()
+                with contextlib.suppress(folders.LinkedError):
+                    self.files(step).remove()
 
     def _is_whole(self, step: int) -> bool:
-        """Returns True if a step is committed, with undamaged metadata, and holds no links."""
+        """Returns True if a step is committed, with undamaged metadata, and no link."""
+        files = self.files(step)
         try:
-            self.files(step).refuse_links()
-            return self.files(step).metadata() is not None
-        except (DamagedError, ConfigError, folders.LinkedError):
+            linked = files.folder is not None and os.path.islink(files.folder)
+            return not linked and files.metadata() is not None
+        except (DamagedError, ConfigError):
             return False
 
     def remedy(self, damaged: int) -> str:

@@ -333,7 +333,8 @@ def main() -> None:
     print(table(outcomes), file=sys.stderr if arguments.json else sys.stdout)
     if len(outcomes) < len(tasks):
         print(f'the time was over after {len(outcomes):,} of {len(tasks):,} faults')
-    sys.exit(any(outcome['verdict'] in FAILURES for outcome in outcomes))
+    failed = any(outcome['verdict'] in FAILURES for outcome in outcomes)
+    sys.exit(failed or len(outcomes) < len(tasks))
 
 
 if __name__ == '__main__':

@@ -85,8 +85,12 @@ def test_the_facts_of_a_start(tmp_path, monkeypatch):
         file = tmp_path / path
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text('')
+    (tmp_path / '.#top.py').symlink_to('user@host.123')  # as editors lock a file
+    (tmp_path / 'gone.py').symlink_to('nowhere')
     monkeypatch.setattr(agreement, 'ROOT', str(tmp_path))
     agreement.code_facts.cache_clear()
+    assert start_facts(small_run('tokens'), workdir='w') == {}  # nobody to compare with
+    monkeypatch.setattr(agreement.jax, 'process_count', lambda: 2)
     monkeypatch.setenv('XLA_FLAGS', '--xla_a')
     config = small_run('tokens')
     before = start_facts(config, workdir='w')
@@ -95,6 +99,8 @@ def test_the_facts_of_a_start(tmp_path, monkeypatch):
     assert before['XLA_FLAGS'] == '--xla_a'
     assert before['version of jax']
     assert 'the code of other/x.py' not in before
+    assert 'the code of .#top.py' not in before
+    assert before['the code of gone.py'] == 'unreadable'
     (tmp_path / 'package/deep/__init__.py').write_text('x = 1')
     agreement.code_facts.cache_clear()
     assert differing(1, start_facts(config, workdir='w'), before).endswith(

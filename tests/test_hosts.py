@@ -23,6 +23,7 @@ from configs import default
 from machine import processes
 from machine.memory import OutOfMemoryError
 from runtime import agreement, guards
+from runtime.config_checks import check_all_devices
 
 ROOT = pathlib.Path(train.__file__).parent
 TIMEOUT = 300  # seconds, for what would otherwise hang
@@ -244,6 +245,32 @@ def test_exit_codes(error, alone, of_two, monkeypatch):
             train.main([])
         if not isinstance(code, type):
             assert caught.value.code == code
+
+
+@pytest.mark.parametrize('error', [OSError('no room'), ConfigError('no package')])
+def test_what_fails_on_one_process_alone_ends_all(error, monkeypatch):
+    def fail():
+        raise error
+
+    with pytest.raises(type(error)):  # of a process alone
+        processes.agreed(fail)
+    monkeypatch.setattr(processes.jax, 'process_count', lambda: 2)
+    monkeypatch.setattr(processes, 'all_processes', lambda flag: flag)
+    assert processes.agreed(lambda: 3) == 3
+    with pytest.raises(ConfigError, match=str(error)):
+        processes.agreed(fail)
+    monkeypatch.setattr(processes, 'all_processes', lambda flag: False)
+    with pytest.raises(ConfigError, match='another process cannot start'):
+        processes.agreed(lambda: 3)
+
+
+def test_several_processes_spare_no_devices():
+    config = default.get_config()
+    config.data.path = 'stdlib'
+    for n_processes, offered in ((1, True), (2, False)):
+        with pytest.raises(ConfigError, match='takes 1 of 8 devices') as caught:
+            check_all_devices(config, 8, n_processes)
+        assert ('--spare_devices' in str(caught.value)) == offered
 
 
 @pytest.mark.parametrize('here', [True, False])

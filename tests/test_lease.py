@@ -21,6 +21,7 @@ from runtime.lease import (
     LeaseLostError,
     OwnedSaves,
     alive,
+    held_by_living,
     parse,
     process_start,
     this_process,
@@ -87,6 +88,13 @@ def test_a_zombie_has_ended():
         while process_start(process.pid):
             time.sleep(0.01)
         assert alive(this_process() | {'pid': process.pid, 'started': '1'}) is False
+
+
+def test_a_lease_that_no_run_wrote_ends_no_start(tmp_path):
+    assert alive(this_process() | {'pid': 2**31}) is False
+    assert parse(b'[' * 100_000) == {}
+    (tmp_path / 'lease.json').symlink_to('lease.json')  # cannot be read
+    assert held_by_living(str(tmp_path))
 
 
 @pytest.mark.parametrize('left', [{'machine': 'another'}, {'machine': 'another', 'pid': 'x'}, None])

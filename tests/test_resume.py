@@ -181,6 +181,15 @@ def test_another_model_or_order_of_the_data_is_refused(whole, tokens, tmp_path):
     assert text.count('\n  - ') == 3
 
 
+def test_the_summary_of_a_stopped_run_has_no_evaluation_of_another_step(
+    tokens, tmp_path, monkeypatch
+):
+    config, due = small_run(tokens, steps=4, eval__every=2), train.due
+    monkeypatch.setattr(train, 'due', lambda step, c, start, _: due(step, c, start, step == 3))
+    assert 'eval_loss' not in train.train(config, str(tmp_path))
+    assert 'eval_loss' in train.train(config, str(tmp_path))
+
+
 def test_a_workdir_without_a_checkpoint_binds_nothing(whole, tokens, tmp_path, capsys):
     """The remedy that a refused start names can be taken in the same workdir."""
     workdir = tmp_path / 'run'
@@ -193,6 +202,8 @@ def test_a_workdir_without_a_checkpoint_binds_nothing(whole, tokens, tmp_path, c
     (workdir / 'tokenizer.json').write_text('{"name": "x", "fingerprint": "another"}')
     train.train(small_run(tokens, steps=2, seed=1, model__d_ff=32), str(workdir))
     assert [r['step'] for r in records(workdir)] == [1, 2]
+    before = (workdir / 'metrics.jsonl.before-1').read_bytes()
+    assert before == (whole / 'metrics.jsonl').read_bytes()
     assert [p.name for p in (workdir / 'checkpoints').iterdir()] == ['2']
     assert f'starting again: {workdir} holds no checkpoint' in capsys.readouterr().out
     assert read_json(str(workdir / 'config.json'))['seed'] == 1
@@ -328,6 +339,10 @@ def said_next(monkeypatch, capsys, config, run: pathlib.Path, *arguments, named:
     return {purpose: shlex.split(line) for purpose, _, line in lines}
 
 
+def unreadable(*_):
+    raise ConfigError('the checkpoints cannot be listed')
+
+
 def test_commands_to_copy_are_quoted_and_a_complete_run_goes_on_with_more_steps(
     whole, tokens, tmp_path, monkeypatch, capsys
 ):
@@ -341,6 +356,10 @@ def test_commands_to_copy_are_quoted_and_a_complete_run_goes_on_with_more_steps(
         'curves': ['python', 'train.py', f'--plot={workdir}'],
         'text': ['python', 'generate.py', f'--workdir={workdir}', '--prompt=The number 1 follows'],
     }
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpointer, 'steps', unreadable)
+        said = said_next(monkeypatch, capsys, config, workdir, *given, named=True)
+        assert said['go on'] == ['python', 'train.py', *given]
     shutil.rmtree(workdir / 'checkpoints' / '20')
     said = said_next(monkeypatch, capsys, config, workdir, given[0], named=False)
     assert said['go on'] == ['python', 'train.py', given[0], f'--workdir={workdir}']

@@ -158,8 +158,7 @@ def test_slurm_submits_and_stops(slurm, tmp_path):
         ('1 0', 1, 1),
         ('75 KILL 0', 3, 0),
         ('134 0', 2, 0),  # jax aborts a process that has lost another one
-        ('143 0', 1, 143),  # it was to end, and was before it heard signals
-        ('130 0', 1, 130),
+        ('143 0', 2, 0),  # srun ends the other tasks when one has ended with 75
         ('75 75 75 75 0', 4, 75),
     ],
 )
@@ -181,6 +180,12 @@ def test_restarts_end_by_a_signal_which_the_command_gets(name, environment, tmp_
     again.send_signal(getattr(signal, f'SIG{name}'))
     assert again.wait(TIMEOUT) == 0
     assert (tmp_path / 'output').read_text() == 'begun\nsaved\n'
+
+
+@pytest.mark.parametrize('code', [130, 143])
+def test_a_command_that_was_to_end_is_not_repeated(code, environment):
+    """It was before it heard signals."""
+    assert run(environment, 'scripts/again.sh', 'bash', '-c', f'exit {code}').returncode == code
 
 
 def test_a_job_whose_time_is_over_saves_and_queues_again(slurm, tmp_path):

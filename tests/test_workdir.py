@@ -88,6 +88,37 @@ def test_a_damaged_line_is_named_and_the_others_are_kept(line, problem, salvaged
     assert read_records(str(file)) == (records, [])
 
 
+@pytest.mark.parametrize('links', [True, False])
+def test_without_room_a_damaged_file_stays(links, tmp_path, monkeypatch):
+    def full(*_):
+        raise ConfigError('No space left on device')
+
+    def no_links(*_):
+        raise OSError
+
+    monkeypatch.setattr('runtime.workdir.write_text', full)
+    if not links:
+        monkeypatch.setattr('os.link', no_links)
+    metrics, record = tmp_path / 'metrics.jsonl', tmp_path / 'record.json'
+    for file, text in ((metrics, 'X\n' + LINES[0]), (record, '[\n {"from_step": 1},\n {"fr')):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match='No space'):
+            mend(str(tmp_path), 3)
+        assert file.read_text() == (tmp_path / f'{file.name}.damaged-1').read_text() == text
+        file.unlink()
+
+
+def test_metrics_of_a_run_whose_checkpoints_are_gone_are_set_aside(tmp_path):
+    file = tmp_path / 'metrics.jsonl'
+    for n in (1, 2):
+        file.write_text(''.join(LINES))
+        (said,) = mend(str(tmp_path), 0)
+        assert said.endswith(f'is now {file}.before-{n}')
+        assert (tmp_path / f'metrics.jsonl.before-{n}').read_text() == ''.join(LINES)
+        assert not file.exists()
+    assert mend(str(tmp_path), 0) == []
+
+
 def complaint_about(file: pathlib.Path) -> str:
     """Returns what reading a file is refused with, '' if it can be read."""
     try:
