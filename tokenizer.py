@@ -458,8 +458,10 @@ def _define_flags() -> None:
 
 def _read_texts(
     inputs: Sequence[str], text_field: str, extensions: Sequence[str]
-) -> tuple[dict[str, str], list[str]]:
-    """Returns the inputs' texts by their documents' names, and a message for each bad record.
+) -> tuple[list[tuple[str, str]], list[str]]:
+    """Returns the inputs' documents, as (name, text), and a message for each bad record.
+
+    Names may occur twice: a file and its compressed copy have the same ones.
 
     Raises ConfigError if there is no text.
     """
@@ -471,20 +473,21 @@ def _read_texts(
     files = find_files(patterns, extensions) if patterns else []
     if len(patterns) < len(inputs):
         files += [File(name, path) for name, path in stdlib_files()[0]]
-    texts, bad = {}, []
+    found, bad = [], []
     for part in cut_into_parts(files, sys.maxsize, text_field):
         for piece in part:
             for item in documents(piece, text_field):
                 if isinstance(item, Bad):
                     bad.append(item.message(piece.file.path))
                 else:
-                    folder = piece.file.path.removesuffix(piece.file.name)
-                    texts[f'{folder}{item.id}'] = item.text
-    if not any(texts.values()):
+                    path, name = piece.file.path, piece.file.name
+                    folder = path.removesuffix(name) if path.endswith(name) else ''
+                    found.append((f'{folder}{item.id}', item.text))
+    if not any(text for _, text in found):
         raise ConfigError(
             '\n  '.join([f'the {len(files)} input files hold no text: check --input', *bad[:10]])
         )
-    return texts, bad
+    return found, bad
 
 
 def main(words: list[str]) -> None:
@@ -496,13 +499,14 @@ def main(words: list[str]) -> None:
         if not (inputs and args.output):
             raise ConfigError('give --input, the text to train on, and --output=NAME.tiktoken')
         _check_output(args.output)
-        texts, bad = _read_texts(inputs, args.text_field, args.extensions)
+        found, bad = _read_texts(inputs, args.text_field, args.extensions)
+        names, texts = [name for name, _ in found], [text for _, text in found]
         for message in bad[:10]:
             print(message, file=sys.stderr)
-        print(f'training on {len(texts):,} documents ...', file=sys.stderr)
-        enc = train(texts.values(), args.vocab_size, args.output, list(texts))
-    size = sum(len(text.encode()) for text in texts.values())
-    tokens = sum(len(encode(enc, text)) for text in texts.values())
+        print(f'training on {len(found):,} documents ...', file=sys.stderr)
+        enc = train(texts, args.vocab_size, args.output, names)
+    size = sum(len(text.encode()) for text in texts)
+    tokens = sum(len(encode(enc, text)) for text in texts)
     left_out = f', {len(bad):,} bad records left out' if bad else ''
     print(
         f'{args.output}: {enc.n_vocab} ids from {len(texts):,} documents, {size / 1e6:.1f} MB, '

@@ -312,7 +312,9 @@ def train(
             return {}
         data = opened_data(config)
         record = data_record(*data[1:])
-        compared = compared_data(checkpoints, start, workdir, init_from, record)
+        for line in [where, *compared_data(checkpoints, start, workdir, init_from, record)]:
+            if line:
+                say(line)
         # What is unfinished goes first, so that there is room; then the files are readable again.
         checkpoints.clean()
         lease.hold()
@@ -320,7 +322,7 @@ def train(
         mended = processes.agreed(functools.partial(mend, workdir, start) if first else list)
         with processes.agreed(functools.partial(Writer, workdir, config, start)) as writer:
             note = vocabulary_note(config.model.vocab_size, data[2])
-            for line in [where, *compared, *mended, note]:
+            for line in [*mended, note]:
                 if line:
                     writer.say(line)
             if config.log.plot:

@@ -202,6 +202,10 @@ def _lines(piece: Piece, text_field: str) -> Iterator[Document | Bad]:
     # Compression does not change the ids.
     prefix = os.path.splitext(name)[0] if has_kind(name, ('.gz', '.zst')) else name
     number, position = piece.first - 1, piece.start
+    if damage := _damage(piece.file):
+        # Its text may have been altered anywhere before.
+        yield Bad(name, '', damage, 1, True, max(1, piece.file.size or 0))
+        return
     with open_file(piece.file) as raw:
         if piece.start:
             raw.seek(piece.start - 1)
@@ -211,7 +215,7 @@ def _lines(piece: Piece, text_field: str) -> Iterator[Document | Bad]:
             try:
                 line = lines.readline()
             except errors as error:
-                lost = max(1, (piece.file.size or 0) - raw.tell())
+                lost = max(1, piece.file.size or 0)  # no checksum vouches for what was read
                 yield Bad(name, f'line {number}', str(error), 1, True, lost)
                 return
             if not line and errors and not raw.tell():  # compressed text has bytes, even of nothing
@@ -249,6 +253,26 @@ def _record(document: str, line: bytes, text_field: str) -> Document:
         raise ValueError(f'no text in a field {text_field!r} (--text_field) of {line[:60]!r}')
     # encode() raises for half a surrogate pair, which JSON can express and UTF-8 cannot.
     return Document(document, text, len(text.encode()))
+
+
+def _damage(file: File) -> str:
+    """Returns the error of a compressed file with corrupt data, '' for a good or a plain file.
+
+    Reads a compressed file to its end, since the checksum, which shows that the text was altered,
+    comes after the text. A file that is cut short has no checksum left, and counts as good so far.
+    """
+    if not has_kind(file.name, ('.gz', '.zst')):
+        return ''
+    with open_file(file) as raw:
+        content, errors = _decompressed(raw, file.name)
+        try:
+            while content.read(READ_BYTES):
+                pass
+        except EOFError:
+            return ''
+        except errors as error:
+            return str(error) or type(error).__name__
+    return ''
 
 
 def _decompressed(raw: BinaryIO, name: str) -> tuple[BinaryIO, tuple[type[Exception], ...]]:

@@ -87,9 +87,10 @@ def split_inputs(values: Iterable[str]) -> list[str]:
 def find_files(patterns: Sequence[str], extensions: Sequence[str] = ()) -> list[File]:
     """Returns the files of paths, folders, globs and URLs, each once.
 
-    A file's name is its path below the folder, or below the fixed part of the glob. Files with one
-    of the `extensions` are read as text. Other files that have none of the KINDS are skipped, and
-    how many is printed. Raises ConfigError for a pattern that matches no file that can be read.
+    A file's name is its path below the folder, or below the fixed part of the glob; names that
+    several files would share are longer (`_with_own_names`). Files with one of the `extensions` are
+    read as text. Other files that have none of the KINDS are skipped, and how many is printed.
+    Raises ConfigError for a pattern that matches no file that can be read.
     """
     kinds = KINDS + tuple('.' + e.strip().lstrip('.').lower() for e in extensions if e.strip())
     files: dict[str, File] = {}
@@ -116,8 +117,35 @@ def find_files(patterns: Sequence[str], extensions: Sequence[str] = ()) -> list[
                 file=sys.stderr,
             )
         for file in sorted(known, key=lambda file: file.name):
-            files.setdefault(file.path if '://' in file.path else os.path.abspath(file.path), file)
-    return list(files.values())
+            files.setdefault(_place(file), file)
+    return _with_own_names(list(files.values()))
+
+
+def _place(file: File) -> str:
+    """Returns the file's URL or absolute path."""
+    return file.path if '://' in file.path else os.path.abspath(file.path)
+
+
+def _with_own_names(files: list[File]) -> list[File]:
+    """Returns the files with names of their own, because document ids start with them.
+
+    Files that share a name get their paths below the folder that they have in common, or their
+    URLs. Other names stay as they are.
+    """
+    used = Counter(file.name for file in files)
+    renamed: dict[str, str] = {}  # by place
+    for name in [name for name, n in used.items() if n > 1]:
+        places = [_place(file) for file in files if file.name == name]
+        local = [place for place in places if '://' not in place]
+        root = os.path.commonpath([os.path.dirname(place) for place in local]) if local else ''
+        longer = {place: os.path.relpath(place, root).replace(os.sep, '/') for place in local}
+        if len(local) == 1:
+            longer = {local[0]: name}
+        taken = {*used, *renamed.values()} - {name}
+        if not taken.isdisjoint(longer.values()):
+            longer = {}  # other files have these names already
+        renamed |= {place: longer.get(place, place) for place in places}
+    return [dataclasses.replace(f, name=renamed.get(_place(f), f.name)) for f in files]
 
 
 def _ending(name: str) -> str:
@@ -147,7 +175,7 @@ def _find_local(pattern: str) -> list[File]:
     """Returns the local files of a path, a folder or a glob, in no particular order.
 
     Of the folders that a glob matches it takes those that are named as a file (Spark's x.parquet),
-    and all of them if it matches no file.
+    and all of them if it matches no file. How many it leaves out is printed.
     """
     prefix, rest = _existing_part(pattern)
     if not rest:
@@ -158,10 +186,27 @@ def _find_local(pattern: str) -> list[File]:
     found = [(name, os.path.join(prefix, name)) for name in names]
     files = [File(name.replace(os.sep, '/'), path) for name, path in found if os.path.isfile(path)]
     folders = [path for name, path in found if os.path.isdir(path)]
+    no_file = not files
     for folder in folders:
-        if not files or has_kind(folder, MANY_KINDS):
+        if no_file or has_kind(folder, MANY_KINDS):
             files += _walk(folder, prefix or '.')
+    _say_left_out(pattern, folders, [file.path for file in files])
     return list({file.path: file for file in files}.values())
+
+
+def _say_left_out(pattern: str, folders: list[str], paths: list[str]) -> None:
+    """Prints how many of the folders that a glob matches hold none of the files found."""
+    used = set()
+    for path in paths:
+        while (path := os.path.dirname(path)) and path not in used:
+            used.add(path)
+    left_out = [folder for folder in folders if folder.rstrip('/') not in used]
+    if paths and left_out:
+        print(
+            f'left out of {pattern}: folders ({len(left_out):,}, the first {left_out[0]}), because '
+            'it matches files, too; to read them, name them as inputs',
+            file=sys.stderr,
+        )
 
 
 def _walk(folder: str, root: str) -> Iterator[File]:
@@ -200,6 +245,10 @@ def _find_urls(pattern: str) -> list[File]:
     for name, info in list(found.items()):
         if info.get('type') == 'directory' and (not is_glob or has_kind(name, MANY_KINDS)):
             found |= _remote(pattern, functools.partial(system.find, name, detail=True))
+    if is_glob:
+        folders = [name for name, info in found.items() if info.get('type') == 'directory']
+        paths = [name for name, info in found.items() if info.get('type') != 'directory']
+        _say_left_out(pattern, folders, paths)
     for name, info in found.items():
         below = posixpath.relpath(name, root or '.')
         if info.get('type', 'file') == 'file' and '/.' not in f'/{below}':

@@ -154,7 +154,8 @@ def _fill_empty_split(
 ) -> Move | None:
     """Moves a document if a split is empty, and replaces the result of its part.
 
-    Returns the move: the given one if it is done already, None if there is none.
+    Returns the move: the given one if it is done already, None if there is none. Raises ConfigError
+    if a split stays empty though there are several documents.
     """
 
     def empty_splits() -> list[str]:
@@ -178,6 +179,12 @@ def _fill_empty_split(
         alone = everything['documents'] == 1
         move = Move(document, 'validation' if alone else empty[0], alone)
         write_again(i, move)
+    documents_in_all = total([s for r in results for s in r['shards'].values()])['documents']
+    if job.validation_share and documents_in_all > 1 and (empty := empty_splits()):
+        raise ConfigError(
+            f'no document of {documents_in_all:,} is left for {empty[0]}: change '
+            f'validation_share={job.validation_share}, or use 0 to hold nothing out'
+        )
     return None if empty_splits() else move
 
 
@@ -295,14 +302,20 @@ def _part_key(manifest: dict[str, Any], part: list[Piece], move: Move | None) ->
 
 
 def _committed_parts(store: ts.KvStore, keys: list[str]) -> dict[int, dict[str, Any]]:
-    """Returns the results of the parts that this job committed when it ran before, by index."""
+    """Returns the results of the parts that this job committed when it ran before, by index.
+
+    A part whose file is damaged counts as not committed, and is written again.
+    """
     committed = {}
     folder = store / 'parts/'
     names = [name for name in folder.list().result() if _PART_FILE.fullmatch(name)]
     for name, read in [(name, folder.read(name)) for name in names]:
-        result = json.loads(read.result().value)
+        try:
+            result = json.loads(read.result().value)
+        except ValueError:
+            continue
         index = int(name.removesuffix(b'.json'))
-        if index < len(keys) and result.get('key') == keys[index]:
+        if index < len(keys) and isinstance(result, dict) and result.get('key') == keys[index]:
             committed[index] = result
     return committed
 
@@ -369,6 +382,8 @@ def write_part(
                 first = (_hash(item.id), item.id, item.n_bytes)
                 if len(result['first']) < 2 or first < result['first'][-1]:
                     result['first'] = sorted([*result['first'], first])[:2]
+                if move and item.id == move.document:
+                    move = None  # a file and its compressed copy have the same ids
     for split, array in arrays.items():
         if array.documents:
             result['shards'][split] = array.finish()

@@ -19,7 +19,7 @@ class Tally:
     def __init__(self, parts: list[list[Piece]], max_bad_share: float):
         self.results: list[dict[str, Any]] = []
         self.counts = dict.fromkeys(COUNTS, 0)
-        self.tokens = self.documents = self.bytes_read = self._bad_files = 0
+        self.tokens = self.documents = self.bytes_read = self._bad_files = self._bad_bytes = 0
         self.sizes = [sum(piece.size for piece in part) for part in parts]
         self.bytes_in_all = max(1, sum(self.sizes))
         self._parts, self._max_bad_share = parts, max_bad_share
@@ -28,9 +28,10 @@ class Tally:
         """Adds the result of the next part.
 
         Raises ConfigError when so many records are bad that the rest cannot bring their share down
-        to the limit. A single file that is not text is allowed whatever its share, unless the limit
-        is 0: of a small folder it is a large one.
+        to the limit. A single file that is not text is allowed, unless the limit is 0: of the files
+        of a small folder it is a large share. It may hold up to half of all bytes.
         """
+        part = self._parts[len(self.results)]
         self.bytes_read += self.sizes[len(self.results)]
         self.results.append(result)
         for name in COUNTS:
@@ -38,11 +39,15 @@ class Tally:
         for shard in result['shards'].values():
             self.tokens += shard['tokens']
             self.documents += shard['documents']
-        self._bad_files += sum(
-            not report['place'] and not report['broken'] for report in result['reports']
-        )
+        sizes = {piece.file.name: piece.size for piece in part}
+        for report in result['reports']:
+            if not report['place'] and not report['broken']:
+                self._bad_files += 1
+                self._bad_bytes += sizes[report['file']]
         limit, bad, lost = self._max_bad_share, self.counts['bad'], self.counts['lost_bytes']
-        if limit and bad == self._bad_files == 1:
+        # A lone record is left to the error that there is no text.
+        small = self._bad_bytes <= self.bytes_in_all / 2 or self.counts['records'] == 1
+        if limit and bad == self._bad_files == 1 and small:
             bad = 0
         last = len(self.results) == len(self._parts)
         share_read = 1.0 if last else self.bytes_read / self.bytes_in_all

@@ -103,9 +103,22 @@ def test_compressed_file_cut_short(tmp_path, pack):
             last.message('P')
             == f'P is broken after line {len(good)} ({last.error}): fetch it again'
         )
-    *good, last = broken(tmp_path, name, whole + b'garbage')
-    assert len(good) == len(texts)
-    assert last.broken
+
+
+@pytest.mark.parametrize('pack', ['gz', 'zst'])
+def test_nothing_of_a_corrupt_compressed_file_is_used(tmp_path, pack):
+    lines = as_lines(['the text of a line', *some_texts(300)])
+    if pack == 'gz':
+        whole = gzip.compress(lines, 0)
+        altered = whole.replace(b'text of a', b'test of a')  # which only the checksum shows
+    else:
+        whole = zstandard.ZstdCompressor(write_checksum=True).compress(lines)
+        altered = whole[:-1] + bytes([whole[-1] ^ 1])
+    assert altered != whole
+    for content in (altered, whole + b'garbage', b'garbage'):
+        (found,) = broken(tmp_path, f'a.jsonl.{pack}', content)
+        assert (found.place, found.broken, found.lost_bytes) == ('', True, len(content))
+    assert len(broken(tmp_path, f'a.jsonl.{pack}', whole)) == len(lines.splitlines())
 
 
 def test_broken_parquet(tmp_path):
@@ -286,6 +299,35 @@ def test_folders_named_as_files(tmp_path):
     system.pipe('/lake/.hidden/z.parquet', b'')
     assert names_of('memory://lake') == ['x.parquet/part-0.parquet', 'y.parquet']
     assert names_of('memory://lake/x.parquet/') == ['part-0.parquet']
+
+
+def test_all_folders_of_a_glob_that_matches_no_file(tmp_path, capsys):
+    names = ['s/a/x.txt', 's/b/x.txt', 's/c/x.txt']
+    make_files(tmp_path, *names)
+    assert (
+        names_of(f'{tmp_path}/s/*')
+        == names_of(f'{tmp_path}/s')
+        == ['a/x.txt', 'b/x.txt', 'c/x.txt']
+    )
+    assert 'left out' not in capsys.readouterr().err
+    make_files(tmp_path, 's/y.txt')
+    assert names_of(f'{tmp_path}/s/*') == ['y.txt']
+    assert '/s/*: folders (3, the' in capsys.readouterr().err
+    assert len(names_of(f'{tmp_path}/s/**/*')) == 4
+    assert 'left out' not in capsys.readouterr().err
+
+
+def test_files_of_one_name_get_names_of_their_own(tmp_path, monkeypatch):
+    make_files(tmp_path, 's/a/r.md', 's/b/r.md', 's/b/c.md', 't/b/r.md', 't/c.md')
+    monkeypatch.chdir(tmp_path / 's/a')
+    assert names_of('r.md', '../b/r.md', '../b/c.md') == ['a/r.md', 'b/r.md', 'c.md']
+    assert names_of('r.md', '../a/r.md') == ['r.md']
+    # A name that is taken is not given again.
+    names = names_of('r.md', '../b/r.md', f'{tmp_path}/t')
+    assert names == [f'{tmp_path}/s/a/r.md', f'{tmp_path}/s/b/r.md', 'b/r.md', 'c.md']
+    system = fsspec.filesystem('memory')
+    system.pipe('/one/r.md', b'x')
+    assert names_of('memory://one/r.md', 'r.md') == ['memory:///one/r.md', 'r.md']
 
 
 # File systems

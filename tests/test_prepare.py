@@ -149,7 +149,7 @@ def test_text_that_the_tokenizer_refuses_is_named(tmp_path):
         ('a.jsonl', b'{"text": 3}', r'a\.jsonl, line 1: no text'),
         ('a.jsonl', b'["text"]', r'a\.jsonl, line 1: no text'),
         ('a.jsonl', b'{"text": "\\ud800"}', r'a\.jsonl, line 1: .*surrogates'),
-        ('a.jsonl.gz', b'not gzip', r'a\.jsonl\.gz is broken after line 0'),
+        ('a.jsonl.gz', b'not gzip', r'a\.jsonl\.gz is broken \(Not a gzipped'),
         (
             'a.jsonl.gz',
             gzip.compress(b'{"text": "x"}\n' * 9, mtime=0)[:-4],
@@ -291,6 +291,15 @@ def test_one_file_that_is_no_text_is_left_out(tmp_path):
         prepare(files, Job(str(tmp_path / 'two'), 'bytes'))
     with pytest.raises(ConfigError, match=r'no text in 1 input files: .*\n.*a\.txt: .*utf'):
         prepare(files[:1], Job(str(tmp_path / 'alone'), 'bytes'))
+    (tmp_path / 'a.txt').write_bytes(b'\xff' * 1000)  # most of the input
+    (tmp_path / 'b.txt').write_bytes(b'good')
+    for part_bytes in (1, PART_BYTES):
+        with pytest.raises(ConfigError, match=r'1 of \d records are bad'):
+            prepare(
+                find_files([f'{tmp_path}/*.txt']),
+                Job(str(tmp_path / 'large'), 'bytes'),
+                part_bytes=part_bytes,
+            )
 
 
 def test_text_that_the_tokenizer_drops_is_named(tmp_path, monkeypatch):
@@ -385,6 +394,23 @@ def test_what_is_held_out_does_not_depend_on_parts_workers_or_leftovers(tmp_path
     assert whole['moved']['to'] == 'validation'
 
 
+def test_of_documents_with_one_id_only_one_is_held_out(tmp_path, monkeypatch):
+    for name, text in {'a': 'one', 'b': 'two', 'c': 'six'}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'r.md').write_text(text)
+    (tmp_path / 'a.jsonl').write_text('{"text": "plain"}')
+    (tmp_path / 'a.jsonl.gz').write_bytes(gzip.compress(b'{"text": "packed"}'))
+    for i, pattern in enumerate(['*/r.md', 'a.jsonl*']):
+        paths = sorted(str(path) for path in tmp_path.glob(pattern))
+        job = Job(f'{tmp_path}/out{i}', 'bytes')
+        prepare(find_files(paths), job)
+        held_out, kept = texts_of(job.output, 'validation'), texts_of(job.output, 'train')
+        assert (len(held_out), len(kept)) == (1, len(paths) - 1)
+    monkeypatch.setattr(module, '_moved', lambda *_: [])
+    with pytest.raises(ConfigError, match='no document of 2 is left for validation'):
+        prepare(find_files([f'{tmp_path}/?/r.md']), Job(f'{tmp_path}/none', 'bytes'))
+
+
 def test_interrupted_while_a_document_is_moved(tmp_path, monkeypatch):
     for i in range(5):
         (tmp_path / f'{i}.txt').write_text(f'document {i}')
@@ -430,6 +456,26 @@ def test_parts_of_an_earlier_version_serve(tmp_path, monkeypatch):
     assert contents(tmp_path / 'out') == contents(tmp_path / 'new')
 
 
+@pytest.mark.parametrize('kept', [0, 20])
+def test_a_damaged_part_file_is_written_again(tmp_path, monkeypatch, kept):
+    for i in range(3):
+        (tmp_path / f'{i}.txt').write_text(f'document {i}')
+    files, job = find_files([f'{tmp_path}/*.txt']), Job(str(tmp_path / 'out'), 'bytes')
+    prepare(files, Job(str(tmp_path / 'new'), 'bytes'), part_bytes=1)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, 'write_manifest', stop)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(files, job, part_bytes=1)
+    monkeypatch.undo()
+    part = tmp_path / 'out/parts/00000.json'
+    part.write_bytes(part.read_bytes()[:kept])
+    prepare(files, job, part_bytes=1)
+    assert contents(tmp_path / 'out') == contents(tmp_path / 'new')
+
+
 def test_a_part_that_is_written_over_is_not_committed(tmp_path, monkeypatch):
     for i in range(3):
         (tmp_path / f'{i}.txt').write_text(f'document {i}')
@@ -452,7 +498,7 @@ def test_a_lost_file_counts_by_its_bytes(tmp_path):
     (tmp_path / 'a.jsonl').write_text('{"text": "x"}\n' * 5000)
     (tmp_path / 'b.jsonl.gz').write_bytes(b'\x1f\x8b' + bytes(20_000))
     files = find_files([f'{tmp_path}/*.*'])
-    with pytest.raises(ConfigError, match=r'1 of 5,001 records are bad, and 19,\d{3} bytes'):
+    with pytest.raises(ConfigError, match=r'1 of 5,001 records are bad, and 20,002 bytes'):
         prepare(files, Job(str(tmp_path / 'out'), 'bytes', max_bad_share=0.01))
 
 

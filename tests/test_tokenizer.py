@@ -1,6 +1,7 @@
 """Encodings by name, their errors, and that tiktoken encodes as the trainer does."""
 
 import base64
+import gzip
 import json
 import os
 import random
@@ -368,3 +369,11 @@ def test_no_network_says_how_to_supply_the_file(monkeypatch, tmp_path):
     monkeypatch.setattr(tiktoken.registry, 'ENCODINGS', {})
     with pytest.raises(ConfigError, match=r'cl100k_base.*TIKTOKEN_CACHE_DIR.*\.tiktoken'):
         get_encoding('cl100k_base')
+
+
+def test_documents_with_one_name_are_all_read(tmp_path):
+    (tmp_path / 'a.jsonl').write_text('{"text": "plain"}')
+    (tmp_path / 'a.jsonl.gz').write_bytes(gzip.compress(b'{"text": "packed"}'))
+    found, bad = tokenizer._read_texts([str(tmp_path)], 'text', ())
+    assert sorted(found) == [(f'{tmp_path}/a.jsonl:1', text) for text in ('packed', 'plain')]
+    assert not bad
