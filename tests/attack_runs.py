@@ -49,7 +49,7 @@ from training_worker import small_run
 import train
 from checkpoint import Checkpointer
 from runtime import lease
-from runtime.workdir import append_evaluation
+from runtime.workdir import append_evaluation, keep_records
 
 # ---------------------------------------------------------------------------------------------
 # The files beside the checkpoints
@@ -112,7 +112,8 @@ class Records(Family):
         """Runs to the end, and adds an evaluation if it is those that are damaged."""
         with silent() as said:
             train.train(self.config, str(workdir))
-            if path.name == 'eval.jsonl':
+            if path.name == 'eval.jsonl':  # as --eval_only does it
+                keep_records(str(path))
                 mesh = train.make_mesh(self.config.mesh)
                 append_evaluation(str(workdir), 6, {'eval_loss': 0.5}, mesh)
         return said.getvalue()
