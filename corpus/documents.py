@@ -215,7 +215,7 @@ def _lines(piece: Piece, text_field: str) -> Iterator[Document | Bad]:
             try:
                 line = lines.readline()
             except errors as error:
-                lost = max(1, piece.file.size or 0)  # no checksum vouches for what was read
+                lost = max(1, (piece.file.size or 0) - raw.tell())
                 yield Bad(name, f'line {number}', str(error), 1, True, lost)
                 return
             if not line and errors and not raw.tell():  # compressed text has bytes, even of nothing
