@@ -35,6 +35,7 @@ from corpus.shards import (
     SPLITS,
     VERSION,
     ArrayWriter,
+    document_hash,
     read_manifest,
     split_of,
     write_manifest,
@@ -379,7 +380,7 @@ def write_part(
             for split, ids, n_bytes in texts:
                 arrays[split].append(ids, n_bytes)
             if texts:
-                first = (_hash(item.id), item.id, item.n_bytes)
+                first = (document_hash(item.id), item.id, item.n_bytes)
                 if len(result['first']) < 2 or first < result['first'][-1]:
                     result['first'] = sorted([*result['first'], first])[:2]
                 if move and item.id == move.document:
@@ -390,12 +391,6 @@ def write_part(
     with store_errors(f'{job.output} cannot be written'):
         store.write(commit, json.dumps(result).encode()).result()
     return result
-
-
-def _hash(document: str) -> str:
-    """Returns the hash of a document's id, in whose order documents go to validation."""
-    name = document.encode('utf-8', 'surrogateescape')
-    return hashlib.blake2b(name, digest_size=8).hexdigest()
 
 
 def _encoded(

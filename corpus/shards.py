@@ -54,9 +54,14 @@ def array_spec(store: ts.KvStore, path: str) -> dict[str, Any]:
 
 def split_of(document: str, validation_share: float) -> str:
     """Returns the split of the document with this id. It does not depend on other documents."""
+    below = int(document_hash(document), 16) < validation_share * 2**64
+    return 'validation' if below else 'train'
+
+
+def document_hash(document: str) -> str:
+    """Returns 16 hex digits over a document's id, in whose order documents go to validation."""
     name = document.encode('utf-8', 'surrogateescape')  # Linux allows any bytes in a file's name
-    digest = hashlib.blake2b(name, digest_size=8).digest()
-    return 'validation' if int.from_bytes(digest, 'big') < validation_share * 2**64 else 'train'
+    return hashlib.blake2b(name, digest_size=8).hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------

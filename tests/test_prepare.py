@@ -434,19 +434,26 @@ def test_interrupted_while_a_document_is_moved(tmp_path, monkeypatch):
     assert contents(tmp_path / 'out') == contents(tmp_path / 'new')
 
 
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def prepare_without_manifest(monkeypatch, files: list, job: Job, **options) -> None:
+    """Prepares, and is interrupted once all parts are there."""
+    with monkeypatch.context() as patches:
+        patches.setattr(module, 'write_manifest', interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(files, job, **options)
+
+
 def test_parts_of_an_earlier_version_serve(tmp_path, monkeypatch):
     for i in range(5):
         (tmp_path / f'{i}.txt').write_text(f'document {i}')
     files, job = find_files([f'{tmp_path}/*.txt']), Job(str(tmp_path / 'out'), 'bytes')
     prepare(files, Job(str(tmp_path / 'new'), 'bytes'), part_bytes=1)
 
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(module, 'write_manifest', stop)
     monkeypatch.setattr(module, '_fill_empty_split', lambda *_: None)
-    with pytest.raises(KeyboardInterrupt):
-        prepare(files, job, part_bytes=1)
+    prepare_without_manifest(monkeypatch, files, job, part_bytes=1)
     for path in (tmp_path / 'out/parts').iterdir():
         result = json.loads(path.read_text())
         del result['first']
@@ -463,13 +470,7 @@ def test_a_damaged_part_file_is_written_again(tmp_path, monkeypatch, kept):
     files, job = find_files([f'{tmp_path}/*.txt']), Job(str(tmp_path / 'out'), 'bytes')
     prepare(files, Job(str(tmp_path / 'new'), 'bytes'), part_bytes=1)
 
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(module, 'write_manifest', stop)
-    with pytest.raises(KeyboardInterrupt):
-        prepare(files, job, part_bytes=1)
-    monkeypatch.undo()
+    prepare_without_manifest(monkeypatch, files, job, part_bytes=1)
     part = tmp_path / 'out/parts/00000.json'
     part.write_bytes(part.read_bytes()[:kept])
     prepare(files, job, part_bytes=1)
@@ -481,14 +482,8 @@ def test_a_part_that_is_written_over_is_not_committed(tmp_path, monkeypatch):
         (tmp_path / f'{i}.txt').write_text(f'document {i}')
     files, job = find_files([f'{tmp_path}/*.txt']), Job(str(tmp_path / 'out'), 'bytes')
 
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(module, 'write_manifest', stop)
-    with pytest.raises(KeyboardInterrupt):
-        prepare(files, job)
-    monkeypatch.undo()
-    monkeypatch.setattr(module, '_encoded', stop)
+    prepare_without_manifest(monkeypatch, files, job)
+    monkeypatch.setattr(module, '_encoded', interrupt)
     with pytest.raises(KeyboardInterrupt):
         prepare(files, dataclasses.replace(job, validation_share=0.5))
     assert not list((tmp_path / 'out/parts').iterdir())
