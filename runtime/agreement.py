@@ -18,9 +18,8 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from config import ConfigError, flat
-from runtime.workdir import VARIABLES, git_state, versions
+from runtime.workdir import ROOT, VARIABLES, git_state, versions
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 GIT = 'git revision'
 LONGEST = 60  # characters of a value that a message shows
 MOST = 8  # differences of a process that a message lists

@@ -52,6 +52,7 @@ PICTURE = 'metrics.png'
 WANDB = 'wandb.json'  # the run's id there
 TENSORBOARD = 'tensorboard'
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # of the project
 RUNS = 'runs'  # the folder of runs that were given no workdir
 RECENT = 20  # of them that are looked at for an unfinished one
 
@@ -132,17 +133,17 @@ def unfinished_run(config: ConfigDict) -> tuple[str, int] | None:
 # ---------------------------------------------------------------------------------------------
 
 
-def _read(path: str) -> bytes | None:
-    """Returns the content of a file, or None if there is no such file."""
+def _read(path: str, byte_range: slice = slice(None)) -> bytes | None:
+    """Returns the content of a file, or a range of it, or None if there is no such file."""
     folder, name = os.path.split(path)
     with store_errors(f'{path} cannot be read'):
-        found = open_store(folder or '.').read(name).result()
+        found = open_store(folder or '.').read(name, byte_range=byte_range).result()
     return found.value if found.state == 'value' else None
 
 
 def exists(path: str) -> bool:
-    """Returns True if there is such a file, damaged or not."""
-    return _read(path) is not None
+    """Returns True if there is such a file, damaged or not; reads nothing of it."""
+    return _read(path, slice(0, 0)) is not None
 
 
 def read_json(path: str) -> Any:
@@ -387,7 +388,7 @@ def start_entry(config: ConfigDict, mesh: Mesh, start: int) -> dict[str, Any]:
     kind of machine.
     """
     devices = mesh.devices.flat
-    git = git_state(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    git = git_state(ROOT)
     return {
         'time': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
         'from_step': start,
