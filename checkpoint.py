@@ -66,8 +66,8 @@ class Checkpointer:
         none).
 
         `context` brings what a URL needs: credentials, or the memory behind memory://.
-        `check_owner` is called, in any thread, before a step is committed or removed; if it raises,
-        because another run writes here now, nothing is, and that is a CheckpointError.
+        `check_owner` is called, in any thread, before a step is written, committed or removed; if
+        it raises, because another run writes here now, nothing is, and that is a CheckpointError.
         """
         if keep < 0 or keep_every < 0:
             raise ConfigError(

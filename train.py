@@ -81,7 +81,6 @@ from runtime.workdir import (
     start_entry,
     tokenizer_record,
 )
-from storage.stores import store_errors
 from train_step import Setup, abstract_state, init_state, lower_train_step, put_batch, setup
 
 T = TypeVar('T')
@@ -214,9 +213,8 @@ def run(r: Run) -> dict[str, Any]:
 
 def record_start(s: Setup, r: Run) -> None:
     """Writes the vocabulary, and an entry of record.json for this start."""
-    with store_errors(f'{r.writer.workdir} cannot be written; make room or mend the access'):
-        r.writer.keep(TOKENIZER, tokenizer_record(r.data[2]))
-        r.writer.record_start(start_entry(r.config, s.mesh, r.start))
+    r.writer.keep(TOKENIZER, tokenizer_record(r.data[2]))
+    r.writer.record_start(start_entry(r.config, s.mesh, r.start))
 
 
 def summary_of(s: Setup, start: int, step: int, seconds: float) -> dict[str, float]:
@@ -248,13 +246,7 @@ def opened_data(config: ConfigDict) -> tuple[Loader | Mixture, list[Source], tik
 
     Raises ConfigError on all processes if one of them cannot open the data, or has another.
     """
-    opened, error = None, None
-    try:
-        opened = open_data(config)
-    except ConfigError as e:
-        error = e
-    if not processes.all_processes(error is None):
-        raise error or ConfigError('another process cannot open the data, see its message')
+    opened = processes.agreed(functools.partial(open_data, config), 'open the data')
     agreement.check_same(data_record(*opened[1:]))
     return opened
 

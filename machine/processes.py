@@ -276,22 +276,23 @@ def all_processes(flag: bool) -> bool:
     return bool(np.all(multihost_utils.process_allgather(np.int32(flag))))
 
 
-def agreed(f: Callable[[], T]) -> T:
+def agreed(f: Callable[[], T], doing: str = 'start') -> T:
     """Returns f(), which may fail on one process alone, as where a disk is full.
 
-    Raises ConfigError on all processes if f raises OSError or ValueError on any. All have to call
-    this, on the main thread; one that is alone gets f's own error.
+    Raises ConfigError on all processes if f raises OSError or ConfigError on any. All have to call
+    this, on the main thread; one that is alone gets f's own error. `doing` names, for the others,
+    what one of them cannot do.
     """
     if jax.process_count() == 1:
         return f()
     result, error = None, None
     try:
         result = f()
-    except (OSError, ValueError) as e:
+    except (OSError, ConfigError) as e:
         error = e
     if not all_processes(error is None):
         if error is None:
-            raise ConfigError('another process cannot start, see its message')
+            raise ConfigError(f'another process cannot {doing}, see its message')
         raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from error
     return result
 

@@ -19,7 +19,7 @@ from runtime.guards import TrainingError
 from runtime.terminal import SEPARATOR, Terminal
 from runtime.workdir import CONFIG, METRICS, add_entry
 from runtime.writers import WRITERS
-from storage.stores import Lines, store_errors, write_text
+from storage.stores import Lines, write_text
 from train_step import Setup
 
 
@@ -43,8 +43,7 @@ class Writer:
             return
         self._others = [WRITERS[name](workdir, config, start) for name in config.log.writers]
         self._lines = Lines(self.path)
-        with store_errors(f'{workdir} cannot be written; make room or mend the access'):
-            write_text(os.path.join(workdir, CONFIG), config.to_json(indent=2) + '\n')
+        write_text(os.path.join(workdir, CONFIG), config.to_json(indent=2) + '\n')
 
     def __enter__(self) -> 'Writer':
         return self

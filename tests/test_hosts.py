@@ -280,6 +280,7 @@ def test_data_that_one_process_cannot_open_stops_all(here, monkeypatch):
             raise ConfigError('the cache folder cannot be written')
 
     monkeypatch.setattr(train, 'open_data', open_data)
+    monkeypatch.setattr(processes.jax, 'process_count', lambda: 2)
     monkeypatch.setattr(processes, 'all_processes', lambda flag: False)
     said = 'another process cannot open the data' if here else 'the cache folder'
     with pytest.raises(ConfigError, match=said):
