@@ -24,6 +24,8 @@ ended_by_request() {
 for ((i = 0; ; i++)); do
   "$@" &
   child=$!
+  # A signal that came in between found no child to pass it on to.
+  [[ -z $stopping ]] || kill -TERM "$child" 2>/dev/null
   wait "$child"
   code=$?
   while kill -0 "$child" 2>/dev/null; do # a trapped signal ends `wait`, but not the command

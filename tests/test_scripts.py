@@ -182,6 +182,16 @@ def test_restarts_end_by_a_signal_which_the_command_gets(name, environment, tmp_
     assert (tmp_path / 'output').read_text() == 'begun\nsaved\n'
 
 
+def test_a_signal_before_the_command_is_known_reaches_it(environment, tmp_path):
+    script = (ROOT / 'scripts/again.sh').read_text()
+    assert script.count('  child=$!\n') == 1
+    slow = tmp_path / 'again.sh'
+    slow.write_text(script.replace('  child=$!\n', '  sleep 0.3\n  child=$!\n'))
+    train = 'trap "exit 0" TERM; kill -TERM "$PPID"; for i in {1..50}; do sleep 0.1; done; exit 9'
+    command(tmp_path / 'bin', 'train', train)
+    assert run(environment, 'bash', str(slow), 'train').returncode == 0
+
+
 @pytest.mark.parametrize('code', [130, 143])
 def test_a_command_that_was_to_end_is_not_repeated(code, environment):
     """It was before it heard signals."""
