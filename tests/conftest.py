@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 from importlib.metadata import version
 from importlib.util import find_spec
 
@@ -32,6 +33,15 @@ from common_data import prepared_corpus
 
 from corpus.files import File, find_files
 from corpus.prepare import Job, prepare
+
+# nohup ignores SIGHUP, and a shell SIGINT of what runs behind it, for all processes that are
+# started: there, the tests' own would not hear the signals that they are sent.
+for number, handler in (
+    (signal.SIGHUP, signal.SIG_DFL),
+    (signal.SIGINT, signal.default_int_handler),
+):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, handler)
 
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 8)
