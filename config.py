@@ -118,6 +118,21 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MuonConfig:
+    """Choices of Muon, as configs/default.py explains them."""
+
+    momentum: float
+    nesterov: bool
+    split_heads: bool
+    steps: int
+    coefficients: str
+    scale: str
+    adamw_lr: float
+    replicas: str
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """Choices of the update, as configs/default.py explains them; `steps` is the run's length."""
 
@@ -133,6 +148,9 @@ class OptimizerConfig:
     eps: float
     weight_decay: float
     clip_norm: float
+    cautious_decay: bool
+    ema: float
+    muon: MuonConfig
 
 
 def model_config(config: ConfigDict) -> ModelConfig:
@@ -145,7 +163,8 @@ def model_config(config: ConfigDict) -> ModelConfig:
 
 def optimizer_config(config: ConfigDict) -> OptimizerConfig:
     """Returns the optimizer's part of a config."""
-    return OptimizerConfig(steps=config.steps, **config.optimizer)
+    fields = dict(config.optimizer) | {'muon': MuonConfig(**config.optimizer.muon)}
+    return OptimizerConfig(steps=config.steps, **fields)
 
 
 # ---------------------------------------------------------------------------------------------

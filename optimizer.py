@@ -1,22 +1,41 @@
 """The update: clipping by the global norm, optimizers, the learning rate, and steps to skip.
 
-Pure functions on sharded trees, elementwise on the shards that a device holds but for the one
-number that clipping needs. Parameters (the float32 master copy) and slots are sharded alike.
+Pure functions on sharded trees. Parameters (the float32 master copy) and slots are sharded alike.
+All is elementwise on the shards that a device holds, but for the one number that clipping needs,
+and for Muon, which brings whole matrices together: each to one device, its home.
 
 To add an optimizer, write its functions and add a line to OPTIMIZERS.
 """
 
+import collections
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from ml_collections import ConfigDict
 
-from config import OptimizerConfig
-from parallel import Array, Tree, global_sum_of_squares, map_params, zeros
+from config import MuonConfig, OptimizerConfig, optimizer_config
+from parallel import (
+    AXES,
+    Array,
+    Param,
+    Tree,
+    all_to_all,
+    gather_alike,
+    global_sum_of_squares,
+    is_param,
+    local_slice,
+    map_params,
+    merged,
+    part,
+    spec_axes,
+    zeros,
+)
 
 
 class Optimizer(NamedTuple):
@@ -37,6 +56,16 @@ class Optimizer(NamedTuple):
 def zeros_like(declared: Tree) -> Tree:
     """Declares a slot of each parameter's shape and layout that starts at zero."""
     return map_params(lambda p: dataclasses.replace(p, init=zeros), declared)
+
+
+def optimizer_for(config: ConfigDict, platform: str) -> OptimizerConfig:
+    """Returns the optimizer's part of a config for devices of this jax platform: Newton-Schulz
+    runs in float32 on CPU, which computes bfloat16 no faster, else in bfloat16."""
+    cfg = optimizer_config(config)
+    if cfg.muon.dtype != 'auto':
+        return cfg
+    dtype = 'float32' if platform == 'cpu' else 'bfloat16'
+    return dataclasses.replace(cfg, muon=dataclasses.replace(cfg.muon, dtype=dtype))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -103,14 +132,24 @@ def adamw(
     m = jax.tree.map(lambda m, g: cfg.b1 * m + (1 - cfg.b1) * g, slots['m'], grads)
     v = jax.tree.map(lambda v, g: cfg.b2 * v + (1 - cfg.b2) * g * g, slots['v'], grads)
 
-    def update(p, x: Array, m: Array, v: Array) -> Array:
-        if not p.trainable:
-            return x
-        direction = m * m_scale / (jnp.sqrt(v * v_scale) + cfg.eps)
-        decay = cfg.weight_decay if p.matrix else 0.0
-        return x - lr * (direction + decay * x)
+    def update(p: Param, x: Array, m: Array, v: Array) -> Array:
+        return moved(p, x, m * m_scale / (jnp.sqrt(v * v_scale) + cfg.eps), lr, cfg)
 
     return map_params(update, declared, params, m, v), {'m': m, 'v': v}
+
+
+def moved(p: Param, x: Array, direction: Array, lr: Array, cfg: OptimizerConfig) -> Array:
+    """Returns the parameter after a step against `direction`, with the decay of a matrix.
+
+    With `cautious_decay` a number decays only where the step goes the same way: where direction and
+    number agree in sign (Chen et al. 2025, "Cautious Weight Decay", arXiv:2510.12402, algorithm 1).
+    """
+    if not p.trainable:
+        return x
+    decay = cfg.weight_decay if p.matrix else 0.0
+    if cfg.cautious_decay:
+        decay = jnp.where(direction * x >= 0, decay, 0.0)
+    return x - lr * (direction + decay * x)
 
 
 def adamw_rules(config: ConfigDict) -> Iterator[str]:
@@ -121,10 +160,302 @@ def adamw_rules(config: ConfigDict) -> Iterator[str]:
 
 
 # ---------------------------------------------------------------------------------------------
+# Muon
+# ---------------------------------------------------------------------------------------------
+
+# Coefficients (a, b, c) of the steps of Newton-Schulz, x -> a x + (b s + c s²) x with s = x xᵀ; the
+# last serves all further steps. 'jordan': Jordan et al. 2024, github.com/KellerJordan/Muon, steep at
+# zero, leaves singular values between 0.7 and 1.2. 'polar_express': Amsel et al. 2025,
+# arXiv:2505.16932, algorithm 1, the best polynomial for each step, nearer to 1; all but the last
+# take a hundredth off their input, so that rounding does not throw a singular value out of range.
+COEFFICIENTS: dict[str, tuple[tuple[float, float, float], ...]] = {
+    'jordan': ((3.4445, -4.7750, 2.0315),),
+    'polar_express': (
+        *(
+            (a / 1.01, b / 1.01**3, c / 1.01**5)
+            for a, b, c in (
+                (8.28721201814563, -23.595886519098837, 17.300387312530933),
+                (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+                (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+                (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+                (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+                (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+                (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+            )
+        ),
+        (1.875, -1.25, 0.375),
+    ),
+}
+
+# Factors on the orthogonal matrix, from the sizes of its input and output. 'spectral': the update
+# changes outputs alike whatever the shape (Jordan et al. 2024; Bernstein 2025); 'rms': its numbers
+# are as large as AdamW's usually are, so AdamW's rates serve (Liu et al. 2025, arXiv:2502.16982).
+SCALES: dict[str, Callable[[int, int], float]] = {
+    'spectral': lambda inputs, outputs: math.sqrt(max(1, outputs / inputs)),
+    'rms': lambda inputs, outputs: 0.2 * math.sqrt(max(inputs, outputs)),
+}
+
+SMALLEST_NORM = 1e-7  # by which a matrix is divided; the 1e-7 of torch.optim.Muon
+
+
+class Matrices(NamedTuple):
+    """Matrices of one shape and layout: what travels, and is computed, together.
+
+    rows <= columns: a parameter whose matrices are taller is turned, which Newton-Schulz allows.
+    """
+
+    rows: int
+    columns: int
+    row_axis: str | None  # the mesh axis that shards the rows
+    column_axis: str | None
+    front: tuple[str, ...]  # axes that shard the dimensions that count matrices: pp, ep, tp
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The axes whose devices hold parts of one matrix."""
+        return tuple(axis for axis in (self.row_axis, self.column_axis) if axis)
+
+    @property
+    def replicas(self) -> tuple[str, ...]:
+        """The axes whose devices hold the same parts."""
+        return tuple(axis for axis in AXES if axis not in (*self.axes, *self.front))
+
+
+class View(NamedTuple):
+    """How the matrices of one parameter lie in it."""
+
+    group: Matrices
+    inputs: int  # numbers that one of its matrices takes ...
+    outputs: int  # ... and gives
+    heads: int | None  # the dimension that goes to the front, as each head is a matrix
+    front: int  # dimensions that count matrices, once it is there
+    split: int  # the first dimension of the outputs, then
+    turned: bool  # whether the group's rows are the outputs
+
+
+def is_muons(p: Param) -> bool:
+    """Returns True for what Muon updates: the matrices inside layers."""
+    return p.inputs > 0
+
+
+def view(p: Param, split_heads: bool) -> View:
+    """Returns how the matrices of a parameter lie in it: [front ..., inputs ..., outputs ...].
+
+    Of a side of two dimensions the first counts heads. With `split_heads` each head is a matrix.
+    """
+    front = len(p.shape) - p.inputs - p.outputs
+    order, inputs, heads = list(range(len(p.shape))), p.inputs, None
+    if split_heads and p.inputs + p.outputs > 2:
+        heads = front if p.inputs == 2 else front + p.inputs
+        order.insert(front, order.pop(heads))
+        front, inputs = front + 1, 1
+    split = front + inputs
+    spec = [*p.spec, *[None] * (len(p.shape) - len(p.spec))]
+    shape, spec = tuple(p.shape[i] for i in order), tuple(spec[i] for i in order)
+    sides = [
+        (math.prod(shape[dims]), spec_axes(spec[dims]))
+        for dims in (slice(front, split), slice(split, None))
+    ]
+    for dims in (slice(front + 1, split), slice(split + 1, None)):
+        # Parts of a side are then its rows in order, which all_to_all joins.
+        assert not spec_axes(spec[dims]), f'{p.spec} shards an inner dimension of a matrix'
+    (n_in, _), (n_out, _) = sides
+    (rows, row_axes), (columns, column_axes) = ordered = sorted(sides)
+    row_axis, column_axis = (axes[0] if axes else None for axes in (row_axes, column_axes))
+    group = Matrices(rows, columns, row_axis, column_axis, spec_axes(spec[:front]))
+    return View(group, n_in, n_out, heads, front, split, turned=ordered != sides)
+
+
+def to_matrices(x: Array, v: View) -> Array:
+    """Brings this device's shard of a parameter into the form of its group: [n, rows, columns]."""
+    if v.heads is not None:
+        x = jnp.moveaxis(x, v.heads, v.front - 1)
+    sizes = (x.shape[: v.front], x.shape[v.front : v.split], x.shape[v.split :])
+    x = x.reshape([math.prod(size) for size in sizes])
+    return x.swapaxes(1, 2) if v.turned else x
+
+
+def from_matrices(x: Array, v: View, shape: tuple[int, ...]) -> Array:
+    """Undoes `to_matrices`, for a shard of this shape."""
+    x = x.swapaxes(1, 2) if v.turned else x
+    if v.heads is None:
+        return x.reshape(shape)
+    moved_shape = [*shape]
+    moved_shape.insert(v.front - 1, moved_shape.pop(v.heads))
+    return jnp.moveaxis(x.reshape(moved_shape), v.front - 1, v.heads)
+
+
+def muon_slots(declared: Tree) -> dict[str, Tree]:
+    """Declares the momentum of Muon's matrices, and AdamW's moments of the rest."""
+    return {
+        'momentum': zeros_like(part(declared, declared, is_muons)),
+        **adamw_slots(part(declared, declared, is_adamws)),
+    }
+
+
+def is_adamws(p: Param) -> bool:
+    """Returns True for what AdamW updates beside Muon: embedding, head, router, gains, biases."""
+    return not is_muons(p)
+
+
+def muon(
+    params: Tree,
+    grads: Tree,
+    slots: Tree,
+    lr: Array,
+    updates: Array,
+    declared: Tree,
+    cfg: OptimizerConfig,
+) -> tuple[Tree, Tree]:
+    """Makes one update: of the matrices inside layers by Muon, of all else by AdamW.
+
+    Muon (Jordan et al. 2024) moves a matrix against the orthogonal matrix nearest to its momentum.
+    The momentum is a mean, as AdamW's first moment is; its scale is divided out. With Nesterov it
+    counts the newest gradient once more (torch.optim.Muon does the same).
+    """
+    settings = cfg.muon
+    of_muon, of_adamw = (part(declared, declared, which) for which in (is_muons, is_adamws))
+    rest = (part(tree, declared, is_adamws) for tree in (params, grads))
+    rate = settings.adamw_lr / cfg.peak_lr if settings.adamw_lr else 1.0
+    moments = {name: slots[name] for name in ('m', 'v')}
+    others, moments = adamw(*rest, moments, lr * rate, updates, of_adamw, cfg)
+
+    params, grads = (part(tree, declared, is_muons) for tree in (params, grads))
+    mean = settings.momentum
+    momentum = jax.tree.map(lambda m, g: mean * m + (1 - mean) * g, slots['momentum'], grads)
+    ahead = momentum
+    if settings.nesterov:
+        ahead = jax.tree.map(lambda m, g: mean * m + (1 - mean) * g, momentum, grads)
+    direction = orthogonal(ahead, of_muon, settings)
+
+    def update(p: Param, x: Array, direction: Array) -> Array:
+        return moved(p, x, direction, lr, cfg)
+
+    params = map_params(update, of_muon, params, direction)
+    return merged(params, others), {'momentum': momentum, **moments}
+
+
+@jax.named_scope('muon')
+def orthogonal(tree: Tree, declared: Tree, cfg: MuonConfig) -> Tree:
+    """Returns the nearest orthogonal matrix of every matrix in a sharded tree, times its scale.
+
+    Leaves whose matrices have one shape and layout travel together, so that there are as many
+    collectives as shapes, and matrices of all layers share the homes.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    views = [view(p, cfg.split_heads) for p in jax.tree.leaves(declared, is_leaf=is_param)]
+    groups = collections.defaultdict(list)
+    for i, v in enumerate(views):
+        groups[v.group].append(i)
+    for group, members in groups.items():
+        x = jnp.concatenate([to_matrices(leaves[i], views[i]) for i in members])
+        x = at_home(x.astype(cfg.dtype), group, cfg).astype(jnp.float32)
+        start = 0
+        for i in members:
+            v, shape = views[i], leaves[i].shape
+            n = math.prod(shape) // math.prod(x.shape[1:])
+            scale = SCALES[cfg.scale](v.inputs, v.outputs)
+            leaves[i] = scale * from_matrices(x[start : start + n], v, shape)
+            start += n
+    return structure.unflatten(leaves)
+
+
+def at_home(x_nrc: Array, group: Matrices, cfg: MuonConfig) -> Array:
+    """Runs `newton_schulz` on each matrix as a whole, on one device: its home.
+
+    Layout: [n, rows/r, columns/c], a shard of each of n matrices, on each of r · c devices. They
+    become [n/(r·c), rows, columns], every matrix on one of them; then go back. n is filled up with
+    zeros to a multiple. With replicas='split' the copies of a shard part the matrices between them.
+    Moves, each way: an all-to-all over each of the two axes, of size · (1 - 1/r) and
+    size · (1 - 1/c) bytes in cfg.dtype; with replicas='split' an all-gather of the results.
+    """
+    n, copies = x_nrc.shape[0], group.replicas if cfg.replicas == 'split' else ()
+    homes = math.prod(lax.axis_size(axis) for axis in (*group.axes, *copies))
+    # The barrier: XLA:CPU (jax 0.10.2) does not compile an all-to-all one of whose parts it knows to
+    # be zero, if the layout of another differs.
+    x = lax.optimization_barrier(jnp.pad(x_nrc, ((0, -n % homes), (0, 0), (0, 0))))
+    for axis in copies:
+        x = local_slice(x, axis, 0)
+    sharded = [(axis, dim) for dim, axis in ((1, group.row_axis), (2, group.column_axis)) if axis]
+    for axis, dim in sharded:
+        x = all_to_all(x, axis, 0, dim)
+    x = newton_schulz(x, cfg)
+    for axis, dim in reversed(sharded):
+        x = all_to_all(x, axis, dim, 0)
+    for axis in reversed(copies):
+        x = gather_alike(x, axis, 0)
+    return x[:n]
+
+
+@jax.named_scope('newton_schulz')
+def newton_schulz(x_nRC: Array, cfg: MuonConfig) -> Array:
+    """Brings the singular values of each matrix, R <= C, near 1: [n, R, C] -> the same.
+
+    A step takes 4 R² C + 2 R³ FLOPs a matrix, and no collective.
+    """
+    norm = jnp.sqrt(jnp.sum(jnp.square(x_nRC.astype(jnp.float32)), axis=(1, 2), keepdims=True))
+    x_nRC = (x_nRC / jnp.maximum(norm, SMALLEST_NORM)).astype(x_nRC.dtype)
+    # float32 is meant as such on TPU too, whose matmuls would otherwise round to bfloat16.
+    matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+
+    def step(x_nRC: Array, abc: Array) -> tuple[Array, None]:
+        a, b, c = abc
+        s_nRR = matmul(x_nRC, x_nRC.swapaxes(1, 2))
+        return a * x_nRC + matmul(b * s_nRR + c * matmul(s_nRR, s_nRR), x_nRC), None
+
+    return lax.scan(step, x_nRC, jnp.asarray(coefficients(cfg), x_nRC.dtype))[0]
+
+
+def coefficients(cfg: MuonConfig) -> list[tuple[float, float, float]]:
+    """Returns the coefficients of each step."""
+    table = COEFFICIENTS[cfg.coefficients]
+    return [table[min(i, len(table) - 1)] for i in range(cfg.steps)]
+
+
+def muon_rules(config: ConfigDict) -> Iterator[str]:
+    """Yields errors for constants out of range."""
+    yield from adamw_rules(config)
+    o = config.optimizer
+    if o.muon.adamw_lr and not o.peak_lr:
+        yield (
+            f'optimizer.muon.adamw_lr={o.muon.adamw_lr} follows the schedule of optimizer.peak_lr, '
+            f'which is 0; use a peak_lr above 0'
+        )
+
+
+# ---------------------------------------------------------------------------------------------
 # The table
 # ---------------------------------------------------------------------------------------------
 
-OPTIMIZERS: dict[str, Optimizer] = {'adamw': Optimizer(adamw_slots, adamw, adamw_rules)}
+OPTIMIZERS: dict[str, Optimizer] = {
+    'adamw': Optimizer(adamw_slots, adamw, adamw_rules),
+    'muon': Optimizer(muon_slots, muon, muon_rules),
+}
+
+# ---------------------------------------------------------------------------------------------
+# Averaged weights
+# ---------------------------------------------------------------------------------------------
+
+AVERAGE = 'ema'  # the slot of the averaged parameters
+
+
+def slots_of(declared: Tree, cfg: OptimizerConfig) -> dict[str, Tree]:
+    """Declares all that is kept beside the parameters: the optimizer's slots, and the average."""
+    average = {AVERAGE: zeros_like(declared)} if cfg.ema else {}
+    return OPTIMIZERS[cfg.name].slots(declared) | average
+
+
+def average(mean: Tree, params: Tree, updates: Array, decay: float) -> Tree:
+    """Returns the exponential mean of the parameters after each update, elementwise.
+
+    `updates` counts those before this one. The mean of what was there so far: the weights of the
+    parameters always add up to 1 (as in AdamW's bias correction), so that those from before the
+    first update have none (Polyak & Juditsky 1992; as an exponential mean, Izmailov et al. 2018).
+    """
+    t = (updates + 1).astype(jnp.float32)
+    weight = (1 - decay) / (1 - decay**t)
+    return jax.tree.map(lambda mean, x: mean + weight * (x - mean), mean, params)
+
 
 # ---------------------------------------------------------------------------------------------
 # Skipped steps

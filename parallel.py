@@ -124,6 +124,9 @@ class Param:
         weight's product again; '' if none does, dense.NEVER if no backward pass needs the product.
     work: numbers that the matmul multiplies per number of the weight; above 1 if it takes a larger
         matrix that contains the weight.
+    inputs, outputs: how many of the last dimensions its input takes, and its output after them,
+        where an optimizer may take it for a matrix, or for as many as the dimensions before them
+        count; 0, 0 for gains, embedding, head and router. Of a side of two the first counts heads.
     """
 
     shape: tuple[int, ...]
@@ -135,6 +138,8 @@ class Param:
     linear: bool = False
     kept_by: str = ''
     work: float = 1.0
+    inputs: int = 0
+    outputs: int = 0
 
 
 @jax.tree_util.register_dataclass
@@ -173,6 +178,24 @@ def is_param(x: Any) -> bool:
 def map_params(f: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     """Maps f over a tree of `Param` and `rest`, trees of the same structure, as `jax.tree.map`."""
     return jax.tree.map(f, tree, *rest, is_leaf=is_param)
+
+
+def part(tree: Tree, declared: Tree, keep: Callable[[Param], bool]) -> Tree:
+    """Returns the leaves of nested dicts whose `Param` is to be kept, without empty dicts."""
+    found = {}
+    for name, below in declared.items():
+        if not is_param(below):
+            inner = part(tree[name], below, keep)
+            found |= {name: inner} if inner else {}
+        elif keep(below):
+            found[name] = tree[name]
+    return found
+
+
+def merged(a: Tree, b: Tree) -> Tree:
+    """Returns nested dicts with the leaves of both, which have none in common."""
+    both = {name: merged(a[name], b[name]) for name in a if name in b}
+    return a | b | both
 
 
 def stacked(tree: Tree, n: int, axis: str | None, chunks: int = 1) -> Tree:
@@ -305,14 +328,16 @@ def reduce_scatter(x: Array, axis: Axis, dim: int) -> Array:
 
 
 @named_by_axis
-def all_to_all(x: Array, axis: Axis, dim: int) -> Array:
+def all_to_all(x: Array, axis: Axis, dim: int, to: int | None = None) -> Array:
     """Exchanges parts. Layout: dim is n parts, one for each device of the axis -> one from each.
 
-    Forward: all-to-all, size·(n-1)/n bytes. Backward: the same all-to-all of the cotangents.
+    They are joined along dimension `to`, by default the same: dim, to/n -> dim/n, to.
+    Forward: all-to-all, size·(n-1)/n bytes. Backward: the all-to-all back of the cotangents.
     """
     if lax.axis_size(axis) == 1:
         return x
-    return lax.all_to_all(x, axis, split_axis=dim, concat_axis=dim, tiled=True)
+    to = dim if to is None else to
+    return lax.all_to_all(x, axis, split_axis=dim, concat_axis=to, tiled=True)
 
 
 def ragged_all_to_all(
@@ -447,6 +472,15 @@ def replicate(x: Array, axis: Axis, dim: int) -> Array:
     whole = jnp.zeros_like(x, shape=(*x.shape[:dim], n * size, *x.shape[dim + 1 :]))
     start = lax.axis_index(axis) * size
     return lax.psum(lax.dynamic_update_slice_in_dim(whole, x, start, dim), axis)
+
+
+@named_by_axis
+def gather_alike(x: Array, axis: Axis, dim: int) -> Array:
+    """Gathers dim for results of the step. Layout: dim/n -> dim, replicated over the axis.
+
+    Moves: all-gather, size·(n-1)/n bytes. Not differentiated.
+    """
+    return lax.all_gather(x, axis, axis=dim, tiled=True, to='invarying')
 
 
 @jax.named_scope('global_sum')

@@ -20,7 +20,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from config import ModelConfig, OptimizerConfig, optimizer_config
+from config import ModelConfig, OptimizerConfig
 from layers.attention import positions
 from layers.dense import linear_weight_gradient
 from layers.moe import update_biases
@@ -35,13 +35,17 @@ from model import (
     token_loss,
 )
 from optimizer import (
+    AVERAGE,
     OPTIMIZERS,
+    average,
     clip_by_global_norm,
     count_updates,
     init_history,
     judge,
     learning_rate,
+    optimizer_for,
     select,
+    slots_of,
 )
 from parallel import (
     BATCH,
@@ -91,8 +95,8 @@ def setup(config: ConfigDict, mesh: Mesh, end_of_text: int = -1) -> Setup:
     """
     platform = mesh.devices.flat[0].platform
     model = model_for(config, platform, end_of_text)
-    declared, optimizer = declared_params(config), optimizer_config(config)
-    slots = OPTIMIZERS[optimizer.name].slots(declared)
+    declared, optimizer = declared_params(config), optimizer_for(config, platform)
+    slots = slots_of(declared, optimizer)
     schedule = train_schedule(config) if config.mesh.pp > 1 else None
     return Setup(config, mesh, platform, model, optimizer, declared, slots, schedule)
 
@@ -119,6 +123,9 @@ def train_step(state: Tree, tokens_MBT: Array, s: Setup) -> tuple[Tree, dict[str
             state['params'], grads, state['moments'], lr, updates, s.declared, s.optimizer
         )
     params['blocks'] = update_biases(params['blocks'], metrics['router'], s.model.bias_rate)
+    if s.optimizer.ema:
+        mean = state['moments'][AVERAGE]
+        slots[AVERAGE] = average(mean, params, updates, s.optimizer.ema)
     apply, history = judge(norm, state['history'], s.config.guard)
     updated = {'params': params, 'moments': slots}
     updated = select(apply, updated, {name: state[name] for name in updated})

@@ -92,7 +92,7 @@ def get_config() -> ConfigDict:
     d.tokenizer = 'vocab/stdlib-4096.tiktoken'  # for 'stdlib'; a folder names its own
 
     c.optimizer = o = ConfigDict()
-    o.name = 'adamw'  # 'adamw'; optimizer.OPTIMIZERS lists them
+    o.name = 'adamw'  # 'adamw' | 'muon' (for matrices inside layers, and AdamW for the rest)
     o.lr_schedule = 'cosine'  # of the learning rate: 'cosine' | 'wsd' (warmup, stable, decay)
     o.peak_lr = 1e-3
     o.final_lr = 1e-4
@@ -102,9 +102,24 @@ def get_config() -> ConfigDict:
     o.b2 = 0.95
     o.eps = 1e-8
     o.weight_decay = 0.1  # for matrices only
+    o.cautious_decay = False  # decay numbers only where the update moves them to zero as well
     o.clip_norm = 1.0  # largest norm of the whole gradient; 0 never clips
+    o.ema = 0.0  # decay of averaged weights, as in 0.999: see eval.averaged; 0: none are kept
+    o.muon = u = ConfigDict()
+    u.momentum = 0.95
+    u.nesterov = True
+    u.split_heads = False  # take each attention head for a matrix, not all of them together
+    u.steps = 5  # of Newton-Schulz
+    u.coefficients = 'jordan'  # of its steps: 'jordan' | 'polar_express'
+    u.scale = 'rms'  # of updates: 'rms' (as large as AdamW's: same rates) | 'spectral'
+    u.adamw_lr = 0.0  # peak rate of what AdamW updates, by the same schedule; 0: peak_lr
+    u.replicas = 'repeat'  # copies of a shard compute the same | 'split': each a part, then gather
+    u.dtype = 'auto'  # of Newton-Schulz: 'float32' | 'bfloat16' | 'auto': float32 on CPU only
 
-    c.eval = ConfigDict({'every': 200, 'batches': 0})  # batches of 0: the whole validation split
+    c.eval = e = ConfigDict()
+    e.every = 200  # steps
+    e.batches = 0  # 0: the whole validation split
+    e.averaged = False  # evaluate, and sample from, the averaged weights that optimizer.ema keeps
 
     c.log = g = ConfigDict()
     g.every = 10  # steps

@@ -224,6 +224,12 @@ def _rows_last(x_BnH: Array, rows: int) -> Array:
 # ---------------------------------------------------------------------------------------------
 
 
+def output_weight(cfg: ModelConfig, size: int) -> Param:
+    """Declares the weight from heads of this size back to the residual stream."""
+    N, std = cfg.n_heads, (2 * cfg.n_layers * cfg.n_heads * size) ** -0.5
+    return weight((N, size, cfg.d_model), P(TP, None, FSDP), std, RESIDUAL, inputs=2)
+
+
 def mla_params(cfg: ModelConfig) -> Tree:
     """Declares the parameters of `mla`."""
     D, N, R, Rq = cfg.d_model, cfg.n_heads, cfg.kv_rank, cfg.q_rank
@@ -237,13 +243,16 @@ def mla_params(cfg: ModelConfig) -> Tree:
     else:
         query = {'w_q': weight((D, N, Hn + Hr), P(FSDP, TP, None), D**-0.5, QKV)}
     key_work = (1 + Hr / R) * (1 + Hr / Hn)  # `_key_weight` is wider than w_k_up
-    w_k_up = Param((R, N, Hn), P(FSDP, TP, None), normal(R**-0.5), kept_by=QKV, work=key_work)
+    w_k_up = Param(
+        (R, N, Hn), P(FSDP, TP, None), normal(R**-0.5),
+        kept_by=QKV, work=key_work, inputs=1, outputs=2,
+    )  # fmt: skip
     return query | {
         'w_kv_down': weight((D, R + Hr), P(FSDP, None), D**-0.5),
         'kv_norm': gain(R),
         'w_k_up': w_k_up,
         'w_v_up': weight((R, N, Hv), P(FSDP, TP, None), R**-0.5, QKV),
-        'w_o': weight((N, Hv, D), P(TP, None, FSDP), (2 * cfg.n_layers * N * Hv) ** -0.5, RESIDUAL),
+        'w_o': output_weight(cfg, Hv),
     }
 
 
@@ -376,7 +385,7 @@ def gqa_params(cfg: ModelConfig) -> Tree:
         'w_q': weight((D, N, H), P(FSDP, TP, None), D**-0.5, QKV),
         'w_k': weight((D, K, H), P(FSDP, heads, None), D**-0.5, QKV),
         'w_v': weight((D, K, H), P(FSDP, heads, None), D**-0.5, QKV),
-        'w_o': weight((N, H, D), P(TP, None, FSDP), (2 * cfg.n_layers * N * H) ** -0.5, RESIDUAL),
+        'w_o': output_weight(cfg, H),
     }
 
 

@@ -59,9 +59,12 @@ def gain(size: int) -> Param:
     return Param((size,), P(None), ones, matrix=False)
 
 
-def weight(shape: tuple[int, ...], spec: P, std: float, kept_by: str = '') -> Param:
-    """Declares the weight of a `linear`."""
-    return Param(shape, spec, normal(std), linear=True, kept_by=kept_by)
+def weight(
+    shape: tuple[int, ...], spec: P, std: float, kept_by: str = '', inputs: int = 1
+) -> Param:
+    """Declares the weight of a `linear`, whose input takes the first `inputs` dimensions."""
+    sides = {'inputs': inputs, 'outputs': len(shape) - inputs}
+    return Param(shape, spec, normal(std), linear=True, kept_by=kept_by, **sides)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -40,7 +40,8 @@ from parallel import (
 def moe_params(cfg: ModelConfig) -> Tree:
     """Declares the router, its biases, the routed experts and the shared ones."""
     D, E, F = cfg.d_model, cfg.n_experts, cfg.d_expert
-    expert = functools.partial(Param, use=cfg.experts_per_token / E, kept_by=HIDDEN)
+    use = cfg.experts_per_token / E
+    expert = functools.partial(Param, use=use, kept_by=HIDDEN, inputs=1, outputs=1)
     up, down = normal(D**-0.5), normal((2 * cfg.n_layers * F) ** -0.5)
     shared = {}
     if cfg.n_shared_experts:

@@ -21,7 +21,7 @@ from layers.kernels import kernel_errors, names
 from machine.chips import CHIPS
 from machine.config_flag import RECORDS
 from model import FEED_FORWARD, REMAT
-from optimizer import OPTIMIZERS
+from optimizer import COEFFICIENTS, OPTIMIZERS, SCALES
 from parallel import AXES, DP, EP, FSDP, PP, TP
 from pipeline.schedules import NAMES
 from runtime.writers import WRITERS
@@ -65,12 +65,18 @@ RANGES: dict[str, tuple[float, float]] = {
     'model.document_end': (-1, INT32),
     **dict.fromkeys(
         ('optimizer.peak_lr', 'optimizer.final_lr', 'optimizer.weight_decay', 'optimizer.clip_norm',
+         'optimizer.muon.adamw_lr',
          'model.routed_scale', 'model.balance_loss', 'model.router_z_loss', 'model.z_loss',
          'model.capacity_factor', 'model.buffer_factor', 'log.sample_temperature',
          'guard.spike_factor', 'peak_flops'),
         (0, FLOAT32),
     ),
-    **dict.fromkeys(('optimizer.b1', 'optimizer.b2', 'model.dropout'), (0, BELOW_1)),
+    **dict.fromkeys(
+        ('optimizer.b1', 'optimizer.b2', 'optimizer.ema', 'optimizer.muon.momentum',
+         'model.dropout'),
+        (0, BELOW_1),
+    ),
+    'optimizer.muon.steps': (1, 100),
     **dict.fromkeys(('optimizer.eps', 'model.norm_eps'), (TINY, 1)),
     'model.bias_rate': (0, 1),
     'model.rope_base': (1, FLOAT32),
@@ -157,6 +163,10 @@ def choice_errors(fields: dict[str, Any]) -> Iterator[str]:
         'model.rope_scaling': ('none', 'linear', 'yarn'),
         'optimizer.name': OPTIMIZERS,
         'optimizer.lr_schedule': ('cosine', 'wsd'),
+        'optimizer.muon.coefficients': COEFFICIENTS,
+        'optimizer.muon.scale': SCALES,
+        'optimizer.muon.replicas': ('repeat', 'split'),
+        'optimizer.muon.dtype': ('auto', 'float32', 'bfloat16'),
         'chip': ('cpu', *CHIPS),
     }
     for name, allowed in choices.items():
@@ -201,6 +211,11 @@ def value_errors(config: ConfigDict) -> Iterator[str]:
     if 0 < spike <= 1:
         yield (
             f'guard.spike_factor={spike} skips ordinary steps; use a factor above 1, or 0 for none'
+        )
+    if config.eval.averaged and not config.optimizer.ema:
+        yield (
+            'eval.averaged=True evaluates averaged weights, and optimizer.ema=0.0 keeps none; give '
+            'it a decay, as in 0.999'
         )
     if config.log.sample_every and not (config.log.prompts and all(config.log.prompts)):
         yield (
