@@ -164,9 +164,9 @@ def adamw_rules(config: ConfigDict) -> Iterator[str]:
 # ---------------------------------------------------------------------------------------------
 
 # Coefficients (a, b, c) of the steps of Newton-Schulz, x -> a x + (b s + c s²) x with s = x xᵀ; the
-# last serves all further steps. 'jordan': Jordan et al. 2024, github.com/KellerJordan/Muon, steep at
-# zero, leaves singular values between 0.7 and 1.2. 'polar_express': Amsel et al. 2025,
-# arXiv:2505.16932, algorithm 1, the best polynomial for each step, nearer to 1; all but the last
+# last serves all further steps. 'jordan' (Jordan et al. 2024, github.com/KellerJordan/Muon): steep
+# at zero, leaves singular values between 0.7 and 1.2. 'polar_express' (Amsel et al. 2025,
+# arXiv:2505.16932, algorithm 1): the best polynomial for each step, nearer to 1; all but the last
 # take a hundredth off their input, so that rounding does not throw a singular value out of range.
 COEFFICIENTS: dict[str, tuple[tuple[float, float, float], ...]] = {
     'jordan': ((3.4445, -4.7750, 2.0315),),
@@ -371,8 +371,8 @@ def at_home(x_nrc: Array, group: Matrices, cfg: MuonConfig) -> Array:
     """
     n, copies = x_nrc.shape[0], group.replicas if cfg.replicas == 'split' else ()
     homes = math.prod(lax.axis_size(axis) for axis in (*group.axes, *copies))
-    # The barrier: XLA:CPU (jax 0.10.2) does not compile an all-to-all one of whose parts it knows to
-    # be zero, if the layout of another differs.
+    # The barrier: XLA:CPU (jax 0.10.2) does not compile an all-to-all of which it knows one part to
+    # be zero, if the layout of another one differs.
     x = lax.optimization_barrier(jnp.pad(x_nrc, ((0, -n % homes), (0, 0), (0, 0))))
     for axis in copies:
         x = local_slice(x, axis, 0)
