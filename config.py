@@ -241,13 +241,18 @@ def check_alike(
 def saved_config(saved: Mapping[str, Any]) -> ConfigDict:
     """Returns the config of a checkpoint; fields that came later have their defaults."""
     check_yarn(saved)
-    config = default.get_config().to_dict()
-    for name, value in saved.items():
-        group = config.get(name)
-        if isinstance(group, dict):
-            value = group | {renamed(name, field): x for field, x in value.items()}
-        config[name] = value
-    return ConfigDict({name: as_tuples(value) for name, value in config.items()})
+    return ConfigDict(as_tuples(filled(default.get_config().to_dict(), saved)))
+
+
+def filled(fields: dict[str, Any], saved: Mapping[str, Any], group: str = '') -> dict[str, Any]:
+    """Returns the fields with the saved values in their place, group by group."""
+    for old, value in saved.items():
+        name = RENAMED.get(group + old, group + old)
+        field = name.removeprefix(group)
+        below = fields.get(field)
+        inner = isinstance(below, dict) and isinstance(value, Mapping)
+        fields[field] = filled(below, value, f'{name}.') if inner else value
+    return fields
 
 
 def check_yarn(saved: Mapping[str, Any]) -> None:
@@ -261,11 +266,6 @@ def check_yarn(saved: Mapping[str, Any]) -> None:
             "the run was trained with model.rope_scaling='yarn' by an older version, whose "
             'frequencies this one does not compute; go on with it by the version that trained it'
         )
-
-
-def renamed(group: str, field: str) -> str:
-    """Returns the present name of a group's field."""
-    return RENAMED.get(f'{group}.{field}', f'{group}.{field}').removeprefix(f'{group}.')
 
 
 def as_tuples(value: Any) -> Any:

@@ -30,6 +30,7 @@ from decoding import Sampling, stream, weight_types
 from machine import command, processes
 from model import declared_params, model_for
 from parallel import FSDP, TP, Tree, is_param, make_mesh, spec_axes
+from runtime.resume import as_state, check_averaged
 from runtime.sampling import (
     Completion,
     allowed_tokens,
@@ -79,13 +80,14 @@ def load(
     fsdp: int = 1,
     dtype: str = '',
     tokenizer: str = '',
+    averaged: bool = False,
 ) -> tuple[Tree, ModelConfig, ConfigDict, tiktoken.Encoding]:
     """Loads a run's checkpoint onto this machine: (params, model, config, its tokenizer).
 
     Any mesh may have written them; each is cast to the type that it is used in (`dtype`, or the
-    run's) as soon as it is read. `step` None is the newest, `tokenizer` as in `run_encoding`.
-    Raises ConfigError if there is no such checkpoint or tokenizer, or it does not fit the mesh,
-    CheckpointError if it is damaged.
+    run's) as soon as it is read. `step` None is the newest, `tokenizer` as in `run_encoding`;
+    `averaged` loads the averaged weights. Raises ConfigError if there is no such checkpoint or
+    tokenizer, or it does not fit the mesh, CheckpointError if it is damaged.
     """
     path = os.path.join(workdir, CHECKPOINTS)
     with Checkpointer(path) as checkpoints:
@@ -97,6 +99,7 @@ def load(
         step = newest if step is None else step
         saved = checkpoints.metadata(step)['config']
         config = saved_config(saved | ({'compute_dtype': dtype} if dtype else {}))
+        check_averaged(saved, workdir, averaged)
         encoding = run_encoding(workdir, tokenizer)
         end = end_of_text(encoding) if config.data.isolate_documents else -1
         cfg = model_for(config, jax.default_backend(), end)
@@ -110,7 +113,7 @@ def load(
             wanted = jax.ShapeDtypeStruct(p.shape, np.float32, sharding=sharding)
             for entry in reversed(keys):
                 wanted = {entry.key: wanted}
-            (x,) = jax.tree.leaves(checkpoints.restore(step, {'params': wanted}))
+            (x,) = jax.tree.leaves(checkpoints.restore(step, as_state(wanted, averaged)))
             params.append(x.astype(used))
     return jax.tree.unflatten(tree, params), cfg, config, encoding
 
@@ -200,7 +203,9 @@ def run() -> None:
         raise ConfigError('give --workdir=RUN, the folder that train.py named and wrote')
     check_stops(f.stop)
     prompts, sampling = read_prompts(), Sampling(f.temperature, f.top_k, f.top_p, f.min_p)
-    params, cfg, config, encoding = load(f.workdir, f.step, f.tp, f.fsdp, f.dtype, f.tokenizer)
+    params, cfg, config, encoding = load(
+        f.workdir, f.step, f.tp, f.fsdp, f.dtype, f.tokenizer, f.averaged
+    )
     allowed = allowed_tokens(encoding, cfg.vocab_size)
     completions = [Completion(prompt, encoding, f.stop) for prompt in prompts]
     active = jax.process_index() == 0
@@ -241,6 +246,7 @@ def main(_: list[str]) -> None:
 def define_flags() -> None:
     command.DEFINE_path('workdir', None, 'The run, as train.py left it.')
     flags.DEFINE_integer('step', None, 'Checkpoint to load; by default the newest.', lower_bound=0)
+    flags.DEFINE_boolean('averaged', False, 'Take the averaged weights that optimizer.ema keeps.')
     flags.DEFINE_multi_string('prompt', [], 'Text to continue; may be given several times.')
     command.DEFINE_path(
         'prompts_file', '', 'A prompt per line, blank ones left out; .jsonl: JSON strings.'

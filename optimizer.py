@@ -393,17 +393,22 @@ def newton_schulz(x_nRC: Array, cfg: MuonConfig) -> Array:
 
     A step takes 4 R² C + 2 R³ FLOPs a matrix, and no collective.
     """
+    dtype = x_nRC.dtype
     norm = jnp.sqrt(jnp.sum(jnp.square(x_nRC.astype(jnp.float32)), axis=(1, 2), keepdims=True))
-    x_nRC = (x_nRC / jnp.maximum(norm, SMALLEST_NORM)).astype(x_nRC.dtype)
-    # float32 is meant as such on TPU too, whose matmuls would otherwise round to bfloat16.
-    matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+    x_nRC = (x_nRC / jnp.maximum(norm, SMALLEST_NORM)).astype(dtype)
+    # Sums are float32 whatever the type of the factors. HIGHEST: float32 is meant as such on TPU
+    # too, whose matmuls would otherwise round it to bfloat16.
+    matmul = functools.partial(
+        jnp.matmul, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+    )
 
     def step(x_nRC: Array, abc: Array) -> tuple[Array, None]:
         a, b, c = abc
-        s_nRR = matmul(x_nRC, x_nRC.swapaxes(1, 2))
-        return a * x_nRC + matmul(b * s_nRR + c * matmul(s_nRR, s_nRR), x_nRC), None
+        s_nRR = matmul(x_nRC, x_nRC.swapaxes(1, 2)).astype(dtype)
+        of_s_nRR = (b * s_nRR + c * matmul(s_nRR, s_nRR)).astype(dtype)
+        return (a * x_nRC + matmul(of_s_nRR, x_nRC)).astype(dtype), None
 
-    return lax.scan(step, x_nRC, jnp.asarray(coefficients(cfg), x_nRC.dtype))[0]
+    return lax.scan(step, x_nRC, jnp.asarray(coefficients(cfg), jnp.float32))[0]
 
 
 def coefficients(cfg: MuonConfig) -> list[tuple[float, float, float]]:

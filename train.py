@@ -9,7 +9,7 @@ same command goes on from the newest checkpoint there, however the run ended bef
 Ctrl-C save one first. --init_from=WORKDIR starts a new run from another one's parameters.
 
     python train.py --config=configs/tiny.py --profile=10:13      # a trace of these steps
-    python train.py --workdir=runs/tiny --eval_only               # or --eval_only=STEP
+    python train.py --workdir=runs/tiny --eval_only               # or --eval_only=STEP, --averaged
     python train.py --plot=runs/tiny                              # or several: --plot=runs/a,runs/b
 
 The exit code is 0 if the run is complete, or stopped by a signal and saved; 75 if the same command
@@ -44,6 +44,7 @@ from data import Loader, Mixture, Source, open_data, prefetch, vocabulary_note
 from machine import command, processes
 from machine.memory import OutOfMemoryError, keep_freed_memory, out_of_memory_explained
 from machine.profiler import Tracer, parse_steps
+from optimizer import AVERAGE
 from parallel import Tree, count, make_mesh
 from runtime import agreement
 from runtime.config_checks import (
@@ -97,6 +98,7 @@ class Run:
     config: ConfigDict
     start: int
     init_from: str  # another run's workdir or checkpoint, '' for none
+    averaged: bool  # take its averaged weights
     data: tuple[Loader | Mixture, list[Source], tiktoken.Encoding]
     data_record: dict[str, Any]
     writer: Writer
@@ -152,7 +154,7 @@ def run(r: Run) -> dict[str, Any]:
         f'{count(s.declared):,} parameters · {loader.n_tokens:,} tokens · workdir {writer.workdir}'
     )
     progress = Progress(s, writer)
-    state = start_state(s, r.checkpoints, r.start, r.init_from)
+    state = start_state(s, r.checkpoints, r.start, r.init_from, r.averaged)
     train_step = compiled_step(s, r)
     evaluate, evaluation, evaluated = make_evaluation(s, encoding), {}, 0
 
@@ -178,14 +180,15 @@ def run(r: Run) -> dict[str, Any]:
         try:
             if now.evaluate:
                 with doing(f'evaluating after step {step}', r):
-                    measure = functools.partial(evaluate, state['params'], between=r.stop.between)
+                    params = evaluated_params(state, config)
+                    measure = functools.partial(evaluate, params, between=r.stop.between)
                     evaluation, seconds = timed(over_sources, sources, measure)
                 evaluated = step
                 progress.log_evaluation(step, evaluation, seconds)
             if now.sample:
                 with doing(f'sampling after step {step}', r):
                     draw = functools.partial(sample, between=r.stop.between)
-                    samples, seconds = timed(draw, state['params'], step)
+                    samples, seconds = timed(draw, evaluated_params(state, config), step)
                 progress.log_samples(step, samples, seconds)
         except CutShortError:
             now = now._replace(save=True, stop=True)
@@ -251,15 +254,23 @@ def opened_data(config: ConfigDict) -> tuple[Loader | Mixture, list[Source], tik
     return opened
 
 
-def start_state(s: Setup, checkpoints: Checkpointer, start: int, init_from: str) -> Tree:
-    """Returns the state after step `start`; at 0 a new one, with the parameters of `init_from`."""
+def start_state(
+    s: Setup, checkpoints: Checkpointer, start: int, init_from: str, averaged: bool = False
+) -> Tree:
+    """Returns the state after step `start`; at 0 a new one, with the parameters of `init_from`, or
+    their average."""
     if start:
         return restore_state(checkpoints, start, abstract_state(s))
     state = init_state(s)
     if init_from:
         del state['params']  # make room
-        state['params'] = load_params(init_from, abstract_state(s)['params'])
+        state['params'] = load_params(init_from, abstract_state(s)['params'], averaged)
     return state
+
+
+def evaluated_params(state: Tree, config: ConfigDict) -> Tree:
+    """Returns the parameters that evaluation and samples are about."""
+    return state['moments'][AVERAGE] if config.eval.averaged else state['params']
 
 
 def compiled_step(s: Setup, r: Run) -> Callable[[Tree, jax.Array], tuple[Tree, dict]]:
@@ -281,9 +292,18 @@ def train(
     workdir: str,
     init_from: str = '',
     traced_steps: tuple[int, int] | None = None,
+    averaged: bool = False,
 ) -> dict[str, Any]:
-    """Runs a config in a workdir, or the rest of its run there; returns the summary."""
-    arguments = {'workdir': workdir, 'init_from': init_from, 'profile': traced_steps}
+    """Runs a config in a workdir, or the rest of its run there; returns the summary.
+
+    A new run starts from the parameters of `init_from`, or from their average.
+    """
+    arguments = {
+        'workdir': workdir,
+        'init_from': init_from,
+        'profile': traced_steps,
+        'averaged': averaged,
+    }
     agreement.check_same(agreement.start_facts(config, **arguments))
     validate(config, jax.device_count(), jax.process_count())
     check_shared(workdir)
@@ -320,8 +340,9 @@ def train(
             if config.log.plot:
                 processes.agreed(need_matplotlib)
             tracer = Tracer(traced_steps, os.path.join(workdir, PROFILE))
+            source = (init_from, averaged)
             r = Run(
-                config, start, init_from, data, record, writer, checkpoints, stop, watchdog, tracer
+                config, start, *source, data, record, writer, checkpoints, stop, watchdog, tracer
             )
             try:
                 summary = run(r)
@@ -339,12 +360,17 @@ def number(x: float) -> str:
     return f'{x:,}' if isinstance(x, int) else f'{x:,.4g}'
 
 
-def evaluate_only(config: ConfigDict, workdir: str, step: int) -> dict[str, float]:
+def evaluate_only(
+    config: ConfigDict, workdir: str, step: int, averaged: bool = False
+) -> dict[str, float]:
     """Evaluates the parameters of a checkpoint, which are all that is read of it.
 
-    Adds loss and bits per byte to eval.jsonl. The run itself, which may be going on, is left alone.
+    Those are the averaged ones with `averaged`, and where the run evaluates them itself. Adds loss
+    and bits per byte to eval.jsonl. The run itself, which may be going on, is left alone.
     """
-    agreement.check_same(agreement.start_facts(config, workdir=workdir, eval_only=step))
+    averaged = averaged or config.eval.averaged
+    arguments = {'workdir': workdir, 'eval_only': step, 'averaged': averaged}
+    agreement.check_same(agreement.start_facts(config, **arguments))
     validate(config, jax.device_count())
     _, sources, encoding = opened_data(config)
     path = os.path.join(workdir, CHECKPOINTS, str(step))
@@ -354,14 +380,15 @@ def evaluate_only(config: ConfigDict, workdir: str, step: int) -> dict[str, floa
         for line in compared_data(checkpoints, step, workdir, '', record):
             terminal.say(line)
     s = setup(config, make_mesh(config.mesh), encoding.eot_token)
-    params = load_params(path, abstract_state(s)['params'])
+    params = load_params(path, abstract_state(s)['params'], averaged)
     measure = functools.partial(make_evaluation(s, encoding), params)
     result = over_sources(sources, measure)
     keep = functools.partial(keep_records, os.path.join(workdir, EVALUATIONS))
     if line := processes.agreed(keep if jax.process_index() == 0 else str):
         terminal.say(line)
-    file = append_evaluation(workdir, step, result, s.mesh)
-    terminal.say(f'step {step} of {workdir}, added to {file}')
+    file = append_evaluation(workdir, step, result, s.mesh, averaged)
+    weights = ', averaged weights' if averaged else ''
+    terminal.say(f'step {step} of {workdir}{weights}, added to {file}')
     terminal.say('\n'.join(f'{name:>22}  {value:.4f}' for name, value in result.items()))
     return result
 
@@ -428,6 +455,11 @@ def start(words: list[str]) -> None:
         command.refuse(words)
     if FLAGS.eval_only is not None and not FLAGS.workdir:
         raise ConfigError('--eval_only evaluates a run; add --workdir=RUN')
+    if FLAGS.averaged and FLAGS.eval_only is None and not FLAGS.init_from:
+        raise ConfigError(
+            "--averaged takes a run's averaged weights; add --eval_only to evaluate them, or "
+            '--init_from=RUN to train from them'
+        )
     if FLAGS.eval_only is None and not FLAGS.config:
         raise ConfigError(
             'give --config=configs/NAME.py to train, --workdir=RUN --eval_only to evaluate, or '
@@ -439,13 +471,13 @@ def start(words: list[str]) -> None:
         FLAGS.config.guard.heartbeat_seconds if FLAGS.config else processes.HEARTBEAT_SECONDS
     )
     processes.start(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id, heartbeat)
-    names = ('workdir', 'init_from', 'eval_only', 'profile', 'spare_devices')
+    names = ('workdir', 'init_from', 'eval_only', 'averaged', 'profile', 'spare_devices')
     asked = {name: getattr(FLAGS, name) for name in names}
     agreement.check_same(agreement.start_facts(FLAGS.config, **asked))
     if FLAGS.eval_only is not None:
         step = None if FLAGS.eval_only == NEWEST else FLAGS.eval_only
         step, config = checkpoint_config(FLAGS.workdir, step, FLAGS.config)
-        evaluate_only(config, FLAGS.workdir, step)
+        evaluate_only(config, FLAGS.workdir, step, FLAGS.averaged)
         return
     if not FLAGS.spare_devices:
         check_all_devices(FLAGS.config, jax.device_count(), jax.process_count())
@@ -453,7 +485,8 @@ def start(words: list[str]) -> None:
     if not FLAGS.workdir and jax.process_index() == 0:
         say_unfinished(FLAGS.config)
     workdir = FLAGS.workdir or new_workdir()
-    train(FLAGS.config, workdir, FLAGS.init_from or '', parse_steps(FLAGS.profile or ''))
+    traced_steps = parse_steps(FLAGS.profile or '')
+    train(FLAGS.config, workdir, FLAGS.init_from or '', traced_steps, FLAGS.averaged)
     if jax.process_index() == 0:
         say_next(FLAGS.config, workdir, named=bool(FLAGS.workdir))
 
@@ -462,6 +495,9 @@ def define_flags() -> None:
     command.DEFINE_config('config', 'Config file, e.g. configs/tiny.py or just tiny.')
     command.DEFINE_path('workdir', None, 'Folder or URL of the run; a new one in runs/ by default.')
     command.DEFINE_path('init_from', None, 'Run or checkpoint folder to take the parameters from.')
+    flags.DEFINE_boolean(
+        'averaged', False, 'With --eval_only or --init_from: the averaged weights (optimizer.ema).'
+    )
     flags.DEFINE_integer(
         'cpu_devices', 0, 'Devices to simulate on the CPU, per process.',
         lower_bound=0, upper_bound=4096,

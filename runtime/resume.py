@@ -14,7 +14,8 @@ from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
 from checkpoint import Checkpointer
-from config import FIXED, ConfigError, check_alike, differences
+from config import FIXED, ConfigError, check_alike, differences, saved_config
+from optimizer import AVERAGE
 from parallel import P, Tree
 from runtime.data_record import changed_data, check_vocabulary, saved_record
 from runtime.workdir import CHECKPOINTS, CONFIG, exists
@@ -34,6 +35,7 @@ def first_step(config: ConfigDict, workdir: str, checkpoints: Checkpointer) -> t
         return 0, f'starting again: {workdir} holds no checkpoint' if begun else ''
     old = checkpoints.metadata(step)['config']
     check_alike(old, config, FIXED, f'{workdir} holds a run')
+    check_optimizer(old, config, workdir)
     changed = differences(old, config.to_dict())
     if step >= config.steps:
         return step, (
@@ -42,6 +44,23 @@ def first_step(config: ConfigDict, workdir: str, checkpoints: Checkpointer) -> t
         )
     said = ''.join(f' · {name} {a!r} -> {b!r}' for name, a, b in changed)
     return step, f'going on from step {step} of {config.steps} in {checkpoints.path}{said}'
+
+
+def check_optimizer(old: dict[str, Any], config: ConfigDict, workdir: str) -> None:
+    """Raises ConfigError if the run's checkpoints lack what the optimizer keeps."""
+    was, now = saved_config(old).optimizer, config.optimizer
+    if was.name != now.name:
+        field = 'name'
+    elif now.ema and not was.ema:
+        field = 'ema'
+    else:
+        return
+    raise ConfigError(
+        f'the config cannot run: {workdir} holds a run with optimizer.{field}={was[field]!r}, and '
+        f'its checkpoints lack what {now[field]!r} keeps beside the parameters; use '
+        f'{was[field]!r} to go on with it, or start a new run from its parameters: another '
+        f'--workdir, and --init_from={workdir}'
+    )
 
 
 def compared_data(
@@ -110,17 +129,34 @@ def laid_out(x: jax.Array, want: jax.ShapeDtypeStruct) -> jax.Array:
     return jax.jit(lambda x: x.reshape(want.shape), out_shardings=want.sharding)(x)
 
 
-def load_params(path: str, shapes: Tree) -> Tree:
+def load_params(path: str, shapes: Tree, averaged: bool = False) -> Tree:
     """Restores the parameters of another run: of its newest step, or of one checkpoint's folder.
 
-    Raises ConfigError if there is none or the shapes differ. All processes have to call this.
+    With `averaged`, their mean over the last updates. Raises ConfigError if there are none or the
+    shapes differ. All processes have to call this.
     """
     folder, step, _ = init_step(path)
     with Checkpointer(folder) as source:
+        check_averaged(source.metadata(step)['config'], path, averaged)
         try:
-            return restore_state(source, step, {'params': shapes})['params']
+            restored = restore_state(source, step, as_state(shapes, averaged))
         except ConfigError as error:
             raise ConfigError(f'the parameters of {path}: {error}') from error
+    return restored['moments'][AVERAGE] if averaged else restored['params']
+
+
+def as_state(params: Tree, averaged: bool) -> Tree:
+    """Returns a tree of parameters, or of averaged ones, at their place in the state."""
+    return {'moments': {AVERAGE: params}} if averaged else {'params': params}
+
+
+def check_averaged(saved: dict[str, Any], path: str, averaged: bool) -> None:
+    """Raises ConfigError if averaged weights are asked for and the checkpoint has none."""
+    if averaged and not saved_config(saved).optimizer.ema:
+        raise ConfigError(
+            f'{path} keeps no averaged weights: it was trained with optimizer.ema=0.0; leave out '
+            f'--averaged, and eval.averaged'
+        )
 
 
 def init_step(path: str) -> tuple[str, int, str]:

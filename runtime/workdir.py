@@ -424,14 +424,17 @@ def tokenizer_record(encoding: tiktoken.Encoding) -> str:
     return json.dumps({'name': encoding.name, 'fingerprint': fingerprint(encoding)}) + '\n'
 
 
-def append_evaluation(workdir: str, step: int, result: dict[str, float], mesh: Mesh) -> str:
-    """Adds a line to eval.jsonl, and returns its path.
+def append_evaluation(
+    workdir: str, step: int, result: dict[str, float], mesh: Mesh, averaged: bool = False
+) -> str:
+    """Adds a line to eval.jsonl, about a step's parameters or averaged ones, and returns its path.
 
     A file of its own, since a run may be writing the others.
     """
     path = os.path.join(workdir, EVALUATIONS)
     record = {
         'step': step,
+        **({'averaged': True} if averaged else {}),
         **result,
         'time': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
         'mesh': dict(mesh.shape),

@@ -14,7 +14,18 @@ import train_step
 from config import ModelConfig
 from configs import default
 from model import model_for, model_params
-from parallel import AXES, P, Tree, global_sum, init_params, make_mesh, shardings, varying
+from parallel import (
+    AXES,
+    P,
+    Param,
+    Tree,
+    global_sum,
+    init_params,
+    make_mesh,
+    map_params,
+    shardings,
+    varying,
+)
 from train_step import Setup, setup
 
 TOLERANCE = 2e-5  # of a leaf's norm, in float32
@@ -88,10 +99,11 @@ def initial_state(s: Setup) -> Tree:
     """Returns the state that `train_step.init_state` makes."""
     params = initial_params(s.model, s.mesh, s.config.seed, s.config.pipeline.chunks)
 
-    def zeros(x: jax.Array) -> jax.Array:
-        return jax.device_put(np.zeros(x.shape, np.float32), x.sharding)
+    def zeros(p: Param) -> jax.Array:
+        sharding = NamedSharding(s.mesh, p.spec)
+        return jax.device_put(np.zeros(p.shape, np.float32), sharding)
 
-    moments = {name: jax.tree.map(zeros, params) for name in s.slots}
+    moments = map_params(zeros, s.slots)
     numbers = jax.device_put(train_step.init_numbers(), NamedSharding(s.mesh, P()))
     return {'params': params, 'moments': moments, **numbers}
 

@@ -63,6 +63,7 @@ MISTAKES = [
     ('train.py --config=tiny --num_processes=0', 'flag --num_processes=0'),
     ('train.py --config=tiny --eval_only=last', 'or --eval_only=STEP'),
     ('train.py --config=tiny --eval_only', 'add --workdir=RUN'),
+    ('train.py --config=tiny --averaged', 'add --eval_only to evaluate them, or --init_from=RUN'),
     ('train.py --config=tiny --nospare_devices=1', 'does not take an argument'),
     ('train.py --config=tiny a.txt', 'a.txt belongs to no flag'),
     ('train.py --config=tiny steps 3 --workdir=a', 'steps 3 belongs to no flag'),

@@ -147,6 +147,7 @@ def test_the_tokenizer_of_a_run_is_read_once(workdir, monkeypatch, capsys):
     ('options', 'message'),
     [
         ({'step': 4}, 'holds no committed step 4; use one of: 3, 7'),
+        ({'averaged': True}, 'keeps no averaged weights: it was trained with optimizer.ema=0.0'),
         ({'tp': 3}, '--tp=3 does not divide .* use 1, 2, 4 or 8'),
         ({'tp': 4, 'fsdp': 4}, 'takes 16 devices and 8 are there'),
     ],
@@ -182,6 +183,19 @@ def test_the_newest_step_is_taken(workdir):
     for step in (3, 7):
         params = load(str(workdir), step)[0]
         assert np.array_equal(params['head']['w_VD'], newest['head']['w_VD']) == (step == 7)
+
+
+def test_averaged_weights_are_loaded(tmp_path):
+    c = config()
+    c.optimizer.ema = 0.9
+    params, mean = (initial_params(cpu_model(c), make_mesh({}), seed) for seed in (0, 1))
+    with Checkpointer(str(tmp_path / 'checkpoints')) as checkpoints:
+        state = {'params': params, 'moments': {'ema': mean}, 'step': np.int32(1)}
+        checkpoints.save(1, state, json.loads(c.to_json()))
+    (tmp_path / 'tokenizer.json').write_text(tokenizer_record(BYTES))
+    for averaged, want in ((False, params), (True, mean)):
+        found = load(str(tmp_path), averaged=averaged)[0]
+        jax.tree.map(np.testing.assert_array_equal, found, want)
 
 
 def test_tokenizer_of_the_run(workdir, tmp_path):

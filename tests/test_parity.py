@@ -20,7 +20,7 @@ from common import (
 )
 from ml_collections import ConfigDict
 
-from parallel import Tree
+from parallel import Tree, merged
 from runtime.config_checks import validate
 from train_step import make_train_step, put_batch
 
@@ -28,8 +28,9 @@ MESHES = [(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 2), (1, 4, 2), (1, 1, 8), (2, 
 
 
 def run(config: ConfigDict) -> dict[str, Tree]:
-    """Takes three steps. The gradient is read from AdamW's first moment after one of them, where it
-    stands clipped and times 1 - b1: so each leaf is tested without a second program."""
+    """Takes three steps. The gradient is read from the first moment (of Muon: the momentum) after
+    one of them, where it stands clipped and times 1 - b1: so each leaf is tested without a second
+    program."""
     validate(config, 8)
     s, batches = set_up(config), functools.partial(batch_at, seq_len=config.seq_len)
     state, step = initial_state(s), make_train_step(s)
@@ -37,12 +38,16 @@ def run(config: ConfigDict) -> dict[str, Tree]:
     for i in range(3):
         state, metrics = step(state, put_batch(batches, i, s))
         history.append(jax.device_get(metrics))
-        grads = grads or jax.device_get(state['moments']['m'])
+        if i == 0:
+            moments = jax.device_get(state['moments'])
+            grads = merged(moments['m'], moments.get('momentum', {}))
     return {
         'loss': history[0]['loss'],
         'router': history[0]['router'],
         'grads': grads,
         'params': state['params'],
+        'average': state['moments'].get('ema', {}),
+        'skipped': int(history[-1]['skipped']),
         'grad_norms': [float(metrics['grad_norm']) for metrics in history],
     }
 
@@ -65,8 +70,11 @@ def check(config: ConfigDict, sizes: tuple[int, ...], tolerance: float = TOLERAN
     assert got['grad_norms'] == pytest.approx(want['grad_norms'], rel=tolerance)
     assert_trees_close(got['grads'], want['grads'], tolerance)
     assert_trees_close(got['params'], want['params'], tolerance)
+    assert_trees_close(got['average'], want['average'], tolerance)
+    assert got['skipped'] == want['skipped']
     assert_trees_close(got['router'], want['router'], tolerance)
     assert_replicas_identical(got['params'])
+    assert_replicas_identical(got['average'])
     for path, g in jax.tree_util.tree_leaves_with_path(got['grads']):
         if path[-1].key == 'bias':  # moved by the load, and compared above with the parameters
             continue
@@ -158,6 +166,81 @@ def test_complete_grid(attention, dp, fsdp, tp, tied, microbatches, check_vma):
     config.check_vma = check_vma
     _reference[config.to_json()] = want
     check(config, (dp, fsdp, tp))
+
+
+# ---------------------------------------------------------------------------------------------
+# Muon, which brings the shards of each matrix together
+# ---------------------------------------------------------------------------------------------
+
+
+def muon_config(attention: str = 'mla', **changes) -> ConfigDict:
+    """Its three steps end with one that is skipped, and the weights are averaged."""
+    config = small_config(attention, moe=True, microbatches=2)
+    config.optimizer.update(name='muon', ema=0.9, cautious_decay=True)
+    config.optimizer.muon.update(changes)
+    config.guard.update(history=1, spike_factor=1.001)
+    return config
+
+
+@pytest.mark.parametrize(
+    ('attention', 'sizes', 'check_vma', 'changes'),
+    [
+        ('mla', (1, 2, 1, 2, 2), True, {}),
+        ('gqa', (2, 2, 2), False, {'split_heads': True, 'replicas': 'split'}),
+    ],
+    ids=str,
+)
+def test_muon_matches(attention, sizes, check_vma, changes):
+    check_muon(muon_config(attention, **changes), sizes, check_vma)
+
+
+def check_muon(config: ConfigDict, sizes: tuple[int, ...], check_vma: bool) -> None:
+    want = reference(config)
+    assert want['skipped'] == 1, want['grad_norms']
+    config.check_vma = check_vma
+    _reference[config.to_json()] = want
+    check(config, sizes)
+
+
+# (dp, fsdp, tp, ep, pp)
+MUON_MESHES = [
+    (8, 1, 1, 1, 1),
+    (1, 8, 1, 1, 1),
+    (1, 1, 8, 1, 1),
+    (1, 1, 1, 8, 1),
+    (1, 2, 2, 2, 1),
+    (2, 1, 2, 1, 2),
+    (2, 2, 1, 1, 2),
+    (1, 1, 2, 2, 2),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('attention', 'changes'),
+    [
+        ('mla', {}),
+        ('gqa', {'replicas': 'split', 'scale': 'spectral', 'coefficients': 'polar_express'}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize('sizes', MUON_MESHES, ids=str)
+def test_complete_grid_of_muon(sizes, attention, changes):
+    check_muon(muon_config(attention, **changes), sizes, check_vma=MUON_MESHES.index(sizes) % 2 > 0)
+
+
+@pytest.mark.slow
+def test_muon_matches_by_interleaved_stages():
+    """Layers of several chunks: two dimensions count matrices."""
+    config = muon_config()
+    config.model.update(n_layers=9, block=('dense', 'moe'))
+    want = reference(config)
+    config.pipeline.update(schedule='interleaved', chunks=2)
+    config.mesh.pp = 2
+    got = run(config)
+    flat = jax.tree.map(lambda x, like: np.reshape(x, np.shape(like)), got, want)
+    assert_trees_close(flat['params'], want['params'], TOLERANCE)
+    assert flat['skipped'] == want['skipped'] == 1
 
 
 def test_accumulation_matches_one_large_batch():

@@ -18,6 +18,7 @@ import train
 import train_step
 from checkpoint import Checkpointer
 from config import FIXED, ConfigError, check_alike, differences, saved_config
+from configs import default
 from parallel import make_mesh
 from runtime import next_commands
 from runtime.data_record import data_record
@@ -143,6 +144,89 @@ def test_an_older_checkpoint_names_the_end_of_documents_itself():
     config.data.isolate_documents = old['data']['isolate_documents'] = False
     with pytest.raises(ConfigError, match='document_end: 256 there, -1 here'):
         check_alike(old, config, FIXED, 'the workdir holds a run')
+
+
+def test_fields_of_an_inner_group_that_came_later_have_their_defaults():
+    old = default.get_config().to_dict()
+    del old['optimizer']['muon']['scale'], old['optimizer']['ema'], old['eval']['averaged']
+    old['optimizer']['muon']['steps'] = 7
+    found = saved_config(old)
+    assert (found.optimizer.muon.scale, found.optimizer.muon.steps) == ('rms', 7)
+    assert (found.optimizer.ema, found.eval.averaged) == (0.0, False)
+    del old['optimizer']['muon']
+    assert saved_config(old).optimizer.muon.steps == 5
+
+
+@pytest.fixture(scope='module')
+def muon_run(tokens, tmp_path_factory) -> pathlib.Path:
+    """The workdir of an uninterrupted run of 4 steps by Muon, with averaged weights."""
+    workdir = tmp_path_factory.mktemp('muon') / 'run'
+    train.train(muon_config(tokens), str(workdir))
+    return workdir
+
+
+def muon_config(tokens, **changes):
+    options = {'optimizer__name': 'muon', 'optimizer__ema': 0.9, 'eval__averaged': True}
+    options |= {'eval__every': 2, 'checkpoint__keep': 0, 'steps': 4}
+    return small_run(tokens, moe=True, **(options | changes))
+
+
+@pytest.mark.parametrize(
+    'mesh', [{}, pytest.param({'pp': 2, 'fsdp': 2, 'tp': 2}, marks=pytest.mark.slow)], ids=str
+)
+def test_a_run_by_muon_is_resumed(mesh, muon_run, tokens, tmp_path):
+    workdir = tmp_path / 'run'
+    shutil.copytree(muon_run, workdir)
+    shutil.rmtree(workdir / 'checkpoints' / '4')
+    config = muon_config(tokens)
+    config.mesh.update(mesh)
+    train.train(config, str(workdir))
+    for a, b in zip(records(workdir), records(muon_run), strict=True):
+        assert a == (pytest.approx(b, rel=1e-4) if mesh else b)
+    if not mesh:
+        assert_same(final_state(workdir, config), final_state(muon_run, config))
+
+
+def test_averaged_weights_are_evaluated_and_started_from(muon_run, tokens, tmp_path):
+    config = muon_config(tokens)
+    state = final_state(muon_run, config)
+    logged = [r['eval_loss'] for r in records(muon_run) if 'eval_loss' in r][-1]
+    found = train.evaluate_only(config, str(muon_run), 4)['eval_loss']
+    assert found == pytest.approx(logged, rel=1e-5)
+    config.eval.averaged = False
+    of_last = train.evaluate_only(config, str(muon_run), 4)['eval_loss']
+    assert of_last != found
+    assert train.evaluate_only(config, str(muon_run), 4, averaged=True)['eval_loss'] == found
+    lines = [json.loads(line) for line in (muon_run / 'eval.jsonl').read_text().splitlines()]
+    assert [line.get('averaged', False) for line in lines] == [True, False, True]
+    s = set_up(config)
+    with Checkpointer(str(tmp_path)) as checkpoints:
+        started = train.start_state(s, checkpoints, 0, str(muon_run), True)
+    assert_same(started['params'], state['moments']['ema'])
+
+
+def test_another_optimizer_is_refused_with_the_way_to_go_on(whole, muon_run, tokens, tmp_path):
+    for workdir, changes, message in (
+        (muon_run, {'optimizer__name': 'adamw'}, "name='muon', and .* lack what 'adamw' keeps"),
+        (whole, {'optimizer__name': 'muon'}, "name='adamw', and its checkpoints lack what 'muon'"),
+        (whole, {'optimizer__ema': 0.9}, r'ema=0\.0, and its checkpoints lack what 0\.9 keeps'),
+    ):
+        make = muon_config if workdir == muon_run else small_run
+        config = make(tokens, **(changes | {'steps': 30}))
+        with pytest.raises(ConfigError, match=message) as caught:
+            train.train(config, str(workdir))
+        assert f'--init_from={workdir}' in str(caught.value)
+    shapes = train_step.abstract_state(set_up(small_run(tokens)))['params']
+    with pytest.raises(ConfigError, match='keeps no averaged weights'):
+        load_params(str(whole), shapes, averaged=True)
+    # The remedy trains, and no longer averaging needs none.
+    config = small_run(tokens, steps=1, optimizer__name='muon')
+    train.train(config, str(tmp_path / 'run'), str(whole))
+    workdir = shutil.copytree(muon_run, tmp_path / 'muon')
+    train.train(
+        muon_config(tokens, steps=5, optimizer__ema=0.0, eval__averaged=False), str(workdir)
+    )
+    assert records(workdir)[-1]['step'] == 5
 
 
 def test_a_complete_run_ends_at_once(whole, tokens, monkeypatch, capsys):

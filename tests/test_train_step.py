@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import batch_at, initial_state, set_up, small_config
+from common import assert_trees_close, batch_at, initial_state, set_up, small_config
 
 import train_step
 from machine.chips import CHIPS
@@ -63,6 +63,25 @@ def test_skipped_steps_do_not_count_for_the_moments(monkeypatch):
     moved = jax.tree.map(lambda x, y: np.abs(x - y), jax.device_get(state['params']), before)
     for leaf in jax.tree.leaves(moved):
         assert np.median(leaf) == pytest.approx(4e-4, rel=2e-3)
+
+
+def test_averaged_weights_start_with_the_first_update():
+    """Their mean has no share of the initial values, and skipped steps add nothing to it."""
+    config = small_config('gqa', moe=True)
+    config.optimizer.update(ema=0.9, warmup_steps=1)
+    config.guard.update(history=1, spike_factor=1.001)
+    s = set_up(config)
+    state, step = initial_state(s), make_train_step(s)
+    seen, skipped = [], 0
+    for i in range(5):
+        state, metrics = step(state, put_batch(batch_at, i, s))
+        if int(metrics['skipped']) == skipped:
+            seen.append(jax.device_get(state['params']))
+        skipped = int(metrics['skipped'])
+    assert 0 < skipped < 4
+    weights = 0.9 ** np.arange(len(seen))[::-1]
+    mean = jax.tree.map(lambda *x: np.average(x, axis=0, weights=weights), *seen)
+    assert_trees_close(state['moments']['ema'], mean, 1e-6)
 
 
 def test_compiler_options_override_the_table():

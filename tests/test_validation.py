@@ -14,9 +14,7 @@ from runtime.config_checks import RANGES, check_all_devices, validate
 
 def errors(**changes) -> str:
     config = importlib.import_module('configs.tiny').get_config()
-    for name, value in changes.items():
-        group, _, field = name.rpartition('__')
-        (config[group] if group else config)[field] = value
+    config.update_from_flattened_dict({name.replace('__', '.'): x for name, x in changes.items()})
     with pytest.raises(ValueError, match='the config cannot run') as caught:
         validate(config, 8)
     return str(caught.value)
@@ -70,7 +68,20 @@ def test_tiny_divides_on_every_mesh(name, sizes):
             },
             'name it in model.remat_keep',
         ),
-        ({'optimizer__name': 'sgd'}, "optimizer.name='sgd' is unknown; use one of adamw"),
+        ({'optimizer__name': 'sgd'}, "optimizer.name='sgd' is unknown; use one of adamw, muon"),
+        ({'optimizer__muon__coefficients': 'newton'}, 'use one of jordan, polar_express'),
+        ({'optimizer__muon__scale': 'frobenius'}, 'use one of spectral, rms'),
+        ({'optimizer__muon__replicas': 'share'}, 'use one of repeat, split'),
+        ({'optimizer__muon__dtype': 'float16'}, 'use one of auto, float32, bfloat16'),
+        (
+            {
+                'optimizer__name': 'muon',
+                'optimizer__peak_lr': 0.0,
+                'optimizer__muon__adamw_lr': 1e-3,
+            },
+            'follows the schedule of optimizer.peak_lr, which is 0; use a peak_lr above 0',
+        ),
+        ({'eval__averaged': True}, 'optimizer.ema=0.0 keeps none; give it a decay'),
         (
             {'model__attention_kernel': 'cudnn', 'check_vma': False, 'model__nope_dim': 36},
             'heads of 68 for queries and keys; use a multiple of 8',
@@ -143,8 +154,7 @@ def test_every_numeric_field_has_a_range_and_a_default_in_it():
 
 
 def set_field(config, name: str, value) -> None:
-    group, _, field = name.rpartition('.')
-    (config[group] if group else config)[field] = value
+    config.update_from_flattened_dict({name: value})
 
 
 @pytest.mark.parametrize('name', numbers())

@@ -49,9 +49,7 @@ def small_run(tokens: str, moe: bool = False, **changes) -> ConfigDict:
         c.microbatches = 2
     c.optimizer.warmup_steps, c.eval.every, c.eval.batches, c.log.every = 2, 0, 1, 1
     c.checkpoint.update(every=2, keep=1)
-    for name, value in changes.items():
-        group, _, field = name.rpartition('__')
-        (c[group] if group else c)[field] = value
+    c.update_from_flattened_dict({name.replace('__', '.'): x for name, x in changes.items()})
     return c
 
 
