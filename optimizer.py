@@ -166,21 +166,22 @@ def adamw_rules(config: ConfigDict) -> Iterator[str]:
 # Coefficients (a, b, c) of the steps of Newton-Schulz, x -> a x + (b s + c s²) x with s = x xᵀ; the
 # last serves all further steps. 'jordan' (Jordan et al. 2024, github.com/KellerJordan/Muon): steep
 # at zero, leaves singular values between 0.7 and 1.2. 'polar_express' (Amsel et al. 2025,
-# arXiv:2505.16932, algorithm 1): the best polynomial for each step, nearer to 1; all but the last
-# take a hundredth off their input, so that rounding does not throw a singular value out of range.
+# arXiv:2505.16932, algorithm 1): the best polynomial for each step, nearer to 1. All but the last
+# take a hundredth off their input, the first one two (that of the norm too), so that rounding does
+# not throw a singular value out of range.
 COEFFICIENTS: dict[str, tuple[tuple[float, float, float], ...]] = {
     'jordan': ((3.4445, -4.7750, 2.0315),),
     'polar_express': (
         *(
-            (a / 1.01, b / 1.01**3, c / 1.01**5)
-            for a, b, c in (
-                (8.28721201814563, -23.595886519098837, 17.300387312530933),
-                (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
-                (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
-                (3.3184196573706015, -2.488488024314874, 0.51004894012372),
-                (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
-                (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
-                (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+            (a / safe, b / safe**3, c / safe**5)
+            for a, b, c, safe in (
+                (8.28721201814563, -23.595886519098837, 17.300387312530933, 1.01**2),
+                (4.107059111542203, -2.9478499167379106, 0.5448431082926601, 1.01),
+                (3.9486908534822946, -2.908902115962949, 0.5518191394370137, 1.01),
+                (3.3184196573706015, -2.488488024314874, 0.51004894012372, 1.01),
+                (2.300652019954817, -1.6689039845747493, 0.4188073119525673, 1.01),
+                (1.891301407787398, -1.2679958271945868, 0.37680408948524835, 1.01),
+                (1.8750014808534479, -1.2500016453999487, 0.3750001645474248, 1.01),
             )
         ),
         (1.875, -1.25, 0.375),
@@ -238,6 +239,11 @@ def is_muons(p: Param) -> bool:
     return p.inputs > 0
 
 
+def is_adamws(p: Param) -> bool:
+    """Returns True for what AdamW updates beside it: embedding, head, router, gains, biases."""
+    return not is_muons(p)
+
+
 def view(p: Param, split_heads: bool) -> View:
     """Returns how the matrices of a parameter lie in it: [front ..., inputs ..., outputs ...].
 
@@ -293,11 +299,6 @@ def muon_slots(declared: Tree) -> dict[str, Tree]:
     }
 
 
-def is_adamws(p: Param) -> bool:
-    """Returns True for what AdamW updates beside Muon: embedding, head, router, gains, biases."""
-    return not is_muons(p)
-
-
 def muon(
     params: Tree,
     grads: Tree,
@@ -335,6 +336,14 @@ def muon(
     return merged(params, others), {'momentum': momentum, **moments}
 
 
+def muon_groups(declared: Tree, split_heads: bool) -> dict[Matrices, list[int]]:
+    """Returns the leaves of each group, by their places in the flattened tree of Muon's."""
+    groups = collections.defaultdict(list)
+    for i, p in enumerate(jax.tree.leaves(declared, is_leaf=is_param)):
+        groups[view(p, split_heads).group].append(i)
+    return groups
+
+
 @jax.named_scope('muon')
 def orthogonal(tree: Tree, declared: Tree, cfg: MuonConfig) -> Tree:
     """Returns the nearest orthogonal matrix of every matrix in a sharded tree, times its scale.
@@ -344,10 +353,7 @@ def orthogonal(tree: Tree, declared: Tree, cfg: MuonConfig) -> Tree:
     """
     leaves, structure = jax.tree.flatten(tree)
     views = [view(p, cfg.split_heads) for p in jax.tree.leaves(declared, is_leaf=is_param)]
-    groups = collections.defaultdict(list)
-    for i, v in enumerate(views):
-        groups[v.group].append(i)
-    for group, members in groups.items():
+    for group, members in muon_groups(declared, cfg.split_heads).items():
         x = jnp.concatenate([to_matrices(leaves[i], views[i]) for i in members])
         x = at_home(x.astype(cfg.dtype), group, cfg).astype(jnp.float32)
         start = 0
