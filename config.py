@@ -121,15 +121,15 @@ class ModelConfig:
 class MuonConfig:
     """Choices of Muon, as configs/default.py explains them."""
 
-    momentum: float
-    nesterov: bool
-    split_heads: bool
-    steps: int
-    coefficients: str
-    scale: str
-    adamw_lr: float
-    replicas: str
-    dtype: str
+    momentum: float = 0.95
+    nesterov: bool = True
+    split_heads: bool = False
+    steps: int = 5
+    coefficients: str = 'jordan'
+    scale: str = 'rms'
+    adamw_lr: float = 0.0
+    replicas: str = 'repeat'
+    dtype: str = 'auto'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,9 +148,9 @@ class OptimizerConfig:
     eps: float
     weight_decay: float
     clip_norm: float
-    cautious_decay: bool
-    ema: float
-    muon: MuonConfig
+    cautious_decay: bool = False
+    ema: float = 0.0
+    muon: MuonConfig = MuonConfig()
 
 
 def model_config(config: ConfigDict) -> ModelConfig:

@@ -201,7 +201,8 @@ def test_no_gathered_weight_is_saved():
 def test_fields_that_came_later_have_one_default():
     """Where a dataclass has one too, it is that of configs/default.py."""
     config = default.get_config()
-    for made in (model_config(config), optimizer_config(config)):
+    optimizer = optimizer_config(config)
+    for made in (model_config(config), optimizer, optimizer.muon):
         for field in dataclasses.fields(made):
             if field.default is not dataclasses.MISSING:
                 assert field.default == getattr(made, field.name), field.name
