@@ -1,10 +1,10 @@
 """Estimates the memory of one device in training, by part, from the config alone.
 
-Parameters, moments and gradients follow from the declarations and are exact. The rest is what the
-step must hold at its two peaks: in the head, where the logits of a chunk exist, and in the backward
-pass of a layer. Activations are listed array by array (`layer_values`), as XLA keeps them: an
-elementwise chain fused, and each input of a matmul once. tests/test_plan.py compares the sum with
-what XLA says of the compiled step.
+Parameters, the optimizer's slots and gradients follow from the declarations and are exact. The rest
+is what the step must hold at its peaks: in the head, where the logits of a chunk exist, in the
+backward pass of a layer, and in the update, beside all gradients. Activations are listed array by
+array (`layer_values`), as XLA keeps them: an elementwise chain fused, and each input of a matmul
+once. tests/test_plan.py compares the sum with what XLA says of the compiled step.
 """
 
 import dataclasses
@@ -15,16 +15,17 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from config import ATTENTION_OUTPUT, HIDDEN, QKV, RESIDUAL, ModelConfig
+from config import ATTENTION_OUTPUT, HIDDEN, QKV, RESIDUAL, ModelConfig, OptimizerConfig
 from layers.attention import attention_sizes
 from layers.attention_kernels import ATTENTION_KERNELS
 from model import FEED_FORWARD, layer_params, model_for, model_params
-from optimizer import OPTIMIZERS
+from optimizer import optimizer_for, slots_of
 from parallel import BATCH, EP, FSDP, PP, TP, Param, Tree, is_param, spec_axes
 from pipeline.tables import Schedule
+from planning.muon import Shape, shapes
 from train_step import train_schedule
 
-FLOAT32 = 4  # bytes of a master parameter, a moment, an accumulated gradient
+FLOAT32 = 4  # bytes of a master parameter, a number of a slot, an accumulated gradient
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -46,7 +47,7 @@ class Part:
     rows: int  # sequences of a microbatch on a device
     chunks: int  # virtual stages of a pipeline stage
     gather: str  # config.fsdp_gather
-    optimizer: str  # optimizer.name
+    optimizer: OptimizerConfig
     schedule: Schedule | None  # None: no pipeline
 
     @functools.cached_property
@@ -63,6 +64,11 @@ class Part:
     def slots(self) -> Group:
         """The optimizer's state beside the parameters."""
         return slots(self.cfg, self.chunks, self.optimizer)
+
+    @property
+    def of_muon(self) -> tuple[Shape, ...]:
+        """The shapes of matrices that Muon updates, the costliest first."""
+        return of_muon(self.cfg, self.chunks, self.optimizer, self.sizes)
 
     def declared_in(self, group: str) -> Group:
         """The parameters of one group of the tree: 'embed', 'blocks', 'first'."""
@@ -135,9 +141,17 @@ def declared(cfg: ModelConfig, chunks: int, within: str = '') -> Group:
 
 
 @functools.cache
-def slots(cfg: ModelConfig, chunks: int, optimizer: str) -> Group:
-    """Returns the optimizer's slots."""
-    return group(OPTIMIZERS[optimizer].slots(declarations(cfg, chunks)))
+def slots(cfg: ModelConfig, chunks: int, optimizer: OptimizerConfig) -> Group:
+    """Returns all that is kept beside the parameters."""
+    return group(slots_of(declarations(cfg, chunks), optimizer))
+
+
+@functools.cache
+def of_muon(
+    cfg: ModelConfig, chunks: int, optimizer: OptimizerConfig, mesh: tuple[tuple[str, int], ...]
+) -> tuple[Shape, ...]:
+    """Returns the shapes of matrices that Muon updates, once per mesh."""
+    return tuple(shapes(declarations(cfg, chunks), optimizer, dict(mesh)))
 
 
 @functools.cache
@@ -159,7 +173,7 @@ def part_of(config: ConfigDict, platform: str) -> Part:
         rows=config.batch_size // over,
         chunks=config.pipeline.chunks,
         gather=config.fsdp_gather,
-        optimizer=config.optimizer.name,
+        optimizer=optimizer_for(config, platform),
         schedule=train_schedule(config) if mesh[PP] > 1 else None,
     )
 
@@ -332,7 +346,7 @@ class Memory:
     """The bytes of the fullest device, by part. Not all are there at once: see `peak`."""
 
     parameters: float  # float32, the master copy
-    moments: float  # float32, the optimizer's slots
+    moments: float  # float32, the optimizer's slots, and averaged parameters
     gradients: float  # float32, added up over microbatches
     microbatch_gradients: float  # float32, of one microbatch, before they are added
     stash: float  # in flight between pipeline stages
@@ -342,7 +356,8 @@ class Memory:
     layer_gradients: float  # of activations, within a layer
     logits: float  # of a chunk, with their gradient
     head: float  # the head's weight, and its gradient over chunks
-    ahead: bool  # whether all weights are gathered, for the whole step
+    update: float  # whole matrices of Muon, and arrays made from them
+    ahead: bool  # whether all weights are gathered, until the update
 
     @property
     def state(self) -> float:
@@ -350,7 +365,7 @@ class Memory:
 
     @property
     def always(self) -> float:
-        """Bytes from the first microbatch to the last."""
+        """Bytes from the first microbatch to the last, before the update."""
         return self.state + self.gradients + self.stash + self.ahead * self.gathered
 
     @property
@@ -366,8 +381,14 @@ class Memory:
         return self.logits + self.head + (0 if self.stash else self.activations)
 
     @property
+    def in_update(self) -> float:
+        """Bytes beside the state in the update: the gradients of all parameters, summed."""
+        return self.parameters + self.update
+
+    @property
     def peak(self) -> float:
-        return self.always + max(self.in_backward, self.in_head)
+        before = self.always + max(self.in_backward, self.in_head)
+        return max(before, self.state + self.in_update)
 
 
 def memory(s: Part) -> Memory:
@@ -398,5 +419,6 @@ def memory(s: Part) -> Memory:
         layer_gradients=max(gradients_of_layer(s, kind) for kind in kinds),
         logits=logits,
         head=head,
+        update=max((shape.temporary for shape in s.of_muon), default=0.0),
         ahead=ahead,
     )

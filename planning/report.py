@@ -11,7 +11,7 @@ from machine.memory import OutOfMemoryError
 from parallel import AXES
 from planning.compiled import Compiled, Cost
 from planning.footprint import part_of
-from planning.roofline import Estimate
+from planning.roofline import NEWTON_SCHULZ, Estimate
 from planning.search import expected
 
 WIDTH = 44  # characters of the column of names
@@ -85,13 +85,17 @@ def memory_lines(e: Estimate) -> list[str]:
     """Returns the part on memory: each kind of array, in which phase it exists, and the peak."""
     m = e.memory
     where = 'backward' if m.in_backward >= m.in_head else 'head'
+    if m.peak == m.state + m.in_update:
+        where = 'update'
+    # Once they are summed over devices as well, gradients are sharded like their parameters.
+    all_grads = where == 'update' and m.gradients != m.parameters
     parts = [
         ('parameters, float32: the master copy', m.parameters, ''),
-        ('moments, float32', m.moments, ''),
-        ('gradients, float32, summed over microbatches', m.gradients, ''),
+        ("the optimizer's state, float32", m.moments, ''),
+        ('gradients, float32, summed over microbatches', m.gradients, 'both' if all_grads else ''),
         ('pipeline stash', m.stash, ''),
         ('gathered weights' + (' of all layers' if m.ahead else ' of a layer'), m.gathered,
-         '' if m.ahead else 'backward'),
+         'both' if m.ahead else 'backward'),
         ('activations kept from forward to backward', m.activations,
          'backward' if m.stash else 'both'),
         ('activations of a layer, computed again', m.recomputed, 'backward'),
@@ -99,6 +103,8 @@ def memory_lines(e: Estimate) -> list[str]:
         ('gradients of one microbatch, float32', m.microbatch_gradients, 'backward'),
         ('logits of one loss_chunk, and their gradient', m.logits, 'head'),
         ("the head's weight, gathered, and gradient", m.head, 'head'),
+        ('gradients, float32, of all parameters', all_grads * m.parameters, 'update'),
+        ('matrices at home, and arrays made from them', m.update, 'update'),
     ]  # fmt: skip
     lines = ['memory of one device']
     lines += [row(name, scaled(n, 'B'), phase) for name, n, phase in parts if n]
@@ -109,6 +115,23 @@ def memory_lines(e: Estimate) -> list[str]:
         f'  of {scaled(e.chip.memory, "B")}: {m.peak / e.chip.memory:.0%}, {verdict}. What is '
         f'marked exists in that phase only.',
     ]
+
+
+def muon_lines(e: Estimate) -> list[str]:
+    """Returns the part on the matrices that Muon updates: how many each home takes, and in vain."""
+    flops = sum(w.flops for w in e.work)
+    lines = ["matrices at home: Newton-Schulz of Muon's update"]
+    lines.append(f'  {"":<{WIDTH}}{"each home":>12}{"padding":>12}{"FLOPs":>12}')
+    for s in e.of_muon:
+        name = f'{s.rows:,} x {s.columns:,}: {s.matrices:,} on {s.homes:,} homes'
+        lines.append(row(name, f'{s.per_home:,}', f'{s.padding:.1%}', f'{s.flops / flops:.2%}'))
+    lines.append('  Padding is the part of the work on zeros; FLOPs are the part of a step.')
+    alike = max(s.alike for s in e.of_muon)
+    if alike > 1:
+        lines.append(
+            f"  Up to {alike} devices compute the same; optimizer.muon.replicas='split' parts it."
+        )
+    return lines
 
 
 def network_lines(e: Estimate) -> list[str]:
@@ -152,8 +175,11 @@ def time_lines(e: Estimate) -> list[str]:
 
 def limits(e: Estimate) -> dict[str, float]:
     """Returns the seconds of a step for which each resource is the one waited for."""
-    found = {'matmuls': 0.0, 'memory': 0.0, 'bubble': e.bubble_seconds}
+    found = {'matmuls': 0.0, 'memory': 0.0, NEWTON_SCHULZ: 0.0, 'bubble': e.bubble_seconds}
     for w in e.work:
+        if w.part == NEWTON_SCHULZ:
+            found[w.part] = w.seconds(e.chip)
+            continue
         bound = 'matmuls' if w.flops / e.chip.flops >= w.bytes / e.chip.bandwidth else 'memory'
         found[bound] += w.seconds(e.chip)
     return found | e.axis_seconds
@@ -167,6 +193,7 @@ def reason(e: Estimate) -> str:
         'matmuls': f'{1 - e.useful / e.computed:.0%} of the FLOPs are computed again: less remat',
         'memory': f'{intensity:.0f} FLOPs per byte, where the chip has '
         f'{e.chip.flops / e.chip.bandwidth:.0f}: keep less, a smaller tp, a wider model',
+        NEWTON_SCHULZ: "more homes, by a larger fsdp or muon.replicas='split', or a larger batch",
         'bubble': 'more microbatches, zero_bubble or fewer stages',
         'fsdp': 'weights cross once per microbatch and pass: fewer microbatches, or '
         "fsdp_gather='step'",
@@ -175,7 +202,7 @@ def reason(e: Estimate) -> str:
         'dp': 'all gradients cross once per step: fsdp, or a larger batch',
         'pp': 'activations cross once per tick: fewer stages',
     }
-    resource = name if name in ('matmuls', 'memory', 'bubble') else f'the network along {name}'
+    resource = f'the network along {name}' if name in AXES else name
     return f'{resource}, {t / e.seconds:.0%} of the step ({advice[name]})'
 
 
@@ -183,6 +210,8 @@ def table(config: ConfigDict, name: str, e: Estimate) -> str:
     """Returns the plan of a config as text."""
     head = f'{name} on {e.devices} x {e.chip.name}: {layout_text(config)}'
     parts = [model_lines(config, e), memory_lines(e), network_lines(e), time_lines(e)]
+    if e.of_muon:
+        parts.insert(3, muon_lines(e))
     body = '\n\n'.join('\n'.join(part) for part in parts)
     return (
         f'{head}\n\n{body}\n\nlimited by {reason(e)}\n'
@@ -211,6 +240,7 @@ def record(config: ConfigDict, e: Estimate) -> dict[str, Any]:
         'fits': e.fits,
         'work': [dataclasses.asdict(w) | {'seconds': w.seconds(e.chip)} for w in e.work],
         'network': [dataclasses.asdict(t) for t in e.transfers],
+        'muon': [dataclasses.asdict(s) | {'padding': s.padding} for s in e.of_muon],
         'axis_seconds': e.axis_seconds,
         'bubble': e.bubble,
         'matmul_seconds': e.matmul_seconds,

@@ -7,7 +7,8 @@ network. No program reaches the peaks: this is a bound, which shows the limit of
 better of two configs (Williams et al. 2009).
 
 FLOPs: a matmul is 2·m·k·n; causal attention counts half of T². `useful` are 6 per weight that a
-token meets plus attention (model.flops_per_token), `computed` include all that is computed again.
+token meets plus attention (model.flops_per_token), `computed` include all that is computed again,
+without Newton-Schulz, whose FLOPs do not grow with the tokens.
 """
 
 import dataclasses
@@ -39,6 +40,7 @@ from planning.footprint import (
     shard_size,
     shards,
 )
+from planning.muon import Shape
 from train_step import pipeline_costs
 
 useful_flops = functools.cache(flops_per_token)
@@ -54,6 +56,8 @@ def counted(cfg: ModelConfig, chunks: int, active: bool) -> int:
 # filled with zeros, a layer's part copied into it, and out of it again. This is why computing again
 # is often faster on a chip with much compute beside its memory.
 STACKING = 5
+
+NEWTON_SCHULZ = 'Newton-Schulz'  # the part of the work of Muon's matrices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,13 +163,20 @@ def optimizer_work(s: Part) -> Work:
     return Work('optimizer', 12.0 * n, FLOAT32 * (4 * n + 2 * slots))
 
 
+def newton_schulz_work(s: Part) -> Work:
+    """Returns the work on Muon's whole matrices, beyond that of any update."""
+    flops, moved = (sum(getattr(x, name) for x in s.of_muon) for name in ('flops', 'bytes'))
+    return Work(NEWTON_SCHULZ, flops, moved)
+
+
 def all_work(s: Part) -> list[Work]:
     """Lists the work of a step, part by part."""
     cfg = s.cfg
     parts = [layers_work(s, 'blocks', tuple(cfg.block), s.blocks)]
     if cfg.first_dense:
         parts.append(layers_work(s, 'first layers', ('dense',), cfg.first_dense))
-    return [*parts, head_work(s), optimizer_work(s)]
+    parts += [head_work(s), optimizer_work(s)]
+    return [*parts, newton_schulz_work(s)] if s.of_muon else parts
 
 
 # ---------------------------------------------------------------------------------------------
@@ -271,6 +282,14 @@ def gradient_transfers(s: Part) -> list[Transfer]:
     return [Transfer(axis, 'gradients, summed', n) for axis, n in sent.items()]
 
 
+def muon_transfers(s: Part) -> list[Transfer]:
+    """Lists what moves so that each matrix is whole on its home, and its update on all devices."""
+    sent = dict.fromkeys(AXES, 0.0)
+    for axis, n in (pair for shape in s.of_muon for pair in shape.sent):
+        sent[axis] += n
+    return [Transfer(axis, 'matrices to their homes and back', n) for axis, n in sent.items()]
+
+
 def all_transfers(s: Part) -> list[Transfer]:
     """Lists all that a device sends in a step."""
     found = [
@@ -279,6 +298,7 @@ def all_transfers(s: Part) -> list[Transfer]:
         *expert_transfers(s),
         *pipeline_transfers(s),
         *gradient_transfers(s),
+        *muon_transfers(s),
     ]
     return [t for t in found if t.bytes > 0]
 
@@ -310,6 +330,7 @@ class Estimate:
     memory: Memory
     work: list[Work]
     transfers: list[Transfer]
+    of_muon: tuple[Shape, ...]  # the matrices that Muon updates, the costliest shape first
     bubble: float
     spans: dict[str, int]  # devices, numbered in a row, that an axis' groups reach over
 
@@ -368,6 +389,7 @@ def estimate(config: ConfigDict, chip: Chip) -> Estimate:
 def estimate_part(s: Part, chip: Chip) -> Estimate:
     """Estimates one device's part, which its share describes."""
     work, sizes = all_work(s), [s.mesh[axis] for axis in AXES]
+    of_model = sum(w.flops for w in work if w.part != NEWTON_SCHULZ)
     return Estimate(
         chip=chip,
         devices=math.prod(sizes),
@@ -375,10 +397,11 @@ def estimate_part(s: Part, chip: Chip) -> Estimate:
         parameters=counted(s.cfg, s.chunks, active=False),
         active=counted(s.cfg, s.chunks, active=True),
         useful=useful_flops(s.cfg, s.T),
-        computed=sum(w.flops for w in work) * math.prod(sizes) / s.step_tokens,
+        computed=of_model * math.prod(sizes) / s.step_tokens,
         memory=memory(s),
         work=work,
         transfers=all_transfers(s),
+        of_muon=s.of_muon,
         bubble=bubble(s),
         spans={axis: math.prod(sizes[i:]) for i, axis in enumerate(AXES)},
     )

@@ -4,20 +4,26 @@ import importlib
 import json
 import math
 import pathlib
+import re
 import shlex
+from collections import Counter
 
 import jax
+import jax.numpy as jnp
 import pytest
 from common import small_config
 from common_commands import run_command
+from jax.sharding import Mesh
 
+import optimizer
 import plan
 from machine.chips import CHIPS, Chip, chip_of
-from parallel import make_mesh
+from parallel import Tree, make_mesh, specs
 from planning import report
-from planning.compiled import compile_step, read_cost
+from planning.compiled import Cost, Traffic, Walk, compile_step, matmul_flops, read_cost
 from planning.footprint import memory, part_of
-from planning.roofline import estimate
+from planning.hlo import Instruction, Program, parse
+from planning.roofline import NEWTON_SCHULZ, Estimate, estimate
 from planning.search import expected, search
 from runtime.config_checks import validate
 from train_step import abstract_state, lower_train_step, setup
@@ -44,11 +50,23 @@ def test_every_config_has_a_plan_and_fits_its_chip(name):
     json.dumps(report.record(config, e))
 
 
-def test_state_and_network_are_those_of_the_compiled_step():
-    """Parameters and moments to the byte, traffic along each axis within 3 %."""
+A2A = 'all-to-all'
+
+OPTIMIZERS = {
+    'adamw': {'ema': 0.0},
+    'muon': {'name': 'muon', 'ema': 0.9},
+    'muon, split': {'name': 'muon', 'ema': 0.9, 'muon': {'replicas': 'split'}},
+}
+
+
+@pytest.mark.parametrize('name', OPTIMIZERS)
+def test_state_and_network_are_those_of_the_compiled_step(name):
+    """Parameters and slots to the byte, traffic along each axis within 3 %; of Muon's matrices
+    FLOPs and bytes to the last one, with those of the padding."""
     config = small_config('gqa', tied=False, microbatches=4)
-    config.model.update(n_layers=8, block=('dense',), remat='full')
+    config.model.update(n_layers=7, block=('dense',), remat='full')
     config.mesh.update(dp=2, fsdp=2, tp=2)
+    config.optimizer.update(OPTIMIZERS[name])
     validate(config, 8)
     s = setup(config, make_mesh(config.mesh))
     step, state, e = lower_train_step(s).compile(), abstract_state(s), estimate(config, CPU)
@@ -63,10 +81,98 @@ def test_state_and_network_are_those_of_the_compiled_step():
             sent[axes] += t.bytes
     for axis, n in sent.items():
         assert e.axis_bytes[axis] == pytest.approx(n, rel=0.03), axis
+    assert_muon_agrees(e, step.as_text(), s.mesh, {'dp': 'all-gather', 'fsdp': A2A, 'tp': A2A})
 
 
-# Three programs, since each takes a minute to compile. Between them: one microbatch and several, a
-# pipeline, experts, both attentions, an untied head, no, full and partial rematerialization.
+def assert_muon_agrees(e: Estimate, text: str, mesh: Mesh, kinds: dict[str, str]):
+    """FLOPs of Newton-Schulz, and bytes along each axis, in which only Muon has collectives of this
+    kind."""
+    program = parse(text)
+    cost = Walk(program, mesh, CPU, newton_schulz_price).cost(program.entry)
+    assert cost.flops == sum(shape.flops for shape in e.of_muon)
+    sent = Counter()
+    for shape in e.of_muon:
+        sent.update(dict(shape.sent))
+    for axis, kind in kinds.items():
+        assert sent[axis] == cost.traffic.get((kind, axis), Traffic()).bytes, axis
+
+
+def newton_schulz_price(i: Instruction, program: Program, _: Chip) -> Cost:
+    """Returns the FLOPs of a matmul of Newton-Schulz; nothing for any other instruction."""
+    return Cost(flops=matmul_flops(i, program) if 'newton_schulz' in i.text else 0.0)
+
+
+def test_muons_update_costs_the_same_with_stages_experts_and_heads():
+    """The update alone, in which layers before the stages are alike on all of them."""
+    config = small_config('mla', tied=False, moe=True)
+    config.mesh.update(pp=2, fsdp=2, ep=2)
+    config.optimizer.update(name='muon', muon={'split_heads': True, 'replicas': 'split'})
+    validate(config, 8)
+    s = setup(config, make_mesh(config.mesh))
+    like = abstract_state(s)
+    layout = specs(s.declared), specs(s.slots)
+
+    def update(params: Tree, grads: Tree, slots: Tree) -> tuple[Tree, Tree]:
+        return optimizer.muon(
+            params, grads, slots, jnp.float32(0.1), jnp.int32(0), s.declared, s.optimizer
+        )
+
+    step = jax.jit(
+        jax.shard_map(update, mesh=s.mesh, in_specs=(layout[0], *layout), out_specs=layout)
+    )
+    text = step.lower(like['params'], like['params'], like['moments']).compile().as_text()
+    e = estimate(config, CPU)
+    assert_muon_agrees(e, text, s.mesh, {'pp': 'all-gather', 'ep': 'all-gather', 'fsdp': A2A})
+    assert {shape.alike for shape in e.of_muon} == {1}
+
+
+def test_homes_and_padding_are_those_counted_by_hand():
+    """5 layers of 4 attention matrices of 32 x 64, and of 3 in the feed-forward, 32 x 48."""
+    config = small_config('gqa', tied=False)
+    config.model.update(n_layers=5, block=('dense',))
+    config.optimizer.name = 'muon'
+    config.mesh.update(dp=2, fsdp=4, tp=2)
+    attention, feed_forward = estimate(config, CPU).of_muon
+    assert (attention.rows, attention.columns, attention.matrices) == (32, 64, 20)
+    assert (attention.homes, attention.per_home, attention.alike) == (8, 3, 2)
+    assert attention.padding == pytest.approx(4 / 24)
+    assert attention.flops == 3 * 5 * (4 * 32 * 32 * 64 + 2 * 32 * 32 * 32)
+    three = 3 * 32 * 64 * 4  # bytes of three matrices in float32, there and back
+    assert dict(attention.sent) == {'fsdp': 2 * three * 3 / 4, 'tp': 2 * three / 2}
+    assert (feed_forward.matrices, feed_forward.per_home) == (15, 2)
+    assert feed_forward.padding == pytest.approx(1 / 16)
+
+    config.optimizer.muon.replicas = 'split'  # 20 on 16 homes, two on each: 12 of 32 are padding
+    attention = estimate(config, CPU).of_muon[0]
+    assert (attention.homes, attention.per_home, attention.alike) == (16, 2, 1)
+    assert attention.padding == pytest.approx(12 / 32)
+    two = 2 * 32 * 64 * 4
+    # Over dp each device gives the other all that its eight homes, and it, brought together.
+    assert dict(attention.sent) == {'fsdp': 2 * two * 3 / 4, 'tp': 2 * two / 2, 'dp': two}
+
+    config.optimizer.muon.split_heads = True  # 4 · 8 heads a layer, 8 x 32, halved by tp
+    heads = next(x for x in estimate(config, CPU).of_muon if x.rows == 8)
+    assert (heads.columns, heads.matrices, heads.homes, heads.per_home) == (32, 80, 8, 10)
+    assert heads.padding == 0
+
+
+def test_experts_are_matrices_of_their_own_devices():
+    """8 experts of 3 matrices in each of 2 layers, over ep 2: 24 on a device, 12 for each home."""
+    config = small_config('gqa', moe=True)
+    config.optimizer.name = 'muon'
+    config.mesh.update(fsdp=2, ep=2)
+    experts = next(x for x in estimate(config, CPU).of_muon if (x.rows, x.columns) == (16, 32))
+    assert (experts.matrices, experts.homes, experts.per_home) == (24, 2, 12)
+
+
+# The peak is in the update, as the batch is small.
+MUON = {
+    'batch_size': 8, 'seq_len': 1024, 'microbatches': 1, 'model': {'remat': 'full'},
+    'optimizer': {'name': 'muon'},
+}  # fmt: skip
+
+# Four programs, since each takes a minute to compile. Between them: one microbatch and several, a
+# pipeline, experts, both attentions, an untied head, no, full and partial rematerialization, Muon.
 SPREAD = {
     'stages': ('tpu_v4', 'v4:2x4x4', {}, {}, {'block': ('dense',)}),
     'experts': (
@@ -77,6 +183,7 @@ SPREAD = {
         'gpu_h100', 'v5p:2x2x2', {'chip': 'v5p'}, {},
         {'remat': 'full', 'remat_keep': ('attention', 'qkv'), 'tie_embeddings': False},
     ),
+    'muon': ('gpu_h100', 'v5p:2x2x2', {'chip': 'v5p', **MUON}, {}, {}),
 }  # fmt: skip
 
 
@@ -99,6 +206,7 @@ ON_GPU = {
         'llama3_8b', 'h100:8', {'chip': 'h100', 'batch_size': 128, 'microbatches': 16},
         {'fsdp': 8}, {},
     ),
+    'muon': ('gpu_h100', 'h100:8', MUON, {}, {}),
 }  # fmt: skip
 
 
@@ -106,6 +214,29 @@ ON_GPU = {
 @pytest.mark.parametrize('case', ON_GPU)
 def test_memory_is_what_the_gpu_compiler_says(case, gpu_compiler):
     assert_memory_agrees(*ON_GPU[case])
+
+
+def test_a_small_batch_has_its_peak_in_the_update():
+    config = load('gpu_h100')
+    config.update(MUON)
+    e = estimate(config, CHIPS['h100'])
+    m, largest = e.memory, 11 * 3072 * 8192  # numbers of the matrices on a home: 84 on 8
+    assert m.update == (2 + 2 * 4) * largest  # in bfloat16, and twice in float32
+    assert m.peak == m.state + m.parameters + m.update
+    assert re.search(r'peak, in the update +7.62 GB', report.table(config, 'a config', e))
+    config.optimizer.name = 'adamw'
+    assert estimate(config, CHIPS['h100']).memory.update == 0
+
+
+@pytest.mark.gpu
+def test_newton_schulz_has_the_flops_that_the_gpu_compiler_counts(gpu_compiler):
+    config = load('gpu_h100')
+    config.update(MUON)
+    e = estimate(config, CHIPS['h100'])
+    with_muon = compile_step(config, 'h100:8', e.chip).cost.flops
+    config.optimizer.name = 'adamw'
+    without = compile_step(config, 'h100:8', e.chip).cost.flops
+    assert with_muon - without == sum(shape.flops for shape in e.of_muon)
 
 
 def assert_memory_agrees(name: str, topology: str, fields: dict, mesh: dict, model: dict):
@@ -170,6 +301,21 @@ def test_command_prints_a_table_and_json(run_plan):
     assert result['mesh'] == {'pp': 2, 'dp': 1, 'fsdp': 16, 'ep': 1, 'tp': 1}
     assert result['devices'] == 32
     assert result['memory']['parameters'] * 32 > 4 * result['parameters'] * 0.9
+
+
+def test_command_prints_what_each_home_of_muon_takes(run_plan):
+    printed = run_plan(TPU_V4, '--json', '--config.optimizer.name=muon')
+    result = json.loads(printed.splitlines()[-1])
+    # 5 dense layers of 3 matrices in each of 4 blocks of a stage: 60 on 16 homes, 4 on each.
+    shape = next(x for x in result['muon'] if (x['rows'], x['columns']) == (768, 1536))
+    assert (shape['matrices'], shape['homes'], shape['per_home']) == (60, 16, 4)
+    assert shape['padding'] == 1 / 16
+    flops = sum(w['flops'] for w in result['work'])
+    line = f'768 x 1,536: 60 on 16 homes +4 +6.2% +{shape["flops"] / flops:.2%}\n'
+    assert re.search(line, printed)
+    work = next(w for w in result['work'] if w['part'] == NEWTON_SCHULZ)
+    assert work['flops'] == sum(x['flops'] for x in result['muon'])
+    assert 'homes' not in run_plan(TPU_V4)
 
 
 def test_command_searches(run_plan):
