@@ -18,6 +18,10 @@ _ARRAY = re.compile(r'\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]')
 _HEADER = re.compile(r'(ENTRY )?(%[\w.\-]+) \(.*->.*\{$')
 _NAME = re.compile(r'\s+(?:ROOT )?(%[\w.\-]+) = (.*)$', re.DOTALL)
 _CALLED = re.compile(r'(?:calls|to_apply)=(%[\w.\-]+)')
+_MESH = re.compile(
+    r'replica_groups=mesh\[([^\]]*)\]'
+    r'(?:, device_ids=\((?:\[([\d,]+)\]T\()?([\d,]+)\)?\))? \{([^}]*)\}'
+)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -147,14 +151,44 @@ def device_groups(text: str) -> list[list[int]]:
     """Returns the device groups of a collective, or the pairs of a permute; [] if it names none.
 
     HLO lists groups as {{0,1},{2,3}}, or as [groups,size]<=[dims]T(order): the device numbers in
-    an array of shape dims, transposed, and reshaped to groups of that size.
+    an array of shape dims, transposed, and reshaped to groups of that size; or as the axes of a
+    mesh of its own along which the devices of a group lie (`mesh_groups`).
     """
     listed = re.search(r'(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}', text)
     if listed:
         return [[int(i) for i in g.split(',')] for g in re.findall(r'\{([\d,]+)\}', listed[1])]
+    named = _MESH.search(text)
+    if named:
+        return mesh_groups(*named.groups())
     iota = re.search(r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', text)
     if not iota:
         return []
     shape, dims, order = ([int(i) for i in g.split(',')] if g else None for g in iota.groups())
     devices = np.arange(math.prod(dims)).reshape(dims).transpose(order)
     return devices.reshape(shape).tolist()
+
+
+def mesh_groups(mesh: str, dims: str | None, order: str | None, axes: str) -> list[list[int]]:
+    """Returns the groups of mesh['a'=2,'b'=8], device_ids=([dims]T(order)) {'a','b':(2)4}.
+
+    The partitioner writes them so. Devices are numbered in a row, unless device_ids gives their
+    order: as numbers, or as an array of shape dims, transposed. 'b':(2)4 is a part of axis b: its
+    numbers, split into [2, 4, ...], along the second dimension.
+    """
+    sizes = {name: int(size) for name, size in re.findall(r"([^,=']+)'?=(\d+)", mesh)}
+    devices = np.arange(math.prod(sizes.values()))
+    if order:
+        numbers = [int(i) for i in order.split(',')]
+        shape = [int(d) for d in dims.split(',')] if dims else []
+        devices = devices.reshape(shape).transpose(numbers).ravel() if dims else np.array(numbers)
+    shape = list(sizes.values())
+    place = dict(zip(sizes, np.unravel_index(np.arange(len(devices)), shape), strict=True))
+    within, members = np.zeros_like(devices), 1
+    for name, before, size in re.findall(r"([^,:']+)'?(?::\((\d+)\)(\d+))?", axes):
+        size = int(size or sizes[name])
+        stride = sizes[name] // (int(before or 1) * size)
+        along = place[name] // stride % size
+        place[name] = place[name] - along * stride
+        within, members = within * size + along, members * size
+    group = np.ravel_multi_index(list(place.values()), shape)
+    return devices[np.lexsort((within, group))].reshape(-1, members).tolist()
