@@ -80,14 +80,15 @@ def load(
     fsdp: int = 1,
     dtype: str = '',
     tokenizer: str = '',
-    averaged: bool = False,
+    averaged: bool | None = None,
 ) -> tuple[Tree, ModelConfig, ConfigDict, tiktoken.Encoding]:
     """Loads a run's checkpoint onto this machine: (params, model, config, its tokenizer).
 
     Any mesh may have written them; each is cast to the type that it is used in (`dtype`, or the
     run's) as soon as it is read. `step` None is the newest, `tokenizer` as in `run_encoding`;
-    `averaged` loads the averaged weights. Raises ConfigError if there is no such checkpoint or
-    tokenizer, or it does not fit the mesh, CheckpointError if it is damaged.
+    `averaged` loads the averaged weights, by default where the run evaluates them. Raises
+    ConfigError if there is no such checkpoint or tokenizer, or it does not fit the mesh,
+    CheckpointError if it is damaged.
     """
     path = os.path.join(workdir, CHECKPOINTS)
     with Checkpointer(path) as checkpoints:
@@ -99,6 +100,7 @@ def load(
         step = newest if step is None else step
         saved = checkpoints.metadata(step)['config']
         config = saved_config(saved | ({'compute_dtype': dtype} if dtype else {}))
+        averaged = config.eval.averaged if averaged is None else averaged
         check_averaged(saved, workdir, averaged)
         encoding = run_encoding(workdir, tokenizer)
         end = end_of_text(encoding) if config.data.isolate_documents else -1
@@ -246,7 +248,9 @@ def main(_: list[str]) -> None:
 def define_flags() -> None:
     command.DEFINE_path('workdir', None, 'The run, as train.py left it.')
     flags.DEFINE_integer('step', None, 'Checkpoint to load; by default the newest.', lower_bound=0)
-    flags.DEFINE_boolean('averaged', False, 'Take the averaged weights that optimizer.ema keeps.')
+    flags.DEFINE_boolean(
+        'averaged', None, 'Take the weights that optimizer.ema averages; by default as evaluated.'
+    )
     flags.DEFINE_multi_string('prompt', [], 'Text to continue; may be given several times.')
     command.DEFINE_path(
         'prompts_file', '', 'A prompt per line, blank ones left out; .jsonl: JSON strings.'

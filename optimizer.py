@@ -267,6 +267,8 @@ def view(p: Param, split_heads: bool) -> View:
         assert not spec_axes(spec[dims]), f'{p.spec} shards an inner dimension of a matrix'
     (n_in, _), (n_out, _) = sides
     (rows, row_axes), (columns, column_axes) = ordered = sorted(sides)
+    for axes in (row_axes, column_axes):
+        assert len(axes) < 2, f'{p.spec} shards a side of a matrix over several axes'
     row_axis, column_axis = (axes[0] if axes else None for axes in (row_axes, column_axes))
     group = Matrices(rows, columns, row_axis, column_axis, spec_axes(spec[:front]))
     return View(group, n_in, n_out, heads, front, split, turned=ordered != sides)
@@ -465,8 +467,9 @@ AVERAGE = 'ema'  # the slot of the averaged parameters
 
 def slots_of(declared: Tree, cfg: OptimizerConfig) -> dict[str, Tree]:
     """Declares all that is kept beside the parameters: the optimizer's slots, and the average."""
-    average = {AVERAGE: zeros_like(declared)} if cfg.ema else {}
-    return OPTIMIZERS[cfg.name].slots(declared) | average
+    slots = OPTIMIZERS[cfg.name].slots(declared)
+    assert AVERAGE not in slots, f'{AVERAGE!r} is the name of the averaged weights'
+    return slots | ({AVERAGE: zeros_like(declared)} if cfg.ema else {})
 
 
 def average(mean: Tree, params: Tree, updates: Array, decay: float) -> Tree:
@@ -477,7 +480,7 @@ def average(mean: Tree, params: Tree, updates: Array, decay: float) -> Tree:
     first update have none (Polyak & Juditsky 1992; as an exponential mean, Izmailov et al. 2018).
     """
     t = (updates + 1).astype(jnp.float32)
-    weight = (1 - decay) / (1 - decay**t)
+    weight = (1 - decay) / -jnp.expm1(t * math.log(decay))
     return jax.tree.map(lambda mean, x: mean + weight * (x - mean), mean, params)
 
 

@@ -478,7 +478,8 @@ def replicate(x: Array, axis: Axis, dim: int) -> Array:
 def gather_alike(x: Array, axis: Axis, dim: int) -> Array:
     """Gathers dim for results of the step. Layout: dim/n -> dim, replicated over the axis.
 
-    Moves: all-gather, size·(n-1)/n bytes. Not differentiated.
+    Moves: all-gather, size·(n-1)/n bytes. Not differentiated. Over an axis of size 1 too, as only
+    the collective makes the result count as replicated.
     """
     return lax.all_gather(x, axis, axis=dim, tiled=True, to='invarying')
 

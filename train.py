@@ -361,14 +361,14 @@ def number(x: float) -> str:
 
 
 def evaluate_only(
-    config: ConfigDict, workdir: str, step: int, averaged: bool = False
+    config: ConfigDict, workdir: str, step: int, averaged: bool | None = None
 ) -> dict[str, float]:
-    """Evaluates the parameters of a checkpoint, which are all that is read of it.
+    """Evaluates the parameters of a checkpoint, or their average, which is all that is read of it.
 
-    Those are the averaged ones with `averaged`, and where the run evaluates them itself. Adds loss
-    and bits per byte to eval.jsonl. The run itself, which may be going on, is left alone.
+    `averaged` is the config's eval.averaged by default. Adds loss and bits per byte to eval.jsonl.
+    The run itself, which may be going on, is left alone.
     """
-    averaged = averaged or config.eval.averaged
+    averaged = config.eval.averaged if averaged is None else averaged
     arguments = {'workdir': workdir, 'eval_only': step, 'averaged': averaged}
     agreement.check_same(agreement.start_facts(config, **arguments))
     validate(config, jax.device_count())
@@ -486,7 +486,7 @@ def start(words: list[str]) -> None:
         say_unfinished(FLAGS.config)
     workdir = FLAGS.workdir or new_workdir()
     traced_steps = parse_steps(FLAGS.profile or '')
-    train(FLAGS.config, workdir, FLAGS.init_from or '', traced_steps, FLAGS.averaged)
+    train(FLAGS.config, workdir, FLAGS.init_from or '', traced_steps, bool(FLAGS.averaged))
     if jax.process_index() == 0:
         say_next(FLAGS.config, workdir, named=bool(FLAGS.workdir))
 
@@ -496,7 +496,10 @@ def define_flags() -> None:
     command.DEFINE_path('workdir', None, 'Folder or URL of the run; a new one in runs/ by default.')
     command.DEFINE_path('init_from', None, 'Run or checkpoint folder to take the parameters from.')
     flags.DEFINE_boolean(
-        'averaged', False, 'With --eval_only or --init_from: the averaged weights (optimizer.ema).'
+        'averaged',
+        None,
+        'With --eval_only (there as the run does it) or --init_from: the weights '
+        'that optimizer.ema averages.',
     )
     flags.DEFINE_integer(
         'cpu_devices', 0, 'Devices to simulate on the CPU, per process.',

@@ -116,19 +116,22 @@ def train_step(state: Tree, tokens_MBT: Array, s: Setup) -> tuple[Tree, dict[str
     key = jax.random.fold_in(jax.random.key(s.config.seed), state['step'])
     lr = learning_rate(state['step'], s.optimizer)
     updates = count_updates(state['step'], state['history'])
+    slots = dict(state['moments'])
+    mean = slots.pop(AVERAGE, None)
+    before = state['params'], slots
     grads, metrics = gradients(state['params'], tokens_MBT, key, s)
     with jax.named_scope('optimizer'):
         grads, norm = clip_by_global_norm(grads, s.declared, s.optimizer.clip_norm)
         params, slots = OPTIMIZERS[s.optimizer.name].update(
-            state['params'], grads, state['moments'], lr, updates, s.declared, s.optimizer
+            state['params'], grads, slots, lr, updates, s.declared, s.optimizer
         )
     params['blocks'] = update_biases(params['blocks'], metrics['router'], s.model.bias_rate)
-    if s.optimizer.ema:
-        mean = state['moments'][AVERAGE]
-        slots[AVERAGE] = average(mean, params, updates, s.optimizer.ema)
     apply, history = judge(norm, state['history'], s.config.guard)
-    updated = {'params': params, 'moments': slots}
-    updated = select(apply, updated, {name: state[name] for name in updated})
+    params, slots = select(apply, (params, slots), before)
+    if s.optimizer.ema:
+        new = average(mean, params, updates, s.optimizer.ema)
+        # Before the first update it is the parameters.
+        slots = slots | {AVERAGE: select(apply | (updates == 0), new, mean)}
     metrics |= {
         'router': whole_router_statistics(metrics['router'], s),
         'grad_norm': norm,
@@ -137,7 +140,8 @@ def train_step(state: Tree, tokens_MBT: Array, s: Setup) -> tuple[Tree, dict[str
         'skipped': history['skipped'],
         'skips_in_a_row': history['in_a_row'],
     }
-    return updated | {'step': state['step'] + 1, 'history': history}, metrics
+    numbers = {'step': state['step'] + 1, 'history': history}
+    return {'params': params, 'moments': slots, **numbers}, metrics
 
 
 def whole_router_statistics(stats: Tree, s: Setup) -> Tree:

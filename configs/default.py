@@ -105,7 +105,7 @@ def get_config() -> ConfigDict:
     o.cautious_decay = False  # decay numbers only where the update moves them to zero as well
     o.clip_norm = 1.0  # largest norm of the whole gradient; 0 never clips
     o.ema = 0.0  # decay of averaged weights, as in 0.999: see eval.averaged; 0: none are kept
-    o.muon = u = ConfigDict()
+    o.muon = u = ConfigDict()  # with name = 'muon'
     u.momentum = 0.95
     u.nesterov = True
     u.split_heads = False  # take each attention head for a matrix, not all of them together

@@ -44,8 +44,8 @@ def remedies(config: ConfigDict) -> Iterator[str]:
     if config.fsdp_gather == 'step' and mesh.fsdp > 1:
         yield "fsdp_gather='step' gathers all layers' weights; 'layer' gathers one layer at a time"
     yield (
-        f'mesh.fsdp={mesh.fsdp}: a larger axis shards parameters, moments and gradients further; '
-        f'so do mesh.tp={mesh.tp} and mesh.pp={mesh.pp}, and mesh.ep={mesh.ep} for experts'
+        f'mesh.fsdp={mesh.fsdp}: a larger axis shards parameters, optimizer state and gradients '
+        f'further; so do mesh.tp={mesh.tp} and mesh.pp={mesh.pp}, and mesh.ep={mesh.ep} for experts'
     )
     if config.compute_dtype == 'float32':
         yield "compute_dtype='float32': 'bfloat16' halves the activations"

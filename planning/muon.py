@@ -86,8 +86,8 @@ def shape(group: Matrices, members: list[Param], cfg: MuonConfig, mesh: dict[str
         alike=size(group.replicas) // size(copies),
         flops=cfg.steps * (4.0 * group.rows * at_home + 2.0 * group.rows * grams),
         bytes=moved,
-        # As they come, and laid out anew in float32 for their norm; in a step x, a copy, the result
-        # and two of x xᵀ. Both were seen, by the compilers for TPU and GPU.
+        # As they come, and in float32 for their norm; in a step x, the result, what it is made of,
+        # and two of x xᵀ. At most: the compilers for TPU and GPU fuse some of it.
         temporary=max((width + 2 * float32) * at_home, width * (3 * at_home + 2 * grams)),
         sent=tuple((axis, n) for axis, n in sent if n),
     )

@@ -34,12 +34,11 @@ def say_next(config: ConfigDict, workdir: str, named: bool) -> None:
         newest = max(checkpoints.steps(), default=0)
     if newest >= steps:
         arguments = [*without_flag(arguments, 'config.steps'), f'--config.steps={2 * steps}']
-    text = [f'--workdir={workdir}', f'--prompt={first_words(config)}']
-    text += ['--averaged'] * config.eval.averaged
+    prompt = f'--prompt={first_words(config)}'
     commands = {
         'go on': ['python', *arguments],
         'curves': ['python', 'train.py', f'--plot={workdir}'],
-        'text': ['python', 'generate.py', *text],
+        'text': ['python', 'generate.py', f'--workdir={workdir}', prompt],
     }
     for purpose, words in commands.items():
         print(f'{purpose:>22}  {shlex.join(words)}')

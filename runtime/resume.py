@@ -56,10 +56,10 @@ def check_optimizer(old: dict[str, Any], config: ConfigDict, workdir: str) -> No
     else:
         return
     raise ConfigError(
-        f'the config cannot run: {workdir} holds a run with optimizer.{field}={was[field]!r}, and '
-        f'its checkpoints lack what {now[field]!r} keeps beside the parameters; use '
-        f'{was[field]!r} to go on with it, or start a new run from its parameters: another '
-        f'--workdir, and --init_from={workdir}'
+        f'the config cannot run: the checkpoints of {workdir} lack what optimizer.{field}='
+        f'{now[field]!r} keeps beside the parameters; use optimizer.{field}={was[field]!r} to go '
+        f'on with them, or start a new run from its parameters: another --workdir, and '
+        f'--init_from={workdir}'
     )
 
 
@@ -154,8 +154,8 @@ def check_averaged(saved: dict[str, Any], path: str, averaged: bool) -> None:
     """Raises ConfigError if averaged weights are asked for and the checkpoint has none."""
     if averaged and not saved_config(saved).optimizer.ema:
         raise ConfigError(
-            f'{path} keeps no averaged weights: it was trained with optimizer.ema=0.0; leave out '
-            f'--averaged, and eval.averaged'
+            f'{path} keeps no averaged weights: it was trained with optimizer.ema=0.0; use '
+            f'--noaveraged'
         )
 
 

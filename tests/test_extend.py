@@ -129,6 +129,29 @@ def test_toys_train_on_a_mesh_as_on_one_device(toys):
     assert_replicas_identical(got)
 
 
+def test_an_optimizer_without_slots_is_averaged_too(toys, monkeypatch):
+    """It returns the slots that it was given; a skipped step leaves the average alone."""
+
+    def descend(params, grads, slots, lr, updates, declared, cfg):
+        return jax.tree.map(lambda x, g: x - lr * g, params, grads), slots
+
+    bare = Optimizer(lambda _: {}, descend, lambda _: iter(()))
+    monkeypatch.setitem(OPTIMIZERS, 'descend', bare)
+    config = toy_config()
+    config.optimizer.update(name='descend', ema=0.5)
+    config.guard.update(history=1, spike_factor=1.001)
+    s = set_up(config)
+    state, step, skipped = init_state(s), make_train_step(s), []
+    for i in range(5):
+        before = jax.device_get(state['moments']['ema'])
+        state, metrics = step(state, put_batch(batch_at, i, s))
+        after, skips = jax.device_get(state['moments']['ema']), int(metrics['skips_in_a_row'])
+        moved = jax.tree.map(lambda x, y: bool((x != y).any()), before, after)
+        assert any(jax.tree.leaves(moved)) is (skips == 0)
+        skipped.append(skips > 0)
+    assert 0 < sum(skipped) < 5
+
+
 def test_toys_are_planned_and_refused_by_their_own_rules(toys):
     config = toy_config()
     adamw = config.copy_and_resolve_references()

@@ -231,7 +231,7 @@ def test_exit_codes(error, alone, of_two, monkeypatch):
         raise SystemExit(code)
 
     given = {'coordinator': None, 'num_processes': None, 'process_id': None, 'init_from': None}
-    given |= {'plot': None, 'eval_only': None, 'profile': None}
+    given |= {'plot': None, 'eval_only': None, 'profile': None, 'averaged': None}
     given |= {'config': default.get_config(), 'workdir': 'nowhere', 'cpu_devices': 0}
     given |= {'spare_devices': True}
     monkeypatch.setattr(train, 'FLAGS', types.SimpleNamespace(**given))

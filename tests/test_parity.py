@@ -230,16 +230,27 @@ def test_complete_grid_of_muon(sizes, attention, changes):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('sizes', [(1, 2, 4, 1, 1), (1, 1, 2, 2, 2)], ids=str)
+def test_muon_matches_with_a_head_that_all_share(sizes):
+    """Keys and values of one head are whole on each tp device, and queries are not."""
+    config = muon_config('gqa', split_heads=True, replicas='split')
+    config.model.update(n_kv_heads=1, n_shared_experts=2)
+    config.guard.spike_factor = 0.0
+    check(config, sizes)
+
+
+@pytest.mark.slow
 def test_muon_matches_by_interleaved_stages():
     """Layers of several chunks: two dimensions count matrices."""
     config = muon_config()
     config.model.update(n_layers=9, block=('dense', 'moe'))
     want = reference(config)
     config.pipeline.update(schedule='interleaved', chunks=2)
-    config.mesh.pp = 2
+    config.mesh.update(pp=2, fsdp=2, tp=2)
     got = run(config)
     flat = jax.tree.map(lambda x, like: np.reshape(x, np.shape(like)), got, want)
-    assert_trees_close(flat['params'], want['params'], TOLERANCE)
+    for part in ('params', 'average', 'grads'):
+        assert_trees_close(flat[part], want[part], TOLERANCE)
     assert flat['skipped'] == want['skipped'] == 1
 
 

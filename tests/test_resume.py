@@ -88,10 +88,13 @@ def test_a_resumed_run_is_the_uninterrupted_one(mesh, whole, tokens, tmp_path, c
     ],
     ids=str,
 )
-def test_parameters_move_between_numbers_of_pipeline_chunks(source, target, tmp_path):
-    config = config_on(*target)
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+def test_states_move_between_numbers_of_pipeline_chunks(optimizer, source, target, tmp_path):
+    there, config = config_on(*source), config_on(*target)
+    for c in (there, config):
+        c.optimizer.update(name=optimizer, ema=0.9)
     target = train_step.abstract_state(set_up(config))
-    state = state_on(config_on(*source))
+    state = state_on(there)
     with Checkpointer(str(tmp_path)) as checkpoints:
         checkpoints.save(1, state)
         checkpoints.wait()
@@ -197,8 +200,10 @@ def test_averaged_weights_are_evaluated_and_started_from(muon_run, tokens, tmp_p
     of_last = train.evaluate_only(config, str(muon_run), 4)['eval_loss']
     assert of_last != found
     assert train.evaluate_only(config, str(muon_run), 4, averaged=True)['eval_loss'] == found
+    config.eval.averaged = True
+    assert train.evaluate_only(config, str(muon_run), 4, averaged=False)['eval_loss'] == of_last
     lines = [json.loads(line) for line in (muon_run / 'eval.jsonl').read_text().splitlines()]
-    assert [line.get('averaged', False) for line in lines] == [True, False, True]
+    assert [line.get('averaged', False) for line in lines] == [True, False, True, False]
     s = set_up(config)
     with Checkpointer(str(tmp_path)) as checkpoints:
         started = train.start_state(s, checkpoints, 0, str(muon_run), True)
@@ -207,9 +212,13 @@ def test_averaged_weights_are_evaluated_and_started_from(muon_run, tokens, tmp_p
 
 def test_another_optimizer_is_refused_with_the_way_to_go_on(whole, muon_run, tokens, tmp_path):
     for workdir, changes, message in (
-        (muon_run, {'optimizer__name': 'adamw'}, "name='muon', and .* lack what 'adamw' keeps"),
-        (whole, {'optimizer__name': 'muon'}, "name='adamw', and its checkpoints lack what 'muon'"),
-        (whole, {'optimizer__ema': 0.9}, r'ema=0\.0, and its checkpoints lack what 0\.9 keeps'),
+        (
+            muon_run,
+            {'optimizer__name': 'adamw'},
+            "name='adamw' keeps .*; use optimizer.name='muon'",
+        ),
+        (whole, {'optimizer__name': 'muon'}, "'muon' keeps .*; use optimizer.name='adamw'"),
+        (whole, {'optimizer__ema': 0.9}, r'optimizer\.ema=0\.9 keeps .*; use optimizer\.ema=0\.0'),
     ):
         make = muon_config if workdir == muon_run else small_run
         config = make(tokens, **(changes | {'steps': 30}))
