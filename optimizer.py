@@ -77,17 +77,18 @@ def learning_rate(step: Array, cfg: OptimizerConfig) -> Array:
     """Returns the rate of step number `step` (from 0, with skipped ones): float32 scalar.
 
     Linear warmup to peak_lr, then 'cosine': half a cosine to final_lr at the last step
-    (Loshchilov & Hutter 2017); 'wsd': constant, then linear to final_lr over the last decay_steps
-    (warmup-stable-decay, Hu et al. 2024).
+    (Loshchilov & Hutter 2017); 'wsd': constant, then linear to final_lr over the last decay_steps,
+    or over all after warmup if they are fewer (warmup-stable-decay, Hu et al. 2024).
     """
     step = step.astype(jnp.float32)
     warmup = jnp.minimum(1.0, (step + 1) / max(cfg.warmup_steps, 1))
+    span = max(cfg.steps - 1 - cfg.warmup_steps, 1)
     if cfg.lr_schedule == 'cosine':
-        span = max(cfg.steps - 1 - cfg.warmup_steps, 1)
         done = jnp.clip((step - cfg.warmup_steps) / span, 0, 1)
         share = 0.5 * (1 + jnp.cos(math.pi * done))
     else:
-        share = jnp.clip((cfg.steps - 1 - step) / max(cfg.decay_steps, 1), 0, 1)
+        decay = max(min(cfg.decay_steps, span), 1)
+        share = jnp.clip((cfg.steps - 1 - step) / decay, 0, 1)
     return warmup * (cfg.final_lr + (cfg.peak_lr - cfg.final_lr) * share)
 
 

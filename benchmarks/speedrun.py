@@ -56,8 +56,6 @@ def config_of(name: str) -> ConfigDict:
     if name == 'before':
         c.data.path, c.model.block, c.batch_size = 'stdlib', ('moe',), 16
         c.optimizer.update(peak_lr=3e-3, final_lr=1e-4, warmup_steps=50)
-    else:
-        c.optimizer.decay_steps = round(c.optimizer.decay_steps * steps / c.steps)
     c.steps, c.eval.batches = steps, FLAGS.eval_rows // c.batch_size
     if FLAGS.small:
         c.model.update(n_layers=1, d_model=32, d_expert=16, n_experts=4)
@@ -288,8 +286,8 @@ if __name__ == '__main__':
     flags.DEFINE_integer('eval_rows', 0, 'Validation rows of an evaluation; 0: all.', lower_bound=0)
     flags.DEFINE_integer('rounds', 1, 'Rounds of which the best counts.', lower_bound=1)
     flags.DEFINE_float('torch_lr', 3e-3, "Peak rate of PyTorch's AdamW.")
-    flags.DEFINE_integer('torch_head', 64, "Size of PyTorch's heads.")
-    flags.DEFINE_integer('torch_d_ff', 688, "Hidden size of PyTorch's SwiGLUs.")
+    flags.DEFINE_integer('torch_head', 32, "Size of PyTorch's heads.")
+    flags.DEFINE_integer('torch_d_ff', 352, "Hidden size of PyTorch's SwiGLUs.")
     flags.DEFINE_boolean('small', False, 'Take models of a few thousand parameters, for tests.')
     flags.DEFINE_string('only', '', 'Train this one run, in this process.')
     common.run(main)

@@ -97,7 +97,7 @@ def get_config() -> ConfigDict:
     o.peak_lr = 1e-3
     o.final_lr = 1e-4
     o.warmup_steps = 100
-    o.decay_steps = 200  # wsd: the last steps, in which the rate falls
+    o.decay_steps = 200  # wsd: the last steps, in which the rate falls; at most all after warmup
     o.b1 = 0.9
     o.b2 = 0.95
     o.eps = 1e-8

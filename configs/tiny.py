@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
     c.model.block = ('moe',)
     c.model.n_experts, c.model.d_expert = 16, 128
     c.model.nope_dim, c.model.rope_dim, c.model.v_dim = 16, 16, 32
-    c.steps = 330
+    c.steps = 350
     c.batch_size = 8
     c.optimizer.name = 'muon'
     c.optimizer.muon.steps = 4
@@ -31,6 +31,6 @@ def get_config() -> ConfigDict:
     c.optimizer.peak_lr = 8e-3
     c.optimizer.final_lr = 0.0
     c.optimizer.warmup_steps = 10
-    c.optimizer.decay_steps = 280
-    c.eval.every = 330
+    c.optimizer.decay_steps = 300
+    c.eval.every = 350
     return c

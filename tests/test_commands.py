@@ -34,7 +34,7 @@ COMMANDS = {
     'parallel.py': schedules,
 }
 WITH_WORDS = ('train.py', 'data.py', 'tokenizer.py')
-BENCHMARKS = sorted(p.name for p in (ROOT / 'benchmarks').glob('*_*.py'))
+BENCHMARKS = sorted({p.name for p in (ROOT / 'benchmarks').glob('*.py')} - {'common.py'})
 
 FILES = {
     'syntax.py': 'import math\ndef get_config(:\n',

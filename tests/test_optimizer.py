@@ -38,6 +38,14 @@ def test_wsd_schedule():
     assert rate(99, lr_schedule='wsd') == pytest.approx(0.1)
 
 
+def test_wsd_of_a_short_run_decays_all_the_way():
+    """With more decay_steps than the run has, the rate still reaches its peak."""
+    assert rate(10, lr_schedule='wsd', decay_steps=500) == pytest.approx(1.0)
+    assert rate(99, lr_schedule='wsd', decay_steps=500) == pytest.approx(0.1)
+    halfway = rate(10 + 89 // 2, lr_schedule='wsd', decay_steps=500)
+    assert halfway == pytest.approx(0.55, abs=0.01)
+
+
 def test_adamw_is_the_paper():
     cfg = optimizer()
     declared = {'w': Param((3, 2), P(), ones), 'g': Param((2,), P(), ones, matrix=False)}

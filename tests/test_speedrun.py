@@ -1,0 +1,38 @@
+"""The race to a number of bits a byte, with models of a few thousand parameters."""
+
+import importlib.util
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.slow
+def test_every_run_of_the_race_reaches_an_easy_target():
+    runs = ['now', 'before', *(['torch'] if importlib.util.find_spec('torch') else [])]
+    steps = ','.join(f'{run}:6' for run in runs)
+    line = [sys.executable, 'benchmarks/speedrun.py', '--small', f'--runs={",".join(runs)}']
+    line += [f'--steps={steps}', '--every=2', '--eval_rows=8', '--target=13', '--json']
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout.splitlines()[-1])['rows']
+    assert [row['run'] for row in rows] == runs
+    for row in rows:
+        assert row['steps'] == 4  # the first evaluation of the last third
+        assert 0 < row['bits_per_byte'] < 13
+        assert row['seconds'] >= row['compile_seconds']
+    assert rows[0]['times_first'] == 1
+
+
+@pytest.mark.slow
+def test_a_target_that_is_missed_is_an_error():
+    line = [sys.executable, 'benchmarks/speedrun.py', '--small', '--runs=now', '--steps=now:2']
+    line += ['--every=2', '--eval_rows=8', '--target=0.1']
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert 'now ended its schedule at' in done.stderr
+    assert 'give it more steps' in done.stderr
