@@ -1,13 +1,13 @@
 """Seconds of training until a model predicts held-out text at 1.80 bits a byte, on this machine.
 
-    python benchmarks/speedrun.py --runs=now,before
+    python benchmarks/speedrun.py --runs=muon,adamw
     pip install torch && python benchmarks/speedrun.py --rounds=2 --json
 
 Trains on the source of Python's standard library, in turns, each run in a process of its own:
 
-    now     configs/tiny.py
-    before  what that was before: AdamW, 8 experts of 256, heads of 64, 16 sequences a step
-    torch   a GPT in PyTorch with as many layers and about as many active parameters as `now`:
+    muon    configs/tiny_muon.py
+    adamw   configs/tiny.py
+    torch   a GPT in PyTorch with as many layers and about as many active parameters as `muon`:
             RoPE, RMSNorm, SwiGLU, tied embedding, fused AdamW; glibc is kept from returning memory
 
 All read the same tokens in the same order from this project's loader, in float32, on all cores. A
@@ -31,12 +31,12 @@ from beside_torch import MALLOC
 from ml_collections import ConfigDict
 
 from config import ConfigError
-from configs import default, tiny
+from configs import tiny, tiny_muon
 from data import open_data
 from tokenizer import token_bytes
 
 FLAGS = flags.FLAGS
-STEPS = {'now': 200, 'before': 210, 'torch': 400}  # of the schedules
+STEPS = {'muon': 200, 'adamw': 210, 'torch': 400}  # of the schedules
 
 
 class Run(NamedTuple):
@@ -52,10 +52,9 @@ class Run(NamedTuple):
 
 def config_of(name: str) -> ConfigDict:
     """Returns the config of a run, with its schedule squeezed into its steps."""
-    c, steps = default.get_config() if name == 'before' else tiny.get_config(), schedules()[name]
-    if name == 'before':
-        c.data.path, c.model.block, c.batch_size = 'stdlib', ('moe',), 16
-        c.optimizer.update(peak_lr=3e-3, final_lr=1e-4, warmup_steps=50)
+    config, steps = tiny if name == 'adamw' else tiny_muon, schedules()[name]
+    c = config.get_config()
+    c.optimizer.decay_steps = round(c.optimizer.decay_steps * steps / c.steps)
     c.steps, c.eval.batches = steps, FLAGS.eval_rows // c.batch_size
     if FLAGS.small:
         c.model.update(n_layers=1, d_model=32, d_expert=16, n_experts=4)
@@ -71,7 +70,7 @@ def schedules() -> dict[str, int]:
     if wrong:
         raise ConfigError(
             f'there is no run {", ".join(wrong)}; the runs are {", ".join(STEPS)}, as in '
-            f'--runs=now,torch --steps=now:300,torch:500'
+            f'--runs=muon,torch --steps=muon:300,torch:500'
         )
     return STEPS | {name: int(steps) for name, steps in given.items()}
 

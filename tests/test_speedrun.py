@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 @pytest.mark.slow
 def test_every_run_of_the_race_reaches_an_easy_target():
-    runs = ['now', 'before', *(['torch'] if importlib.util.find_spec('torch') else [])]
+    runs = ['muon', 'adamw', *(['torch'] if importlib.util.find_spec('torch') else [])]
     steps = ','.join(f'{run}:6' for run in runs)
     line = [sys.executable, 'benchmarks/speedrun.py', '--small', f'--runs={",".join(runs)}']
     line += [f'--steps={steps}', '--every=2', '--eval_rows=8', '--target=13', '--json']
@@ -30,9 +30,9 @@ def test_every_run_of_the_race_reaches_an_easy_target():
 
 @pytest.mark.slow
 def test_a_target_that_is_missed_is_an_error():
-    line = [sys.executable, 'benchmarks/speedrun.py', '--small', '--runs=now', '--steps=now:2']
+    line = [sys.executable, 'benchmarks/speedrun.py', '--small', '--runs=muon', '--steps=muon:2']
     line += ['--every=2', '--eval_rows=8', '--target=0.1']
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
-    assert 'now ended its schedule at' in done.stderr
+    assert 'muon ended its schedule at' in done.stderr
     assert 'give it more steps' in done.stderr
