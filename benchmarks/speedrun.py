@@ -11,8 +11,8 @@ Trains on the source of Python's standard library, in turns, each run in a proce
             RoPE, RMSNorm, SwiGLU, tied embedding, fused AdamW; glibc is kept from returning memory
 
 All read the same tokens in the same order from this project's loader, in float32, on all cores. A
-run stops at the first evaluation that finds the target or less. The schedules, --steps=RUN:STEPS,
-are fitted to end about there, since one that is too long or too short costs time. `seconds` counts
+run stops at the first evaluation that finds the target or less. Fit --torch_lr, and schedules by
+--steps=RUN:STEPS, to end about there: too long or too short costs time. `seconds` counts
 compilation, which is shown apart too, and steps: neither imports and the first parameters, nor
 evaluation, every 10 steps in the last third of the schedule.
 """
