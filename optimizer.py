@@ -26,13 +26,13 @@ from parallel import (
     Param,
     Tree,
     all_to_all,
-    gather_alike,
     global_sum_of_squares,
     is_param,
     local_slice,
     map_params,
     merged,
     part,
+    replicate,
     spec_axes,
     zeros,
 )
@@ -130,13 +130,18 @@ def adamw(
     """
     t = (updates + 1).astype(jnp.float32)
     m_scale, v_scale = 1 / (1 - cfg.b1**t), 1 / (1 - cfg.b2**t)
-    m = jax.tree.map(lambda m, g: cfg.b1 * m + (1 - cfg.b1) * g, slots['m'], grads)
+    m = mixed(slots['m'], grads, cfg.b1)
     v = jax.tree.map(lambda v, g: cfg.b2 * v + (1 - cfg.b2) * g * g, slots['v'], grads)
 
     def update(p: Param, x: Array, m: Array, v: Array) -> Array:
         return moved(p, x, m * m_scale / (jnp.sqrt(v * v_scale) + cfg.eps), lr, cfg)
 
     return map_params(update, declared, params, m, v), {'m': m, 'v': v}
+
+
+def mixed(mean: Tree, new: Tree, share: float) -> Tree:
+    """Returns a running mean that keeps this share of itself, elementwise."""
+    return jax.tree.map(lambda m, x: share * m + (1 - share) * x, mean, new)
 
 
 def moved(p: Param, x: Array, direction: Array, lr: Array, cfg: OptimizerConfig) -> Array:
@@ -224,7 +229,7 @@ class Matrices(NamedTuple):
 
 
 class View(NamedTuple):
-    """How the matrices of one parameter lie in it."""
+    """Tells where the matrices of one parameter lie in it."""
 
     group: Matrices
     inputs: int  # numbers that one of its matrices takes ...
@@ -325,11 +330,8 @@ def muon(
     others, moments = adamw(*rest, moments, lr * rate, updates, of_adamw, cfg)
 
     params, grads = (part(tree, declared, is_muons) for tree in (params, grads))
-    mean = settings.momentum
-    momentum = jax.tree.map(lambda m, g: mean * m + (1 - mean) * g, slots['momentum'], grads)
-    ahead = momentum
-    if settings.nesterov:
-        ahead = jax.tree.map(lambda m, g: mean * m + (1 - mean) * g, momentum, grads)
+    momentum = mixed(slots['momentum'], grads, settings.momentum)
+    ahead = mixed(momentum, grads, settings.momentum) if settings.nesterov else momentum
     direction = orthogonal(ahead, of_muon, settings)
 
     def update(p: Param, x: Array, direction: Array) -> Array:
@@ -339,11 +341,12 @@ def muon(
     return merged(params, others), {'momentum': momentum, **moments}
 
 
-def muon_groups(declared: Tree, split_heads: bool) -> dict[Matrices, list[int]]:
-    """Returns the leaves of each group, by their places in the flattened tree of Muon's."""
+def muon_groups(declared: Tree, split_heads: bool) -> dict[Matrices, list[tuple[int, View]]]:
+    """Returns the leaves of each group: their places in the flattened tree of Muon's, and views."""
     groups = collections.defaultdict(list)
     for i, p in enumerate(jax.tree.leaves(declared, is_leaf=is_param)):
-        groups[view(p, split_heads).group].append(i)
+        v = view(p, split_heads)
+        groups[v.group].append((i, v))
     return groups
 
 
@@ -355,13 +358,12 @@ def orthogonal(tree: Tree, declared: Tree, cfg: MuonConfig) -> Tree:
     collectives as shapes, and matrices of all layers share the homes.
     """
     leaves, structure = jax.tree.flatten(tree)
-    views = [view(p, cfg.split_heads) for p in jax.tree.leaves(declared, is_leaf=is_param)]
     for group, members in muon_groups(declared, cfg.split_heads).items():
-        x = jnp.concatenate([to_matrices(leaves[i], views[i]) for i in members])
+        x = jnp.concatenate([to_matrices(leaves[i], v) for i, v in members])
         x = at_home(x.astype(cfg.dtype), group, cfg)
         start = 0
-        for i in members:
-            v, shape = views[i], leaves[i].shape
+        for i, v in members:
+            shape = leaves[i].shape
             n = math.prod(shape) // math.prod(x.shape[1:])
             scale = SCALES[cfg.scale](v.inputs, v.outputs)
             direction = from_matrices(x[start : start + n], v, shape)
@@ -393,7 +395,7 @@ def at_home(x_nrc: Array, group: Matrices, cfg: MuonConfig) -> Array:
     for axis, dim in reversed(sharded):
         x = all_to_all(x, axis, dim, 0)
     for axis in reversed(copies):
-        x = gather_alike(x, axis, 0)
+        x = replicate(x, axis, 0)
     return x[:n]
 
 

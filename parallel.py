@@ -465,19 +465,6 @@ def sum_gradients(grads: Tree, declared: Tree) -> Tree:
 def replicate(x: Array, axis: Axis, dim: int) -> Array:
     """Gathers dim for results of the step. Layout: dim/n -> dim, replicated over the axis.
 
-    Moves: all-reduce, 2·size·(n-1)/n bytes: its result counts as replicated, an all-gather's does
-    not. Not differentiated.
-    """
-    size, n = x.shape[dim], lax.axis_size(axis)
-    whole = jnp.zeros_like(x, shape=(*x.shape[:dim], n * size, *x.shape[dim + 1 :]))
-    start = lax.axis_index(axis) * size
-    return lax.psum(lax.dynamic_update_slice_in_dim(whole, x, start, dim), axis)
-
-
-@named_by_axis
-def gather_alike(x: Array, axis: Axis, dim: int) -> Array:
-    """Gathers dim for results of the step. Layout: dim/n -> dim, replicated over the axis.
-
     Moves: all-gather, size·(n-1)/n bytes. Not differentiated. Over an axis of size 1 too, as only
     the collective makes the result count as replicated.
     """

@@ -340,10 +340,10 @@ def train(
             if config.log.plot:
                 processes.agreed(need_matplotlib)
             tracer = Tracer(traced_steps, os.path.join(workdir, PROFILE))
-            source = (init_from, averaged)
             r = Run(
-                config, start, *source, data, record, writer, checkpoints, stop, watchdog, tracer
-            )
+                config, start, init_from, averaged, data, record, writer, checkpoints, stop,
+                watchdog, tracer,
+            )  # fmt: skip
             try:
                 summary = run(r)
             except CheckpointError:

@@ -51,7 +51,7 @@ from planning.muon import Shape, shapes
 from planning.roofline import estimate
 from planning.topology import topology_devices
 from runtime.config_checks import validate
-from train_step import Setup, compiler_options, setup
+from train_step import Setup, abstract_state, compiler_options, setup
 
 FLAGS = flags.FLAGS
 ALL_TO_ALL = ('all-to-all', 'all-to-all-done')  # with the result alone as their shape
@@ -62,15 +62,6 @@ _OP_NAME = re.compile(r'op_name="([^"]*)"')
 # ---------------------------------------------------------------------------------------------
 # The two updates
 # ---------------------------------------------------------------------------------------------
-
-
-def arrays(declared: Tree, mesh: Mesh) -> Tree:
-    """Returns float32 arrays of these declarations, of which nothing is computed."""
-
-    def array(p: Param) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=NamedSharding(mesh, p.spec))
-
-    return map_params(array, declared)
 
 
 def lower_ours(s: Setup) -> jax.stages.Lowered:
@@ -85,10 +76,11 @@ def lower_ours(s: Setup) -> jax.stages.Lowered:
         update, mesh=s.mesh, in_specs=(params, params, slots, P(), P()), out_specs=(params, slots)
     )
     numbers = (jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.float32, jnp.int32))
-    x = arrays(s.declared, s.mesh)
+    state = abstract_state(s)
+    x = state['params']
     options = compiler_options(s.config.compiler_options, s.platform)
     f = jax.jit(sharded, donate_argnums=(0, 2), compiler_options=options)
-    return f.lower(x, x, arrays(s.slots, s.mesh), *numbers)
+    return f.lower(x, x, state['moments'], *numbers)
 
 
 def lower_optax(s: Setup) -> jax.stages.Lowered:
@@ -122,7 +114,7 @@ def lower_optax(s: Setup) -> jax.stages.Lowered:
         spec = below.spec if is_param(below) else P()
         return x.update(sharding=NamedSharding(s.mesh, spec))
 
-    params = arrays(s.declared, s.mesh)
+    params = abstract_state(s)['params']
     state = jax.eval_shape(optimizer.init, params)
     state = jax.tree_util.tree_map_with_path(like_its_parameter, state)
     given = jax.tree.map(lambda x: x.sharding, (params, params, state))

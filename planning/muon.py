@@ -46,7 +46,7 @@ def shapes(declared: Tree, cfg: OptimizerConfig, mesh: dict[str, int]) -> list[S
     leaves = jax.tree.leaves(of_muon, is_leaf=is_param)
     groups = muon_groups(of_muon, cfg.muon.split_heads)
     found = [
-        shape(group, [leaves[i] for i in members], cfg.muon, mesh)
+        shape(group, [leaves[i] for i, _ in members], cfg.muon, mesh)
         for group, members in groups.items()
     ]
     return sorted(found, key=lambda s: -s.flops)
