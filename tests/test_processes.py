@@ -105,18 +105,21 @@ def test_two_processes_share_the_rows_of_a_bucket(paths, bucket):
 
 
 def test_what_is_kept_of_a_bucket_is_bounded(bucket):
-    n_reads = {}
-    for cache_bytes in (4 << 20, 1 << 20, 0):
+    """Of 20 shards of one file of 64 KiB, 4 MiB keep all and 1 MiB keeps half, but not all."""
+
+    def reads(cache_bytes: int, share: int) -> int:
         split = Split('gs://bucket/0', 'train', cache_bytes)
         bucket.reads.clear()  # of checksums
         for _ in range(5):
-            split.read(0, split.n_tokens)
-        n_reads[cache_bytes] = sum('/c/' in name for name, _ in bucket.reads)
-    # 20 shards of one file of 64 KiB: 4 MiB keep them all; 1 MiB does not, and which are read again
-    # depends on the order in which requests happen to return.
-    assert n_reads[4 << 20] == 20
-    assert 20 < n_reads[1 << 20] <= 2.5 * 20
-    assert n_reads[0] >= 5 * 20
+            split.read(0, split.n_tokens // share)
+        return sum('/c/' in name for name, _ in bucket.reads)
+
+    half = reads(4 << 20, 2)
+    assert 10 <= half <= 11
+    assert reads(4 << 20, 1) == 20
+    assert reads(1 << 20, 2) == half
+    assert reads(1 << 20, 1) > 20  # how many more depends on the order in which requests return
+    assert reads(0, 1) >= 5 * 20
 
 
 # ---------------------------------------------------------------------------------------------
