@@ -27,12 +27,12 @@ os.environ.setdefault(
 )
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.5')
 
-import jax
 import pytest
 from common_data import prepared_corpus
 
 from corpus.files import File, find_files
 from corpus.prepare import Job, prepare
+from machine.processes import choose_platform
 
 # nohup ignores SIGHUP, and a shell SIGINT of what runs behind it, for all processes that are
 # started: there, the tests' own would not hear the signals that they are sent.
@@ -43,8 +43,7 @@ for number, handler in (
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, handler)
 
-jax.config.update('jax_platforms', 'cpu')
-jax.config.update('jax_num_cpu_devices', 8)
+choose_platform(8)
 
 
 @pytest.fixture

@@ -122,6 +122,25 @@ def test_what_is_kept_of_a_bucket_is_bounded(bucket):
     assert reads(0, 1) >= 5 * 20
 
 
+def test_simulated_devices_have_threads_to_wait_in():
+    program = """
+import pathlib, sys
+from machine.processes import choose_platform
+choose_platform(int(sys.argv[1]))
+import jax
+jax.devices()
+names = [(task / 'comm').read_text() for task in pathlib.Path('/proc/self/task').iterdir()]
+print(sum(name.startswith('tf_XLAEigen') for name in names))
+"""
+    environment = {k: v for k, v in os.environ.items() if k != processes.THREADS}
+    for n, threads in ((1, 16), (8, 32)):
+        command = [sys.executable, '-c', program, str(n)]
+        found = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+        )
+        assert int(found.stdout) == threads
+
+
 # ---------------------------------------------------------------------------------------------
 # Joining
 # ---------------------------------------------------------------------------------------------
@@ -267,7 +286,6 @@ def test_who_waits_in_vain_asks_to_be_started_again(joined, monkeypatch, capfd):
 
 if __name__ == '__main__':
     index, n, port, given = json.loads(sys.argv[1])
-    jax.config.update('jax_platforms', 'cpu')
-    jax.config.update('jax_num_cpu_devices', 8 // n)
+    processes.choose_platform(8 // n)
     jax.distributed.initialize(f'127.0.0.1:{port}', n, index)
     print(json.dumps(held_rows(given)))

@@ -27,6 +27,7 @@ import train
 from checkpoint import Checkpointer, CheckpointError
 from config import ConfigError
 from configs import default
+from machine.processes import choose_platform
 from parallel import Tree
 from runtime import evaluation
 from storage import leaves
@@ -125,8 +126,7 @@ def stop_at(process: int, step: int) -> None:
 
 
 def main(options: dict) -> None:
-    jax.config.update('jax_platforms', 'cpu')
-    jax.config.update('jax_num_cpu_devices', options.get('devices', 1))
+    choose_platform(options.get('devices', 1))
     if 'cache' in options:  # of compiled programs, so that a start takes seconds
         jax.config.update('jax_compilation_cache_dir', options['cache'])
         jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
