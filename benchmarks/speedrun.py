@@ -5,8 +5,8 @@
 
 Trains on the source of Python's standard library, in turns, each run in a process of its own:
 
-    muon    configs/tiny_muon.py
-    adamw   configs/tiny.py
+    muon    configs/tiny.py
+    adamw   configs/tiny_adamw.py
     torch   a GPT in PyTorch with as many layers and about as many active parameters as `muon`:
             RoPE, RMSNorm, SwiGLU, tied embedding, fused AdamW; glibc is kept from returning memory
 
@@ -31,7 +31,7 @@ from beside_torch import MALLOC
 from ml_collections import ConfigDict
 
 from config import ConfigError
-from configs import tiny, tiny_muon
+from configs import tiny, tiny_adamw
 from data import open_data
 from tokenizer import token_bytes
 
@@ -52,7 +52,7 @@ class Run(NamedTuple):
 
 def config_of(name: str) -> ConfigDict:
     """Returns the config of a run, with its schedule squeezed into its steps."""
-    config, steps = tiny if name == 'adamw' else tiny_muon, schedules()[name]
+    config, steps = tiny_adamw if name == 'adamw' else tiny, schedules()[name]
     c = config.get_config()
     c.optimizer.decay_steps = round(c.optimizer.decay_steps * steps / c.steps)
     c.steps, c.eval.batches = steps, FLAGS.eval_rows // c.batch_size
@@ -172,7 +172,7 @@ def in_torch(name: str) -> Run:
     config = config_of(name)
     loader, (source,), encoding = open_data(config)
     w, steps, warmup = torch_parameters(config.model), config.steps, max(config.steps // 20, 1)
-    matrices, gains = ([x for x in w.values() if (x.ndim > 1) is is_matrix] for is_matrix in (1, 0))
+    matrices, gains = ([x for x in w.values() if (x.ndim > 1) is is_matrix] for is_matrix in (True, False))
     groups = [{'params': matrices, 'weight_decay': 0.1}, {'params': gains, 'weight_decay': 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=FLAGS.torch_lr, betas=(0.9, 0.95), fused=True)
 

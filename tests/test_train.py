@@ -147,7 +147,7 @@ def test_command_trains_alike_on_one_and_on_eight_devices(one, corpus, tmp_path)
     router = {f'moe/{i}/{s}' for i in (0, 1) for s in ('load_max_over_mean', 'dropped', 'entropy')}
     assert set(logged[0]) == names | router
     assert set(logged[2]) == names | router | {'moe/0/load', 'moe/1/load'}
-    assert logged[2]['moe/0/load_max_over_mean'] == pytest.approx(8 * max(logged[2]['moe/0/load']))
+    assert logged[2]['moe/0/load_max_over_mean'] == pytest.approx(16 * max(logged[2]['moe/0/load']))
     assert sum(logged[2]['moe/0/load']) == pytest.approx(1)
     assert logged[-1]['tokens'] == 12 * 32 * 32
     assert logged[-1]['loss'] < logged[0]['loss'] - 0.5
