@@ -1,11 +1,12 @@
 """Seconds of training until a model predicts held-out text at 1.80 bits a byte, on this machine.
 
-    python benchmarks/speedrun.py --runs=muon,adamw
+    python benchmarks/speedrun.py --runs=muon,dense,adamw
     pip install torch && python benchmarks/speedrun.py --rounds=2 --json
 
 Trains on the source of Python's standard library, in turns, each run in a process of its own:
 
     muon    configs/tiny.py
+    dense   the same with SwiGLUs of 384 and grouped-query attention in heads of 32
     adamw   configs/tiny_adamw.py
     torch   a GPT in PyTorch with as many layers and about as many active parameters as `muon`:
             RoPE, RMSNorm, SwiGLU, tied embedding, fused AdamW; glibc is kept from returning memory
@@ -36,7 +37,7 @@ from data import open_data
 from tokenizer import token_bytes
 
 FLAGS = flags.FLAGS
-STEPS = {'muon': 200, 'adamw': 210, 'torch': 400}  # of the schedules
+STEPS = {'muon': 200, 'dense': 172, 'adamw': 210, 'torch': 320}  # of the schedules
 
 
 class Run(NamedTuple):
@@ -56,6 +57,8 @@ def config_of(name: str) -> ConfigDict:
     c = config.get_config()
     c.optimizer.decay_steps = round(c.optimizer.decay_steps * steps / c.steps)
     c.steps, c.eval.batches = steps, FLAGS.eval_rows // c.batch_size
+    if name == 'dense':
+        c.model.update(block=('dense',), d_ff=384, attention='gqa', head_dim=32)
     if FLAGS.small:
         c.model.update(n_layers=1, d_model=32, d_expert=16, n_experts=4)
         c.batch_size, c.seq_len = 2, 32
@@ -172,7 +175,9 @@ def in_torch(name: str) -> Run:
     config = config_of(name)
     loader, (source,), encoding = open_data(config)
     w, steps, warmup = torch_parameters(config.model), config.steps, max(config.steps // 20, 1)
-    matrices, gains = ([x for x in w.values() if (x.ndim > 1) is is_matrix] for is_matrix in (True, False))
+    matrices, gains = (
+        [x for x in w.values() if (x.ndim > 1) is is_matrix] for is_matrix in (True, False)
+    )
     groups = [{'params': matrices, 'weight_decay': 0.1}, {'params': gains, 'weight_decay': 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=FLAGS.torch_lr, betas=(0.9, 0.95), fused=True)
 
