@@ -4,7 +4,8 @@
     python train.py --config=configs/tiny.py --cpu_devices=8 \
         --config.mesh.dp=2 --config.mesh.fsdp=2 --config.mesh.tp=2
 
-8 sequences x 256 tokens = 2,048 tokens per step. What learns most in these minutes:
+8 sequences x 256 tokens = 2,048 tokens per step. What learns most in these minutes with experts
+(without, a CPU learns faster: benchmarks/speedrun.py):
 - Muon learns more from each token than AdamW, and smaller batches more than large ones.
 - A token meets 2 of 16 experts and a shared one, 128 wide: narrow matrices, since the work of
   Newton-Schulz grows with the square of their width. Heads of 32 are enough.
