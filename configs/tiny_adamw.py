@@ -1,4 +1,4 @@
-"""configs/tiny.py by AdamW, of a rate and batch that suit it: about as long, to compare.
+"""MLA and a mixture of experts by AdamW: about as long as configs/tiny.py, to compare.
 
     python train.py --config=configs/tiny_adamw.py
 

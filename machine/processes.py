@@ -57,8 +57,8 @@ def choose_platform(cpu_devices: int) -> None:
     logging.getLogger('jax').setLevel(logging.WARNING)
     if cpu_devices:
         # A device waits in one thread for each of its collectives that may run at once, and XLA
-        # (jaxlib 0.10) starts one thread a device: a step of Muon on 8 of them stood
-        # still. Four a device cost about a tenth of the speed.
+        # (jaxlib 0.10) starts one thread a device: a step of Muon on 8 of them stood still. Four a
+        # device cost about a tenth of the speed.
         os.environ.setdefault(THREADS, str(4 * max(cpu_devices, 4)))
         jax.config.update('jax_platforms', 'cpu')
         jax.config.update('jax_num_cpu_devices', cpu_devices)

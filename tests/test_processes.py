@@ -118,7 +118,8 @@ def test_what_is_kept_of_a_bucket_is_bounded(bucket):
     assert 10 <= half <= 11
     assert reads(4 << 20, 1) == 20
     assert reads(1 << 20, 2) == half
-    assert reads(1 << 20, 1) > 20  # how many more depends on the order in which requests return
+    # How many more depends on the order in which requests return: at most all, in each pass.
+    assert 20 < reads(1 << 20, 1) <= 5 * 20
     assert reads(0, 1) >= 5 * 20
 
 
