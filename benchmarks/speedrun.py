@@ -172,7 +172,9 @@ def in_torch(name: str) -> Run:
     config = config_of(name)
     loader, (source,), encoding = open_data(config)
     w, steps, warmup = torch_parameters(config.model), config.steps, max(config.steps // 20, 1)
-    matrices, gains = ([x for x in w.values() if (x.ndim > 1) is is_matrix] for is_matrix in (True, False))
+    matrices, gains = (
+        [x for x in w.values() if (x.ndim > 1) is is_matrix] for is_matrix in (True, False)
+    )
     groups = [{'params': matrices, 'weight_decay': 0.1}, {'params': gains, 'weight_decay': 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=FLAGS.torch_lr, betas=(0.9, 0.95), fused=True)
 

@@ -6,7 +6,8 @@ head size]. What a query sees stands once, in `visible`.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from ml_collections import ConfigDict
 from config import ATTENTION_OUTPUT, QKV, ModelConfig
 from layers.kernels import Kernel
 from layers.rope_scaling import attention_scale
-from parallel import Array
+from parallel import CP, Array, Tree
 
 # ---------------------------------------------------------------------------------------------
 # The mask
@@ -55,10 +56,16 @@ def cached_visible(positions_B: Array, starts_B: Array, S: int, cfg: ModelConfig
 
 
 def own_mask_errors(kernel: str, config: ConfigDict) -> Iterator[str]:
-    """Yields an error if `visible` is not the causal mask that the kernel computes by itself.
+    """Yields an error if `visible` is not the causal mask that the kernel computes by itself, or a
+    device has parts of a sequence.
 
     Looks at the first query and the last one, which sees keys at all distances.
     """
+    if config.mesh.cp > 1:
+        yield (
+            f'model.attention_kernel={kernel!r} takes whole sequences, which mesh.cp='
+            f"{config.mesh.cp} cuts; use the kernel 'blockwise'"
+        )
     q, k = np.array([[0], [config.seq_len - 1]]), np.arange(config.seq_len)
     for documents in ((None, None), (0, k % 2)):
         causal = (q >= k) & (True if documents[0] is None else documents[1] == 0)
@@ -77,17 +84,43 @@ def own_mask_errors(kernel: str, config: ConfigDict) -> Iterator[str]:
 MASKED = -1e30  # finite, so that a row without a visible key in one block yields no NaN
 
 
-def _lower_triangle(T: int, block: int) -> tuple[int, np.ndarray]:
-    """Returns the block's size, at most T, and the pairs (query block, key block) on and below the
-    diagonal: int32 [n(n+1)/2, 2]."""
-    block = min(block, T)
-    if T % block:
+# A table of pairs has a row for each pair of blocks to compute, int32 [n, 4]: where the block of
+# queries and the block of keys lie in their arrays, and their numbers in the sequence, by which
+# they are masked. -1 for a number leaves the row out.
+
+
+def pairs_of_blocks(T: int, S: int, cfg: ModelConfig) -> tuple[int, Array | np.ndarray]:
+    """Returns the size of the blocks and the table of pairs, for T queries of a sequence of S keys.
+
+    On and below the diagonal; where cp cuts the sequence, of the two parts that are this device's
+    (`zigzag`).
+    """
+    if T == S:
+        block, devices = min(cfg.attention_block, T), 1
+        parts = [[(0, 0)]]
+    else:
+        devices = S // T
+        block = min(cfg.attention_block, T // 2)
+        parts = [[(0, i), (1, 2 * devices - 1 - i)] for i in range(devices)]
+    if T % (block * len(parts[0])):
         raise ValueError(
-            f'seq_len={T} is not a multiple of model.attention_block={block}; '
-            f'use an attention_block that divides it'
+            f'{T} positions of a sequence of {S} are not cut evenly by model.attention_block='
+            f'{cfg.attention_block}; use an attention_block that divides each of their parts'
         )
-    n = T // block
-    return block, np.array([(i, j) for i in range(n) for j in range(i + 1)], np.int32)
+    n = T // block // len(parts[0])  # blocks of a part
+    tables = np.array(
+        [
+            [
+                (here * n + a, j, part * n + a, j)
+                for here, part in own
+                for a in range(n)
+                for j in range(part * n + a + 1)
+            ]
+            for own in parts
+        ],
+        np.int32,
+    )
+    return block, tables[0] if devices == 1 else jnp.asarray(tables)[lax.axis_index(CP)]
 
 
 def _block(x: Array, i: Array, size: int) -> Array:
@@ -107,7 +140,8 @@ def _scores(
     scale: float,
     cfg: ModelConfig,
 ) -> Array:
-    """Returns masked scores of query block i and key block j: float32 [B, K, G, block, block]."""
+    """Returns masked scores of query block i and key block j of the sequence: float32
+    [B, K, G, block, block]."""
     block = q.shape[-2]
     within, of_q, of_k = jnp.arange(block), None, None
     if documents is not None:
@@ -118,66 +152,103 @@ def _scores(
     return jnp.where(seen, scores * scale, MASKED)
 
 
-# Its derivative is written by hand, below: change both. tests/test_derivatives.py compares them.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def causal_attention(
-    q_BkGTH: Array,
-    k_BkSH: Array,
-    v_BkSH: Array,
-    documents_BT: Array | None,
-    scale: float,
-    cfg: ModelConfig,
-) -> Array:
-    """Computes softmax(scale · q kᵀ + mask) v: [B, K, G, T, value head size].
+def _over_pairs(
+    step: Callable[[Tree, Array], Tree],
+    carry: Tree,
+    pairs: Array,
+    documents: Array | None,
+    block: int,
+    some_left_out: bool,
+) -> Tree:
+    """Scans `step` over the pairs, but for those that are left out and those whose blocks share no
+    document: in any row of the batch, the last document of the keys comes before the queries'
+    first one."""
 
-    A query sees the keys that are `visible`. Blockwise with a running maximum and sum
-    (FlashAttention-2, Dao 2023): one scan over the pairs of blocks on and below the diagonal, so
-    the program does not grow with T, blocks above the diagonal cost nothing, and no score array
-    exceeds B·N·block². The backward pass recomputes the scores from the saved log-sum-exp. Scores
-    and softmax are float32 whatever the inputs are.
-    """
-    return _attention_forward(q_BkGTH, k_BkSH, v_BkSH, documents_BT, scale, cfg)[0]
+    def shared(pair: Array) -> Array:
+        wanted = pair[2] >= 0
+        if documents is None:
+            return wanted
+        first, last = pair[2] * block, pair[3] * block + block - 1
+        of_q, of_k = (lax.dynamic_index_in_dim(documents, n, 1) for n in (first, last))
+        return wanted & jnp.any(of_q <= of_k)
+
+    def maybe(carry: Tree, pair: Array) -> tuple[Tree, None]:
+        return lax.cond(shared(pair), step, lambda carry, _: carry, carry, pair), None
+
+    def always(carry: Tree, pair: Array) -> tuple[Tree, None]:
+        return step(carry, pair), None
+
+    conditional = documents is not None or some_left_out
+    return lax.scan(maybe if conditional else always, carry, pairs)[0]
 
 
-def _attention_forward(q, k, v, documents: Array | None, scale: float, cfg: ModelConfig):
-    block, pairs = _lower_triangle(q.shape[-2], cfg.attention_block)
-    f32 = {'preferred_element_type': jnp.float32}
+class Sums(NamedTuple):
+    """The running softmax of each query over the keys so far, float32."""
 
-    def step(carry: tuple, pair: Array):
+    out: Array  # Σ exp(score - top) v: [B, K, G, T, value head size]
+    top: Array  # the largest score: [B, K, G, T, 1]
+    total: Array  # Σ exp(score - top)
+
+
+def no_keys(q: Array, v_dim: int) -> Sums:
+    """Returns the running softmax over no keys."""
+    zeros = functools.partial(jnp.zeros_like, q, dtype=jnp.float32)
+    of_row = (*q.shape[:-1], 1)
+    return Sums(
+        zeros(shape=(*q.shape[:-1], v_dim)), zeros(shape=of_row) + MASKED, zeros(shape=of_row)
+    )
+
+
+def add_keys(
+    sums: Sums, q: Array, k: Array, v: Array, documents: Array | None, pairs: Array, block: int,
+    scale: float, cfg: ModelConfig, some_left_out: bool = False,
+) -> Sums:  # fmt: skip
+    """Adds the pairs of a table to the running softmax (FlashAttention-2, Dao 2023)."""
+
+    def step(carry: Sums, pair: Array) -> Sums:
         out, top, total = carry
-        i, j = pair
-        scores = _scores(_block(q, i, block), _block(k, j, block), documents, i, j, scale, cfg)
+        i, j = pair[0], pair[1]
+        q_i, k_j, v_j = _block(q, i, block), _block(k, j, block), _block(v, j, block)
+        scores = _scores(q_i, k_j, documents, pair[2], pair[3], scale, cfg)
         old_top = _block(top, i, block)
         new_top = jnp.maximum(old_top, jnp.max(scores, axis=-1, keepdims=True))
         p = jnp.exp(scores - new_top)
         shrink = jnp.exp(old_top - new_top)
-        v_j = _block(v, j, block)
-        pv = jnp.einsum('bkgts,bksh->bkgth', p.astype(v.dtype), v_j, **f32)
+        pv = jnp.einsum(
+            'bkgts,bksh->bkgth', p.astype(v.dtype), v_j, preferred_element_type=jnp.float32
+        )
         out = _put(out, i, _block(out, i, block) * shrink + pv)
         total = _put(total, i, _block(total, i, block) * shrink + jnp.sum(p, -1, keepdims=True))
-        return (out, _put(top, i, new_top), total), None
+        return Sums(out, _put(top, i, new_top), total)
 
-    rows = q.shape[:-1]
-    zeros = functools.partial(jnp.zeros_like, q, dtype=jnp.float32)
-    start = (zeros(shape=(*rows, v.shape[-1])), zeros(shape=(*rows, 1)) + MASKED)
-    (out, top, total), _ = lax.scan(step, (*start, zeros(shape=(*rows, 1))), pairs)
-    out = checkpoint_name((out / total).astype(q.dtype), ATTENTION_OUTPUT)
-    logsumexp = checkpoint_name(top + jnp.log(total), ATTENTION_OUTPUT)
-    return out, (q, k, v, documents, out, logsumexp)
+    return _over_pairs(step, sums, pairs, documents, block, some_left_out)
 
 
-def _attention_backward(scale: float, cfg: ModelConfig, saved: tuple, d_out: Array):
-    q, k, v, documents, out, logsumexp = saved
-    block, pairs = _lower_triangle(q.shape[-2], cfg.attention_block)
+def softmax_of(sums: Sums, dtype: jnp.dtype) -> tuple[Array, Array]:
+    """Returns attention's output and the log-sum-exp of the scores, named for rematerialization."""
+    out = checkpoint_name((sums.out / sums.total).astype(dtype), ATTENTION_OUTPUT)
+    return out, checkpoint_name(sums.top + jnp.log(sums.total), ATTENTION_OUTPUT)
+
+
+def add_gradients(
+    grads: tuple[Array, Array, Array], q: Array, k: Array, v: Array, documents: Array | None,
+    saved: tuple[Array, Array, Array], pairs: Array, block: int, scale: float, cfg: ModelConfig,
+    some_left_out: bool = False,
+) -> tuple[Array, Array, Array]:  # fmt: skip
+    """Adds the gradients of the pairs of a table to those of q, k and v, float32.
+
+    Recomputes the scores from `saved`: the gradient of the output, the log-sum-exp, and the sum of
+    output · gradient of each query.
+    """
+    d_out, logsumexp, delta = saved
     f32 = {'preferred_element_type': jnp.float32}
-    delta = jnp.einsum('...h,...h->...', out, d_out, **f32)[..., None]
 
-    def step(carry: tuple, pair: Array):
+    def step(carry: tuple, pair: Array) -> tuple:
         dq, dk, dv = carry
-        i, j = pair
+        i, j = pair[0], pair[1]
         q_i, k_j, v_j = _block(q, i, block), _block(k, j, block), _block(v, j, block)
         do_i = _block(d_out, i, block)
-        scores = _scores(q_i, k_j, documents, i, j, scale, cfg)
+        scores = _scores(q_i, k_j, documents, pair[2], pair[3], scale, cfg)
         p = jnp.exp(scores - _block(logsumexp, i, block))
         dp = jnp.einsum('bkgth,bksh->bkgts', do_i, v_j, **f32)
         ds = (p * (dp - _block(delta, i, block)) * scale).astype(q.dtype)
@@ -188,10 +259,51 @@ def _attention_backward(scale: float, cfg: ModelConfig, saved: tuple, d_out: Arr
         dq = _put(dq, i, _block(dq, i, block) + dq_i)
         dk = _put(dk, j, _block(dk, j, block) + dk_j)
         dv = _put(dv, j, _block(dv, j, block) + dv_j)
-        return (dq, dk, dv), None
+        return dq, dk, dv
 
+    return _over_pairs(step, grads, pairs, documents, block, some_left_out)
+
+
+def output_gradients(out: Array, logsumexp: Array, d_out: Array) -> tuple[Array, Array, Array]:
+    """Returns what `add_gradients` takes as `saved`."""
+    delta = jnp.einsum('...h,...h->...', out, d_out, preferred_element_type=jnp.float32)
+    return d_out, logsumexp, delta[..., None]
+
+
+# Its derivative is written by hand, below: change both. tests/test_derivatives.py compares them.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def causal_attention(
+    q_BkGTH: Array,
+    k_BkSH: Array,
+    v_BkSH: Array,
+    documents_BS: Array | None,
+    scale: float,
+    cfg: ModelConfig,
+) -> Array:
+    """Computes softmax(scale · q kᵀ + mask) v: [B, K, G, T, value head size].
+
+    A query sees the keys that are `visible`. Blockwise with a running maximum and sum: one scan
+    over the pairs of blocks on and below the diagonal, so the program does not grow with T, blocks
+    above the diagonal and blocks that share no document cost nothing, and no score array exceeds
+    B·N·block². The backward pass recomputes the scores from the saved log-sum-exp. Scores and
+    softmax are float32 whatever the inputs are. Queries may be those of this device of cp alone.
+    """
+    return _attention_forward(q_BkGTH, k_BkSH, v_BkSH, documents_BS, scale, cfg)[0]
+
+
+def _attention_forward(q, k, v, documents: Array | None, scale: float, cfg: ModelConfig):
+    block, pairs = pairs_of_blocks(q.shape[-2], k.shape[-2], cfg)
+    sums = add_keys(no_keys(q, v.shape[-1]), q, k, v, documents, pairs, block, scale, cfg)
+    out, logsumexp = softmax_of(sums, q.dtype)
+    return out, (q, k, v, documents, out, logsumexp)
+
+
+def _attention_backward(scale: float, cfg: ModelConfig, saved: tuple, d_out: Array):
+    q, k, v, documents, out, logsumexp = saved
+    block, pairs = pairs_of_blocks(q.shape[-2], k.shape[-2], cfg)
     start = tuple(jnp.zeros_like(x, dtype=jnp.float32) for x in (q, k, v))
-    (dq, dk, dv), _ = lax.scan(step, start, pairs)
+    of_output = output_gradients(out, logsumexp, d_out)
+    dq, dk, dv = add_gradients(start, q, k, v, documents, of_output, pairs, block, scale, cfg)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
