@@ -29,7 +29,7 @@ from layers.attention_kernels import (
     softmax_of,
 )
 from layers.rope_scaling import attention_scale
-from parallel import CP, Array, Tree, gather_zigzag, shift
+from parallel import CP, Array, Tree, gather_zigzag, pass_on
 
 STYLES = ('ring', 'gather')
 # (weights, travels) -> keys and values, [B, K, S, H] each, of the positions that travel.
@@ -110,7 +110,7 @@ def _tables(q: Array, cfg: ModelConfig) -> tuple[int, Array]:
 
 
 def _next(x: Tree) -> Tree:
-    return jax.tree.map(lambda x: shift(x, CP, 1), x)
+    return jax.tree.map(lambda x: pass_on(x, CP), x)
 
 
 def _ring_forward(q, travels, weights, documents, expand: Expand, scale: float, cfg: ModelConfig):
