@@ -447,6 +447,14 @@ def zigzag(x: Array, axis: Axis, dim: int) -> Array:
     return jnp.concatenate([*parts], dim)
 
 
+def zigzag_order(T: int, n: int) -> np.ndarray:
+    """Returns the positions that n devices hold by `zigzag`, one device after the other: int32."""
+    if n == 1:
+        return np.arange(T, dtype=np.int32)
+    parts = np.arange(T, dtype=np.int32).reshape(2 * n, -1)
+    return np.concatenate([parts[[i, 2 * n - 1 - i]].reshape(-1) for i in range(n)])
+
+
 def gather_zigzag(x: Array, axis: Axis, dim: int) -> Array:
     """Undoes `zigzag`. Layout: dim/n, two parts of it -> dim in its order, on all devices.
 

@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AbstractMesh, NamedSharding
 from ml_collections import ConfigDict
 
 from config import ATTENTION_OUTPUT, QKV, ModelConfig
 from layers.kernels import Kernel
 from layers.rope_scaling import attention_scale
-from parallel import CP, Array, Tree
+from parallel import CP, Array, P, Tree, local_slice, zigzag, zigzag_order
 
 # ---------------------------------------------------------------------------------------------
 # The mask
@@ -56,16 +57,10 @@ def cached_visible(positions_B: Array, starts_B: Array, S: int, cfg: ModelConfig
 
 
 def own_mask_errors(kernel: str, config: ConfigDict) -> Iterator[str]:
-    """Yields an error if `visible` is not the causal mask that the kernel computes by itself, or a
-    device has parts of a sequence.
+    """Yields an error if `visible` is not the causal mask that the kernel computes by itself.
 
     Looks at the first query and the last one, which sees keys at all distances.
     """
-    if config.mesh.cp > 1:
-        yield (
-            f'model.attention_kernel={kernel!r} takes whole sequences, which mesh.cp='
-            f"{config.mesh.cp} cuts; use the kernel 'blockwise'"
-        )
     q, k = np.array([[0], [config.seq_len - 1]]), np.arange(config.seq_len)
     for documents in ((None, None), (0, k % 2)):
         causal = (q >= k) & (True if documents[0] is None else documents[1] == 0)
@@ -86,7 +81,7 @@ MASKED = -1e30  # finite, so that a row without a visible key in one block yield
 
 # A table of pairs has a row for each pair of blocks to compute, int32 [n, 4]: where the block of
 # queries and the block of keys lie in their arrays, and their numbers in the sequence, by which
-# they are masked. -1 for a number leaves the row out.
+# they are masked.
 
 
 def pairs_of_blocks(T: int, S: int, cfg: ModelConfig) -> tuple[int, Array | np.ndarray]:
@@ -158,28 +153,20 @@ def _over_pairs(
     pairs: Array,
     documents: Array | None,
     block: int,
-    some_left_out: bool,
 ) -> Tree:
-    """Scans `step` over the pairs, but for those that are left out and those whose blocks share no
-    document: in any row of the batch, the last document of the keys comes before the queries'
-    first one."""
-
-    def shared(pair: Array) -> Array:
-        wanted = pair[2] >= 0
-        if documents is None:
-            return wanted
-        first, last = pair[2] * block, pair[3] * block + block - 1
-        of_q, of_k = (lax.dynamic_index_in_dim(documents, n, 1) for n in (first, last))
-        return wanted & jnp.any(of_q <= of_k)
-
-    def maybe(carry: Tree, pair: Array) -> tuple[Tree, None]:
-        return lax.cond(shared(pair), step, lambda carry, _: carry, carry, pair), None
+    """Scans `step` over the pairs, but for those whose blocks share no document: in any row of the
+    batch, the keys' last document comes before the queries' first one."""
 
     def always(carry: Tree, pair: Array) -> tuple[Tree, None]:
         return step(carry, pair), None
 
-    conditional = documents is not None or some_left_out
-    return lax.scan(maybe if conditional else always, carry, pairs)[0]
+    def if_shared(carry: Tree, pair: Array) -> tuple[Tree, None]:
+        first, last = pair[2] * block, pair[3] * block + block - 1
+        of_q, of_k = (lax.dynamic_index_in_dim(documents, n, 1) for n in (first, last))
+        shared = jnp.any(of_q <= of_k)
+        return lax.cond(shared, step, lambda carry, _: carry, carry, pair), None
+
+    return lax.scan(always if documents is None else if_shared, carry, pairs)[0]
 
 
 class Sums(NamedTuple):
@@ -201,7 +188,7 @@ def no_keys(q: Array, v_dim: int) -> Sums:
 
 def add_keys(
     sums: Sums, q: Array, k: Array, v: Array, documents: Array | None, pairs: Array, block: int,
-    scale: float, cfg: ModelConfig, some_left_out: bool = False,
+    scale: float, cfg: ModelConfig,
 ) -> Sums:  # fmt: skip
     """Adds the pairs of a table to the running softmax (FlashAttention-2, Dao 2023)."""
 
@@ -221,7 +208,7 @@ def add_keys(
         total = _put(total, i, _block(total, i, block) * shrink + jnp.sum(p, -1, keepdims=True))
         return Sums(out, _put(top, i, new_top), total)
 
-    return _over_pairs(step, sums, pairs, documents, block, some_left_out)
+    return _over_pairs(step, sums, pairs, documents, block)
 
 
 def softmax_of(sums: Sums, dtype: jnp.dtype) -> tuple[Array, Array]:
@@ -233,7 +220,6 @@ def softmax_of(sums: Sums, dtype: jnp.dtype) -> tuple[Array, Array]:
 def add_gradients(
     grads: tuple[Array, Array, Array], q: Array, k: Array, v: Array, documents: Array | None,
     saved: tuple[Array, Array, Array], pairs: Array, block: int, scale: float, cfg: ModelConfig,
-    some_left_out: bool = False,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
     """Adds the gradients of the pairs of a table to those of q, k and v, float32.
 
@@ -261,7 +247,7 @@ def add_gradients(
         dv = _put(dv, j, _block(dv, j, block) + dv_j)
         return dq, dk, dv
 
-    return _over_pairs(step, grads, pairs, documents, block, some_left_out)
+    return _over_pairs(step, grads, pairs, documents, block)
 
 
 def output_gradients(out: Array, logsumexp: Array, d_out: Array) -> tuple[Array, Array, Array]:
@@ -321,7 +307,7 @@ def splash_attention(
     q_BkGTH: Array,
     k_BkSH: Array,
     v_BkSH: Array,
-    documents_BT: Array | None,
+    documents_BS: Array | None,
     scale: float,
     cfg: ModelConfig,
     interpret: bool = False,
@@ -331,17 +317,22 @@ def splash_attention(
     Skips the blocks above the diagonal. Backward is one kernel of five matmuls, which leaves a dq
     per block of keys to be added up. Heads of 64 fill half of a matrix unit's 128 lanes, so MLA's
     values of 64 cost as much as 128 would; queries and keys may be wider than values. Output and
-    log-sum-exp, which backward needs, are named ATTENTION_OUTPUT for rematerialization.
+    log-sum-exp, which backward needs, are named ATTENTION_OUTPUT for rematerialization. Where cp
+    cuts the sequence, the mask is that of its zigzag, of which each device takes its rows.
     """
     # Importing Pallas takes a second, which runs without it need not spend.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     B, K, G, T, H = q_BkGTH.shape
-    size = min(cfg.attention_block, T)
-    keys = 2 * size if T % (2 * size) == 0 else size  # fewer partial dq, some blocks in vain
+    S = k_BkSH.shape[2]
+    devices = S // T  # of cp
+    size = min(cfg.attention_block, T if devices == 1 else T // 2)
+    keys = 2 * size if S % (2 * size) == 0 else size  # fewer partial dq, some blocks in vain
+    mask = masks.CausalMask((S, S), shard_count=devices)
+    mask.q_sequence = zigzag_order(S, devices)
     kernel = splash.make_splash_mha(
-        masks.MultiHeadMask([masks.CausalMask((T, T))] * (K * G)),
+        masks.MultiHeadMask([mask] * (K * G)),
         block_sizes=splash.BlockSizes(
             block_q=size,
             block_kv=size,
@@ -351,22 +342,44 @@ def splash_attention(
             use_fused_bwd_kernel=True,
         ),
         head_shards=1,
-        q_seq_shards=1,
+        q_seq_shards=devices,
         residual_checkpoint_name=ATTENTION_OUTPUT,
         interpret=interpret,
     )
+    if devices > 1:
+        kernel = _own_queries(kernel, devices)
     q_BnTH = (q_BkGTH * scale).astype(q_BkGTH.dtype).reshape(B, K * G, T, H)
-    if documents_BT is None:
+    if documents_BS is None:
         out_BnTH = jax.vmap(kernel)(q_BnTH, k_BkSH, v_BkSH)
     else:
-        segments = splash.SegmentIds(documents_BT, documents_BT)
+        own_BT = zigzag(documents_BS, CP, 1) if devices > 1 else documents_BS
+        segments = splash.SegmentIds(own_BT, documents_BS)
         out_BnTH = jax.vmap(kernel)(q_BnTH, k_BkSH, v_BkSH, segments)
     return out_BnTH.reshape(B, K, G, T, v_BkSH.shape[-1])
 
 
+def _own_queries(kernel: Tree, devices: int) -> Tree:
+    """Takes this device's rows of a splash kernel's mask for the queries of all devices of cp."""
+    sharding = NamedSharding(AbstractMesh((devices,), (CP,)), P(None, CP))
+    specs = kernel.manual_sharding_spec(sharding)
+
+    def own(spec: P, x: Array) -> Array:
+        for dim, axis in enumerate(spec):
+            x = local_slice(x, axis, dim) if axis else x
+        return x
+
+    return jax.tree.map(own, specs, kernel, is_leaf=lambda x: isinstance(x, P))
+
+
 def splash_rules(config: ConfigDict, _: int) -> Iterator[str]:
     """Yields errors for blocks and masks that splash attention does not take."""
-    block = min(config.model.attention_block, config.seq_len)
+    cp = config.mesh.cp
+    if cp > 1 and config.cp_style == 'ring':
+        yield (
+            f"model.attention_kernel='splash' gives no sums that a ring could go on with, and "
+            f"cp_style='ring' with mesh.cp={cp}; use cp_style='gather', or the kernel 'blockwise'"
+        )
+    block = min(config.model.attention_block, config.seq_len // (2 * cp if cp > 1 else 1))
     if block % SPLASH_LANES:
         yield (
             f'model.attention_block={config.model.attention_block} with seq_len={config.seq_len} '
@@ -420,6 +433,11 @@ def cudnn_attention(
 
 def cudnn_rules(config: ConfigDict, head: int) -> Iterator[str]:
     """Yields errors for types, head sizes and masks that cuDNN does not take."""
+    if config.mesh.cp > 1:
+        yield (
+            f"model.attention_kernel='cudnn' masks from the first query on, and mesh.cp="
+            f"{config.mesh.cp} gives a device later ones; use the kernel 'blockwise'"
+        )
     yield from own_mask_errors('cudnn', config)
     if config.compute_dtype != 'bfloat16':
         yield (

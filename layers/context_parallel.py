@@ -57,30 +57,31 @@ def attention_over_cp(
     return attention(q_BkGTH, *expand(weights, travels), documents_BS, cfg)
 
 
-def ring_pairs(T: int, devices: int, cfg: ModelConfig) -> tuple[int, np.ndarray]:
-    """Returns the size of the blocks, and tables of pairs: int32 [steps, devices, pairs, 4].
+def ring_pairs(T: int, devices: int, cfg: ModelConfig) -> tuple[int, np.ndarray, np.ndarray]:
+    """Returns the size of the blocks, and tables of pairs: of a device's own keys, int32
+    [devices, pairs, 4], and of those that arrive, int32 [steps, devices, pairs, 4].
 
     In step s, device i has the keys of device i - s. Of its two parts and theirs, two pairs of
-    parts are visible, whichever s and i; its own add the blocks on the diagonal, whose places are
-    left out in the other steps.
+    parts are visible, whichever s and i; its own have the blocks on the diagonal beside.
     """
     block = min(cfg.attention_block, T // 2)
     n = T // 2 // block
-    tables = np.full((devices, devices, 2 * n * n + n, 4), -1, np.int32)
-    tables[..., :2] = 0
-    for s in range(devices):
-        for i in range(devices):
-            of_q, of_k = ([(0, d), (1, 2 * devices - 1 - d)] for d in (i, (i - s) % devices))
-            rows = [
-                (q_here * n + a, k_here * n + b, q_part * n + a, k_part * n + b)
-                for q_here, q_part in of_q
-                for a in range(n)
-                for k_here, k_part in of_k
-                for b in range(n)
-                if k_part * n + b <= q_part * n + a
-            ]
-            tables[s, i, : len(rows)] = rows
-    return block, tables
+
+    def table(i: int, source: int) -> list[tuple[int, int, int, int]]:
+        of_q, of_k = ([(0, d), (1, 2 * devices - 1 - d)] for d in (i, source))
+        return [
+            (q_here * n + a, k_here * n + b, q_part * n + a, k_part * n + b)
+            for q_here, q_part in of_q
+            for a in range(n)
+            for k_here, k_part in of_k
+            for b in range(n)
+            if k_part * n + b <= q_part * n + a
+        ]
+
+    every = range(devices)
+    own = [table(i, i) for i in every]
+    others = [[table(i, (i - s) % devices) for i in every] for s in every[1:]]
+    return block, np.array(own, np.int32), np.array(others, np.int32)
 
 
 # Its derivative is written by hand, below: change both. tests/test_derivatives.py compares them.
@@ -96,17 +97,18 @@ def ring_attention(
 ) -> Array:
     """Computes `attention_over_cp` around the ring, with the running softmax of blockwise.
 
-    Forward: n - 1 collective permutes of what travels, each while a device computes with what it
-    has. Backward: as many again, and n + 1 of its gradients, in float32, the first of zeros: they
-    go around with the positions that they belong to, and so end at home.
+    Forward: n - 1 times what travels goes on, each time while a device computes with what it has.
+    Backward: as often again, and n times its gradients, in float32: they go around with the
+    positions that they belong to, and so end at home.
     """
     return _ring_forward(q_BkGTH, travels, weights, documents_BS, expand, scale, cfg)[0]
 
 
-def _tables(q: Array, cfg: ModelConfig) -> tuple[int, Array]:
-    """Returns the size of the blocks, and this device's table of each step."""
-    block, tables = ring_pairs(q.shape[-2], lax.axis_size(CP), cfg)
-    return block, jnp.asarray(tables)[:, lax.axis_index(CP)]
+def _tables(q: Array, cfg: ModelConfig) -> tuple[int, Array, Array]:
+    """Returns the size of the blocks, and this device's tables: own, and one a step."""
+    block, own, others = ring_pairs(q.shape[-2], lax.axis_size(CP), cfg)
+    i = lax.axis_index(CP)
+    return block, jnp.asarray(own)[i], jnp.asarray(others)[:, i] if len(others) else None
 
 
 def _next(x: Tree) -> Tree:
@@ -114,11 +116,10 @@ def _next(x: Tree) -> Tree:
 
 
 def _ring_forward(q, travels, weights, documents, expand: Expand, scale: float, cfg: ModelConfig):
-    block, tables = _tables(q, cfg)
+    block, own, others = _tables(q, cfg)
 
     def add(sums: Tree, here: Tree, pairs: Array) -> Tree:
-        keys, values = expand(weights, here)
-        return add_keys(sums, q, keys, values, documents, pairs, block, scale, cfg, True)
+        return add_keys(sums, q, *expand(weights, here), documents, pairs, block, scale, cfg)
 
     def step(carry: tuple, pairs: Array):
         sums, here = carry
@@ -126,14 +127,20 @@ def _ring_forward(q, travels, weights, documents, expand: Expand, scale: float, 
         return (add(sums, here, pairs), following), None
 
     v_dim = jax.eval_shape(expand, weights, travels)[1].shape[-1]
-    (sums, here), _ = lax.scan(step, (no_keys(q, v_dim), travels), tables[:-1])
-    out, logsumexp = softmax_of(add(sums, here, tables[-1]), q.dtype)
+    sums = no_keys(q, v_dim)
+    if others is None:
+        sums = add(sums, travels, own)
+    else:
+        arriving = _next(travels)
+        (sums, here), _ = lax.scan(step, (add(sums, travels, own), arriving), others[:-1])
+        sums = add(sums, here, others[-1])
+    out, logsumexp = softmax_of(sums, q.dtype)
     return out, (q, travels, weights, documents, out, logsumexp)
 
 
 def _ring_backward(expand: Expand, scale: float, cfg: ModelConfig, saved: tuple, d_out: Array):
     q, travels, weights, documents, out, logsumexp = saved
-    block, tables = _tables(q, cfg)
+    block, own, others = _tables(q, cfg)
     of_output = output_gradients(out, logsumexp, d_out)
 
     def add(grads: tuple, here: Tree, pairs: Array) -> tuple:
@@ -141,20 +148,25 @@ def _ring_backward(expand: Expand, scale: float, cfg: ModelConfig, saved: tuple,
         (keys, values), pull = jax.vjp(expand, weights, here)
         start = (dq, *(jnp.zeros_like(x, dtype=jnp.float32) for x in (keys, values)))
         dq, dk, dv = add_gradients(
-            start, q, keys, values, documents, of_output, pairs, block, scale, cfg, True
+            start, q, keys, values, documents, of_output, pairs, block, scale, cfg
         )
         new = pull((dk.astype(keys.dtype), dv.astype(values.dtype)))
         return dq, *jax.tree.map(jnp.add, (d_weights, d_here), new)
 
     def step(carry: tuple, pairs: Array):
-        (dq, d_weights, d_here), here = carry
-        following, arrived = _next(here), _next(d_here)
-        return (add((dq, d_weights, arrived), here, pairs), following), None
+        (dq, d_weights, d_before), here = carry
+        following, d_here = _next(here), _next(d_before)
+        return (add((dq, d_weights, d_here), here, pairs), following), None
 
-    start = jax.tree.map(lambda x: jnp.zeros_like(x, dtype=jnp.float32), (q, weights, travels))
-    ((dq, d_weights, d_here), here), _ = lax.scan(step, (start, travels), tables[:-1])
-    dq, d_weights, d_here = add((dq, d_weights, _next(d_here)), here, tables[-1])
-    d_travels = _next(d_here)
+    grads = jax.tree.map(lambda x: jnp.zeros_like(x, dtype=jnp.float32), (q, weights, travels))
+    if others is None:
+        dq, d_weights, d_travels = add(grads, travels, own)
+    else:
+        arriving = _next(travels)
+        (grads, here), _ = lax.scan(step, (add(grads, travels, own), arriving), others[:-1])
+        dq, d_weights, d_before = grads
+        dq, d_weights, d_here = add((dq, d_weights, _next(d_before)), here, others[-1])
+        d_travels = _next(d_here)
     like = functools.partial(jax.tree.map, lambda d, x: d.astype(x.dtype))
     return dq.astype(q.dtype), like(d_travels, travels), like(d_weights, weights), None
 

@@ -250,15 +250,15 @@ def activation_transfers(s: Part) -> list[Transfer]:
 def context_transfers(s: Part) -> list[Transfer]:
     """Lists what moves over cp: what keys and values are made of, and its gradients.
 
-    A ring passes on all but the last arrival, and gradients, in float32, n + 1 times; `gather` the
-    same bytes at once, and gradients in the compute type. Remat does it again, but for a ring whose
+    A ring passes on n - 1 times, and gradients, in float32, n times; `gather` sends as many bytes
+    at once, and gradients in the compute type. Remat does it again, but for a ring whose
     results are kept.
     """
     n, cfg = s.mesh[CP], s.cfg
     once = (n - 1) * s.travels * s.width
     again = cfg.remat != 'none' and not (s.in_ring and ATTENTION_OUTPUT in cfg.kept_names)
     forward = (forward_passes(s) + again) * once
-    backward = once + (n + 1) * s.travels * FLOAT32 if s.in_ring else once
+    backward = once + n * s.travels * FLOAT32 if s.in_ring else once
     layers = s.microbatches * (s.blocks * len(cfg.block) + cfg.first_dense)
     sent = layers * (forward + backward) if n > 1 else 0
     return [Transfer(CP, f'keys and values, by {cfg.cp_style}', sent)]

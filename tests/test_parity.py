@@ -356,6 +356,23 @@ def test_whole_query_matches():
     check(config, (2, 1, 4))
 
 
+@pytest.mark.parametrize(
+    ('attention', 'sizes'),
+    [('mla', (1, 1, 2, 1, 1, 2)), pytest.param('gqa', (1, 1, 1, 1, 1, 4), marks=pytest.mark.slow)],
+    ids=str,
+)
+def test_splash_matches_on_cut_sequences(attention, sizes):
+    """The interpreted kernel of each device's queries, and documents."""
+    config = small_config(attention)
+    config.batch_size, config.seq_len = 4, 256 * sizes[-1]
+    config.check_vma, config.cp_style = False, 'gather'
+    config.model.update(attention_block=128, document_end=3)
+    want = reference(config)
+    config.model.attention_kernel = 'splash'
+    _reference[config.to_json()] = want
+    check(config, sizes)
+
+
 def test_splash_matches():
     """The interpreted kernel on a mesh against the blockwise form on one device."""
     config = small_config()
