@@ -105,6 +105,8 @@ class ModelConfig:
     rope_mscale: float = 1.0
     rope_mscale_all_dim: float = 0.0
     rope_attention_factor: float = 0.0
+    cp: int = 1
+    cp_style: str = 'ring'
 
     @property
     def n_blocks(self) -> int:
@@ -158,7 +160,12 @@ def model_config(config: ConfigDict) -> ModelConfig:
 
     `model.model_for` replaces it by the one that runs.
     """
-    return ModelConfig(**config.model, compute_dtype=config.compute_dtype)
+    return ModelConfig(
+        **config.model,
+        compute_dtype=config.compute_dtype,
+        cp=config.mesh.cp,
+        cp_style=config.cp_style,
+    )
 
 
 def optimizer_config(config: ConfigDict) -> OptimizerConfig:

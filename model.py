@@ -19,6 +19,7 @@ from layers.expert_kernels import EXPERT_KERNELS
 from layers.kernels import choose
 from layers.moe import MOE
 from parallel import (
+    CP,
     FSDP,
     PP,
     TP,
@@ -29,14 +30,16 @@ from parallel import (
     Tree,
     all_gather,
     count,
+    gather_zigzag,
     is_param,
-    local_slice,
     normal,
+    own_positions,
     pmax,
     psum,
     reduce_scatter,
     stacked,
     unshard,
+    zigzag,
 )
 
 # The kinds of layers that model.block may name: their feed-forward part.
@@ -369,7 +372,7 @@ def declared_params(config: ConfigDict) -> Tree:
 
 def first_layers(params: Tree, ids_BT: Array, cfg: ModelConfig, key: Array) -> Array:
     """Runs embedding and the dense layers before the blocks: int32 [B, T] -> [B, T/tp, D]."""
-    x_BtD = embed(params['embed'], ids_BT, cfg)
+    x_BtD = embed(params['embed'], zigzag(ids_BT, CP, 1), cfg)
     x_BtD = dropout(x_BtD, cfg.dropout, jax.random.fold_in(key, cfg.n_layers))
     if cfg.first_dense:
         x_BtD, _ = run_blocks(params['first'], x_BtD, positions(ids_BT, cfg), key, cfg, ('dense',))
@@ -408,7 +411,7 @@ def loss(
     """
     ids_BT, labels_BT = jnp.maximum(tokens_BT[:, :-1], 0), tokens_BT[:, 1:]
     x_BtD, stats = hidden_states(params, ids_BT, cfg, key)
-    labels_Bt = local_slice(labels_BT, TP, 1)
+    labels_Bt = own_positions(labels_BT, 1)
     x_tD, labels_t = x_BtD.reshape(-1, cfg.d_model), labels_Bt.reshape(-1)
     total, nll = token_loss(params, x_tD, labels_t, cfg)
     router, stats = split_router_loss(stats)
@@ -432,7 +435,8 @@ def head_logits(params: Tree, x_BTD: Array, cfg: ModelConfig) -> Array:
 def logits(params: Tree, ids_BT: Array, cfg: ModelConfig) -> Array:
     """Computes the logits of all positions, float32 [B, T, V/tp]: for tests and small models."""
     x_BtD, _ = hidden_states(params, ids_BT, cfg, jax.random.key(0))
-    return head_logits(params, all_gather(x_BtD, TP, 1), cfg)
+    x_BTD = gather_zigzag(all_gather(x_BtD, TP, 1), CP, 1)
+    return head_logits(params, x_BTD, cfg)
 
 
 def flops_per_token(cfg: ModelConfig, seq_len: int) -> float:

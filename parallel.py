@@ -43,13 +43,15 @@ PP = 'pp'  # pipeline stages
 DP = 'dp'  # replicas
 FSDP = 'fsdp'  # shards of the batch and of the parameters
 EP = 'ep'  # shards of the batch and of the experts
+CP = 'cp'  # shards of the sequence; replicas of the parameters
 TP = 'tp'  # shards of heads, feed-forward and vocabulary; between matmuls, of the sequence
-AXES = (PP, DP, FSDP, EP, TP)
+AXES = (PP, DP, FSDP, EP, CP, TP)
 BATCH = (DP, FSDP, EP)  # the axes over which batch rows are spread
+SEQUENCE = (CP, TP)  # those over which the positions of a row are spread
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Returns a mesh with all five axes; an axis that `sizes` does not name has size 1.
+    """Returns a mesh with all six axes; an axis that `sizes` does not name has size 1.
 
     The axes are Auto: `shard_map` takes ordinary arrays only on such axes. On a torus, each axis
     lies along whole dimensions where possible; otherwise a dimension is split, as 8 over
@@ -395,6 +397,33 @@ def shift(x: Array, axis: str, by: int) -> Array:
     return lax.ppermute(x, axis, [(i, (i + by) % n) for i in range(n)])
 
 
+def pass_on(x: Array, axis: str) -> Array:
+    """Sends x to the next device of a ring, also where devices of other rings do not. Layout:
+    unchanged.
+
+    Sends size bytes. Not differentiated. A collective permute is one for all rings of the mesh, and
+    waits for all its devices (XLA:CPU); within a pipeline's stage, which idle stages skip, only
+    collectives of a ring's own devices can run: a ragged all-to-all with one row, to the next.
+    The CPU has none and gathers all, n - 1 times the bytes.
+    """
+    n, i = lax.axis_size(axis), lax.axis_index(axis)
+    if lax.axis_size(PP) == 1:
+        return shift(x, axis, 1)
+
+    def gathered(x: Array) -> Array:
+        every = lax.all_gather(x, axis)
+        return lax.dynamic_index_in_dim(every, (i - 1) % n, keepdims=False)
+
+    def ragged(x: Array) -> Array:
+        devices = jnp.arange(n)
+        to, source = ((devices == (i + by) % n).astype(jnp.int32) for by in (1, -1))
+        none = jnp.zeros_like(to)
+        return ragged_all_to_all(x[None], 1, none, to, none, source, axis)[0]
+
+    with jax.named_scope(f'pass_on_{axis}'):
+        return lax.platform_dependent(x, cpu=gathered, default=ragged)
+
+
 def local_slice(x: Array, axis: Axis, dim: int) -> Array:
     """Takes this device's part. Layout: dim, the same on all devices of the axis -> dim/n.
 
@@ -402,6 +431,51 @@ def local_slice(x: Array, axis: Axis, dim: int) -> Array:
     """
     size = x.shape[dim] // lax.axis_size(axis)
     return lax.dynamic_slice_in_dim(x, lax.axis_index(axis) * size, size, dim)
+
+
+def zigzag(x: Array, axis: Axis, dim: int) -> Array:
+    """Takes this device's two parts of a sequence. Layout: dim, the same on all devices -> dim/n.
+
+    Of 2n equal parts, device i holds i and 2n-1-i: one early and one late, so that each device's
+    queries see equally many keys. Forward and backward: nothing moves.
+    """
+    n, i = lax.axis_size(axis), lax.axis_index(axis)
+    if n == 1:
+        return x
+    size = x.shape[dim] // (2 * n)
+    parts = (lax.dynamic_slice_in_dim(x, p * size, size, dim) for p in (i, 2 * n - 1 - i))
+    return jnp.concatenate([*parts], dim)
+
+
+def zigzag_order(T: int, n: int) -> np.ndarray:
+    """Returns the positions that n devices hold by `zigzag`, one device after the other: int32."""
+    if n == 1:
+        return np.arange(T, dtype=np.int32)
+    parts = np.arange(T, dtype=np.int32).reshape(2 * n, -1)
+    return np.concatenate([parts[[i, 2 * n - 1 - i]].reshape(-1) for i in range(n)])
+
+
+def gather_zigzag(x: Array, axis: Axis, dim: int) -> Array:
+    """Undoes `zigzag`. Layout: dim/n, two parts of it -> dim in its order, on all devices.
+
+    Forward: all-gather, size·(n-1)/n bytes. Backward: reduce-scatter of the cotangents, as many.
+    """
+    n = lax.axis_size(axis)
+    if n == 1:
+        return x
+    dim %= x.ndim
+    front, behind = x.shape[:dim], x.shape[dim + 1 :]
+    x = all_gather(x, axis, dim).reshape(*front, n, 2, x.shape[dim] // 2, *behind)
+    early, late = (lax.index_in_dim(x, k, dim + 1, keepdims=False) for k in (0, 1))
+    return jnp.concatenate((early, jnp.flip(late, dim)), dim).reshape(*front, -1, *behind)
+
+
+def own_positions(x: Array, dim: int) -> Array:
+    """Takes this device's positions. Layout: dim, the same on all devices -> dim/(cp·tp).
+
+    Over cp as in `zigzag`, over tp in order. Forward and backward: nothing moves.
+    """
+    return local_slice(zigzag(x, CP, dim), TP, dim)
 
 
 def unshard(params: Tree, declared: Tree, dtype: jnp.dtype) -> Tree:

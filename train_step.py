@@ -50,7 +50,7 @@ from optimizer import (
 from parallel import (
     BATCH,
     PP,
-    TP,
+    SEQUENCE,
     Array,
     P,
     Param,
@@ -61,6 +61,7 @@ from parallel import (
     init_params,
     local_slice,
     map_params,
+    own_positions,
     psum,
     replicate,
     scatter_gradients,
@@ -186,7 +187,7 @@ def gradients(params: Tree, tokens_MBT: Array, key: Array, s: Setup) -> tuple[Tr
     compute = accumulated
     if s.schedule is not None:
         compute = functools.partial(pipelined, schedule=s.schedule)
-    tokens_MBT = varying(tokens_MBT, (PP, TP))
+    tokens_MBT = varying(tokens_MBT, (PP, *SEQUENCE))
     params = varying_params(params, s.declared)
     n_targets = psum(jnp.sum(tokens_MBT[..., 1:] >= 0), BATCH).astype(jnp.float32)
     if ahead:
@@ -195,7 +196,7 @@ def gradients(params: Tree, tokens_MBT: Array, key: Array, s: Setup) -> tuple[Tr
     grads, nll, stats = compute(params, tokens_MBT, key, n_targets, s.model)
     if ahead:
         grads = grads | {'blocks': scatter_gradients(grads['blocks'], blocks)}
-    router = jax.tree.map(lambda x: lax.psum(x, (*BATCH, TP)), stats)
+    router = jax.tree.map(lambda x: lax.psum(x, (*BATCH, *SEQUENCE)), stats)
     return sum_gradients(grads, s.declared), {'loss': global_sum(nll), 'router': router}
 
 
@@ -271,7 +272,7 @@ def run_stages(
         return x_BtD, jnp.zeros_like(n_targets) + router / schedule.microbatches, stats
 
     def last(shared: Tree, x_tD: Array, i: Array) -> tuple[Array, Tree]:
-        labels_t = local_slice(tokens_MBT[i, :, 1:], TP, 1).reshape(-1)
+        labels_t = own_positions(tokens_MBT[i, :, 1:], 1).reshape(-1)
         total, nll = token_loss(shared, x_tD, local_slice(labels_t, PP, 0), cfg)
         return total / n_targets, {'nll': nll / n_targets}
 
@@ -391,11 +392,11 @@ def make_eval_step(s: Setup) -> Callable[[Tree, Array, Array], dict[str, Array]]
 
 def eval_step(params: Tree, tokens_MBT: Array, token_bytes_V: Array, s: Setup) -> dict[str, Array]:
     """Sums nats, targets and bytes of text over a batch, on one device of the mesh."""
-    tokens_MBT = varying(tokens_MBT, (PP, TP))
+    tokens_MBT = varying(tokens_MBT, (PP, *SEQUENCE))
     params = varying_params(params, s.declared)
     labels = tokens_MBT[..., 1:]
     n_bytes = jnp.where(labels >= 0, token_bytes_V[jnp.maximum(labels, 0)], 0)
-    alike = lax.axis_size((PP, TP))  # devices that hold the same rows
+    alike = lax.axis_size((PP, *SEQUENCE))  # devices that hold the same rows
     return {
         'nats': global_sum(nats_share(params, tokens_MBT, s)),
         'targets': global_sum(jnp.sum(labels >= 0)) // alike,

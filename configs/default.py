@@ -76,7 +76,9 @@ def get_config() -> ConfigDict:
     m.remat_offload = ()  # 'full': the same, kept in host memory (TPU, GPU)
 
     # sizes of the axes that parallel.py explains; their product is the number of devices
-    c.mesh = ConfigDict({'pp': 1, 'dp': 1, 'fsdp': 1, 'ep': 1, 'tp': 1})
+    c.mesh = ConfigDict({'pp': 1, 'dp': 1, 'fsdp': 1, 'ep': 1, 'cp': 1, 'tp': 1})
+    # over cp, keys and values travel 'ring': from device to device | 'gather': to all, at once
+    c.cp_style = 'ring'
 
     # fsdp gathers the weights of one 'layer' at a time, for each pass of a microbatch (forward,
     # backward, and with stages the second forward) | all weights once for the whole 'step'

@@ -4,6 +4,7 @@ decoding. The causal softmax itself is in attention_kernels.py.
 To add a kind, write its functions and add a line to ATTENTION.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -14,7 +15,8 @@ from jax import lax
 from ml_collections import ConfigDict
 
 from config import QKV, RESIDUAL, ModelConfig, divisors, indivisible
-from layers.attention_kernels import attention, cached_attention
+from layers.attention_kernels import cached_attention
+from layers.context_parallel import attention_over_cp
 from layers.dense import gain, linear, rms_norm, weight
 from layers.rope_scaling import (
     attention_scale,
@@ -23,6 +25,7 @@ from layers.rope_scaling import (
     rope_rules,
 )
 from parallel import (
+    CP,
     FSDP,
     TP,
     Array,
@@ -34,6 +37,7 @@ from parallel import (
     normal,
     reduce_scatter,
     unshard,
+    zigzag,
 )
 
 
@@ -46,6 +50,9 @@ class Sizes(NamedTuple):
     gathered: numbers that travel over tp on the way in.
     latents: numbers made from a device's own positions before they are gathered.
     inputs: sizes of the arrays of all positions that the projections to heads read.
+    travels: numbers that travel over cp, from which keys and values are made; tp cuts them where
+        `travels_cut`, else each tp device sends all.
+    expansion: weights that make keys and values of them, over all tp devices.
     """
 
     key: int
@@ -56,6 +63,9 @@ class Sizes(NamedTuple):
     gathered: int
     latents: int
     inputs: tuple[int, ...]
+    travels: int
+    travels_cut: bool
+    expansion: int
 
 
 class Attention(NamedTuple):
@@ -92,7 +102,10 @@ class Positions(NamedTuple):
 
     cos: Array  # of the rotation angles, times YaRN's factor: float32 [T, rotary / 2], or [B, 1, T,
     sin: Array  # rotary / 2]
-    documents: Array | None = None  # [B, T] the number of each token's document; None: all are one
+    documents: Array | None = (
+        None  # [B, S] the number of each token's document, of all positions of
+    )
+    # a row; None: all are one
 
 
 def rope_table(cfg: ModelConfig, positions_T: Array) -> Positions:
@@ -104,19 +117,19 @@ def rope_table(cfg: ModelConfig, positions_T: Array) -> Positions:
 
 
 def positions(ids_BT: Array, cfg: ModelConfig) -> Positions:
-    """Numbers positions 0, 1, 2, ... along all of T.
+    """Numbers positions 0, 1, 2, ... along all of T; the rotations are of this device's, T/cp.
 
     With cfg.document_end, they start anew after each token of that id, and documents are numbered:
     attention stays within them.
     """
     T = ids_BT.shape[1]
     if cfg.document_end < 0:
-        return rope_table(cfg, jnp.arange(T))
+        return rope_table(cfg, zigzag(jnp.arange(T), CP, 0))
     ends_BT = (ids_BT == cfg.document_end).astype(jnp.int32)
     documents_BT = jnp.cumsum(ends_BT, axis=1) - ends_BT  # the end belongs to its document
     after_end_BT = jnp.pad(ends_BT, ((0, 0), (1, 0)))[:, :-1]
     starts_BT = lax.cummax(after_end_BT * jnp.arange(T), axis=1)
-    table = rope_table(cfg, (jnp.arange(T) - starts_BT)[:, None])
+    table = rope_table(cfg, zigzag(jnp.arange(T) - starts_BT, CP, 1)[:, None])
     return table._replace(documents=documents_BT)
 
 
@@ -247,11 +260,15 @@ def mla_params(cfg: ModelConfig) -> Tree:
         (R, N, Hn), P(FSDP, TP, None), normal(R**-0.5),
         kept_by=QKV, work=key_work, inputs=1, outputs=2,
     )  # fmt: skip
+    w_v_up = weight((R, N, Hv), P(FSDP, TP, None), R**-0.5, QKV)
+    if cfg.cp > 1 and cfg.cp_style == 'ring':
+        # The ring uses it n times, which is more than a `Deferred` can say.
+        w_v_up = dataclasses.replace(w_v_up, linear=False)
     return query | {
         'w_kv_down': weight((D, R + Hr), P(FSDP, None), D**-0.5),
         'kv_norm': gain(R),
         'w_k_up': w_k_up,
-        'w_v_up': weight((R, N, Hv), P(FSDP, TP, None), R**-0.5, QKV),
+        'w_v_up': w_v_up,
         'w_o': output_weight(cfg, Hv),
     }
 
@@ -268,6 +285,9 @@ def mla_sizes(m: ModelConfig | ConfigDict) -> Sizes:
         gathered=latent + query,
         latents=latent + m.q_rank,
         inputs=(latent + query, m.kv_rank + query),
+        travels=latent,
+        travels_cut=False,
+        expansion=m.n_heads * (latent * (m.nope_dim + m.rope_dim) + m.kv_rank * m.v_dim),
     )
 
 
@@ -296,11 +316,19 @@ def mla(params: Tree, x_BtD: Array, table: Positions, cfg: ModelConfig) -> tuple
     w = unshard(params, mla_params(cfg), x_BtD.dtype)
     q_BnTH, latent_BSR, k_rope_BSH = _mla_inputs(w, x_BtD, table, cfg)
     kept_BSR = jnp.concatenate((latent_BSR, k_rope_BSH), axis=-1)
-    k_BnSH = to_heads(kept_BSR, _key_weight(w['w_k_up'], cfg))
-    v_BnSH = to_heads(latent_BSR, w['w_v_up'])
-    out_BnTH = attention(q_BnTH[:, :, None], k_BnSH, v_BnSH, table.documents, cfg)[:, :, 0]
+    up = (_key_weight(w['w_k_up'], cfg), w['w_v_up'])
+    out_BnTH = attention_over_cp(
+        q_BnTH[:, :, None], kept_BSR, up, _expand_latent, table.documents, cfg
+    )[:, :, 0]
     partial_BTD = from_heads(out_BnTH, w['w_o'])
     return reduce_scatter(partial_BTD, TP, 1), {'latent': kept_BSR[:, None]}
+
+
+def _expand_latent(up: Tree, kept_BSR: Array) -> tuple[Array, Array]:
+    """Makes keys and values, [B, N/tp, S, H], of latents and rotary keys, [B, S, R + H_rope]."""
+    w_k_up, w_v_up = up
+    latent_BSR = kept_BSR[..., : w_v_up.shape[0]]
+    return to_heads(kept_BSR, w_k_up), to_heads(latent_BSR, w_v_up)
 
 
 def _key_weight(w_RnH: Array, cfg: ModelConfig) -> Array:
@@ -401,6 +429,9 @@ def gqa_sizes(m: ModelConfig | ConfigDict) -> Sizes:
         gathered=D + (2 * H if K == 1 else 0),
         latents=0,
         inputs=(D,),
+        travels=2 * K * H,
+        travels_cut=K > 1,
+        expansion=0,
     )
 
 
@@ -430,9 +461,13 @@ def gqa(params: Tree, x_BtD: Array, table: Positions, cfg: ModelConfig) -> tuple
     q_BnTH, k_BkSH, v_BkSH = _gqa_inputs(w, x_BtD, table, cfg)
     B, n, T, H = q_BnTH.shape
     q_BkGTH = q_BnTH.reshape(B, k_BkSH.shape[1], -1, T, H)
-    out_BkGTH = attention(q_BkGTH, k_BkSH, v_BkSH, table.documents, cfg)
+    out_BkGTH = attention_over_cp(q_BkGTH, (k_BkSH, v_BkSH), (), _as_they_are, table.documents, cfg)
     partial_BTD = from_heads(out_BkGTH.reshape(B, n, T, H), w['w_o'])
     return reduce_scatter(partial_BTD, TP, 1), {'k': k_BkSH, 'v': v_BkSH}
+
+
+def _as_they_are(_: Tree, keys_and_values: tuple[Array, Array]) -> tuple[Array, Array]:
+    return keys_and_values
 
 
 def _gqa_inputs(

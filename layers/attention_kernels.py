@@ -6,19 +6,21 @@ head size]. What a query sees stands once, in `visible`.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AbstractMesh, NamedSharding
 from ml_collections import ConfigDict
 
 from config import ATTENTION_OUTPUT, QKV, ModelConfig
 from layers.kernels import Kernel
 from layers.rope_scaling import attention_scale
-from parallel import Array
+from parallel import CP, Array, P, Tree, local_slice, zigzag, zigzag_order
 
 # ---------------------------------------------------------------------------------------------
 # The mask
@@ -77,17 +79,43 @@ def own_mask_errors(kernel: str, config: ConfigDict) -> Iterator[str]:
 MASKED = -1e30  # finite, so that a row without a visible key in one block yields no NaN
 
 
-def _lower_triangle(T: int, block: int) -> tuple[int, np.ndarray]:
-    """Returns the block's size, at most T, and the pairs (query block, key block) on and below the
-    diagonal: int32 [n(n+1)/2, 2]."""
-    block = min(block, T)
-    if T % block:
+# A table of pairs has a row for each pair of blocks to compute, int32 [n, 4]: where the block of
+# queries and the block of keys lie in their arrays, and their numbers in the sequence, by which
+# they are masked.
+
+
+def pairs_of_blocks(T: int, S: int, cfg: ModelConfig) -> tuple[int, Array | np.ndarray]:
+    """Returns the size of the blocks and the table of pairs, for T queries of a sequence of S keys.
+
+    On and below the diagonal; where cp cuts the sequence, of the two parts that are this device's
+    (`zigzag`).
+    """
+    if T == S:
+        block, devices = min(cfg.attention_block, T), 1
+        parts = [[(0, 0)]]
+    else:
+        devices = S // T
+        block = min(cfg.attention_block, T // 2)
+        parts = [[(0, i), (1, 2 * devices - 1 - i)] for i in range(devices)]
+    if T % (block * len(parts[0])):
         raise ValueError(
-            f'seq_len={T} is not a multiple of model.attention_block={block}; '
-            f'use an attention_block that divides it'
+            f'{T} positions of a sequence of {S} are not cut evenly by model.attention_block='
+            f'{cfg.attention_block}; use an attention_block that divides each of their parts'
         )
-    n = T // block
-    return block, np.array([(i, j) for i in range(n) for j in range(i + 1)], np.int32)
+    n = T // block // len(parts[0])  # blocks of a part
+    tables = np.array(
+        [
+            [
+                (here * n + a, j, part * n + a, j)
+                for here, part in own
+                for a in range(n)
+                for j in range(part * n + a + 1)
+            ]
+            for own in parts
+        ],
+        np.int32,
+    )
+    return block, tables[0] if devices == 1 else jnp.asarray(tables)[lax.axis_index(CP)]
 
 
 def _block(x: Array, i: Array, size: int) -> Array:
@@ -107,7 +135,8 @@ def _scores(
     scale: float,
     cfg: ModelConfig,
 ) -> Array:
-    """Returns masked scores of query block i and key block j: float32 [B, K, G, block, block]."""
+    """Returns masked scores of query block i and key block j of the sequence: float32
+    [B, K, G, block, block]."""
     block = q.shape[-2]
     within, of_q, of_k = jnp.arange(block), None, None
     if documents is not None:
@@ -118,66 +147,94 @@ def _scores(
     return jnp.where(seen, scores * scale, MASKED)
 
 
-# Its derivative is written by hand, below: change both. tests/test_derivatives.py compares them.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def causal_attention(
-    q_BkGTH: Array,
-    k_BkSH: Array,
-    v_BkSH: Array,
-    documents_BT: Array | None,
-    scale: float,
-    cfg: ModelConfig,
-) -> Array:
-    """Computes softmax(scale · q kᵀ + mask) v: [B, K, G, T, value head size].
+def _over_pairs(
+    step: Callable[[Tree, Array], Tree],
+    carry: Tree,
+    pairs: Array,
+    documents: Array | None,
+    block: int,
+) -> Tree:
+    """Scans `step` over the pairs, but for those whose blocks share no document: in any row of the
+    batch, the keys' last document comes before the queries' first one."""
 
-    A query sees the keys that are `visible`. Blockwise with a running maximum and sum
-    (FlashAttention-2, Dao 2023): one scan over the pairs of blocks on and below the diagonal, so
-    the program does not grow with T, blocks above the diagonal cost nothing, and no score array
-    exceeds B·N·block². The backward pass recomputes the scores from the saved log-sum-exp. Scores
-    and softmax are float32 whatever the inputs are.
-    """
-    return _attention_forward(q_BkGTH, k_BkSH, v_BkSH, documents_BT, scale, cfg)[0]
+    def always(carry: Tree, pair: Array) -> tuple[Tree, None]:
+        return step(carry, pair), None
+
+    def if_shared(carry: Tree, pair: Array) -> tuple[Tree, None]:
+        first, last = pair[2] * block, pair[3] * block + block - 1
+        of_q, of_k = (lax.dynamic_index_in_dim(documents, n, 1) for n in (first, last))
+        shared = jnp.any(of_q <= of_k)
+        return lax.cond(shared, step, lambda carry, _: carry, carry, pair), None
+
+    return lax.scan(always if documents is None else if_shared, carry, pairs)[0]
 
 
-def _attention_forward(q, k, v, documents: Array | None, scale: float, cfg: ModelConfig):
-    block, pairs = _lower_triangle(q.shape[-2], cfg.attention_block)
-    f32 = {'preferred_element_type': jnp.float32}
+class Sums(NamedTuple):
+    """The running softmax of each query over the keys so far, float32."""
 
-    def step(carry: tuple, pair: Array):
+    out: Array  # Σ exp(score - top) v: [B, K, G, T, value head size]
+    top: Array  # the largest score: [B, K, G, T, 1]
+    total: Array  # Σ exp(score - top)
+
+
+def no_keys(q: Array, v_dim: int) -> Sums:
+    """Returns the running softmax over no keys."""
+    zeros = functools.partial(jnp.zeros_like, q, dtype=jnp.float32)
+    of_row = (*q.shape[:-1], 1)
+    return Sums(
+        zeros(shape=(*q.shape[:-1], v_dim)), zeros(shape=of_row) + MASKED, zeros(shape=of_row)
+    )
+
+
+def add_keys(
+    sums: Sums, q: Array, k: Array, v: Array, documents: Array | None, pairs: Array, block: int,
+    scale: float, cfg: ModelConfig,
+) -> Sums:  # fmt: skip
+    """Adds the pairs of a table to the running softmax (FlashAttention-2, Dao 2023)."""
+
+    def step(carry: Sums, pair: Array) -> Sums:
         out, top, total = carry
-        i, j = pair
-        scores = _scores(_block(q, i, block), _block(k, j, block), documents, i, j, scale, cfg)
+        i, j = pair[0], pair[1]
+        q_i, k_j, v_j = _block(q, i, block), _block(k, j, block), _block(v, j, block)
+        scores = _scores(q_i, k_j, documents, pair[2], pair[3], scale, cfg)
         old_top = _block(top, i, block)
         new_top = jnp.maximum(old_top, jnp.max(scores, axis=-1, keepdims=True))
         p = jnp.exp(scores - new_top)
         shrink = jnp.exp(old_top - new_top)
-        v_j = _block(v, j, block)
-        pv = jnp.einsum('bkgts,bksh->bkgth', p.astype(v.dtype), v_j, **f32)
+        pv = jnp.einsum(
+            'bkgts,bksh->bkgth', p.astype(v.dtype), v_j, preferred_element_type=jnp.float32
+        )
         out = _put(out, i, _block(out, i, block) * shrink + pv)
         total = _put(total, i, _block(total, i, block) * shrink + jnp.sum(p, -1, keepdims=True))
-        return (out, _put(top, i, new_top), total), None
+        return Sums(out, _put(top, i, new_top), total)
 
-    rows = q.shape[:-1]
-    zeros = functools.partial(jnp.zeros_like, q, dtype=jnp.float32)
-    start = (zeros(shape=(*rows, v.shape[-1])), zeros(shape=(*rows, 1)) + MASKED)
-    (out, top, total), _ = lax.scan(step, (*start, zeros(shape=(*rows, 1))), pairs)
-    out = checkpoint_name((out / total).astype(q.dtype), ATTENTION_OUTPUT)
-    logsumexp = checkpoint_name(top + jnp.log(total), ATTENTION_OUTPUT)
-    return out, (q, k, v, documents, out, logsumexp)
+    return _over_pairs(step, sums, pairs, documents, block)
 
 
-def _attention_backward(scale: float, cfg: ModelConfig, saved: tuple, d_out: Array):
-    q, k, v, documents, out, logsumexp = saved
-    block, pairs = _lower_triangle(q.shape[-2], cfg.attention_block)
+def softmax_of(sums: Sums, dtype: jnp.dtype) -> tuple[Array, Array]:
+    """Returns attention's output and the log-sum-exp of the scores, named for rematerialization."""
+    out = checkpoint_name((sums.out / sums.total).astype(dtype), ATTENTION_OUTPUT)
+    return out, checkpoint_name(sums.top + jnp.log(sums.total), ATTENTION_OUTPUT)
+
+
+def add_gradients(
+    grads: tuple[Array, Array, Array], q: Array, k: Array, v: Array, documents: Array | None,
+    saved: tuple[Array, Array, Array], pairs: Array, block: int, scale: float, cfg: ModelConfig,
+) -> tuple[Array, Array, Array]:  # fmt: skip
+    """Adds the gradients of the pairs of a table to those of q, k and v, float32.
+
+    Recomputes the scores from `saved`: the gradient of the output, the log-sum-exp, and the sum of
+    output · gradient of each query.
+    """
+    d_out, logsumexp, delta = saved
     f32 = {'preferred_element_type': jnp.float32}
-    delta = jnp.einsum('...h,...h->...', out, d_out, **f32)[..., None]
 
-    def step(carry: tuple, pair: Array):
+    def step(carry: tuple, pair: Array) -> tuple:
         dq, dk, dv = carry
-        i, j = pair
+        i, j = pair[0], pair[1]
         q_i, k_j, v_j = _block(q, i, block), _block(k, j, block), _block(v, j, block)
         do_i = _block(d_out, i, block)
-        scores = _scores(q_i, k_j, documents, i, j, scale, cfg)
+        scores = _scores(q_i, k_j, documents, pair[2], pair[3], scale, cfg)
         p = jnp.exp(scores - _block(logsumexp, i, block))
         dp = jnp.einsum('bkgth,bksh->bkgts', do_i, v_j, **f32)
         ds = (p * (dp - _block(delta, i, block)) * scale).astype(q.dtype)
@@ -188,10 +245,51 @@ def _attention_backward(scale: float, cfg: ModelConfig, saved: tuple, d_out: Arr
         dq = _put(dq, i, _block(dq, i, block) + dq_i)
         dk = _put(dk, j, _block(dk, j, block) + dk_j)
         dv = _put(dv, j, _block(dv, j, block) + dv_j)
-        return (dq, dk, dv), None
+        return dq, dk, dv
 
+    return _over_pairs(step, grads, pairs, documents, block)
+
+
+def output_gradients(out: Array, logsumexp: Array, d_out: Array) -> tuple[Array, Array, Array]:
+    """Returns what `add_gradients` takes as `saved`."""
+    delta = jnp.einsum('...h,...h->...', out, d_out, preferred_element_type=jnp.float32)
+    return d_out, logsumexp, delta[..., None]
+
+
+# Its derivative is written by hand, below: change both. tests/test_derivatives.py compares them.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def causal_attention(
+    q_BkGTH: Array,
+    k_BkSH: Array,
+    v_BkSH: Array,
+    documents_BS: Array | None,
+    scale: float,
+    cfg: ModelConfig,
+) -> Array:
+    """Computes softmax(scale · q kᵀ + mask) v: [B, K, G, T, value head size].
+
+    A query sees the keys that are `visible`. Blockwise with a running maximum and sum: one scan
+    over the pairs of blocks on and below the diagonal, so the program does not grow with T, blocks
+    above the diagonal and blocks that share no document cost nothing, and no score array exceeds
+    B·N·block². The backward pass recomputes the scores from the saved log-sum-exp. Scores and
+    softmax are float32 whatever the inputs are. Queries may be those of this device of cp alone.
+    """
+    return _attention_forward(q_BkGTH, k_BkSH, v_BkSH, documents_BS, scale, cfg)[0]
+
+
+def _attention_forward(q, k, v, documents: Array | None, scale: float, cfg: ModelConfig):
+    block, pairs = pairs_of_blocks(q.shape[-2], k.shape[-2], cfg)
+    sums = add_keys(no_keys(q, v.shape[-1]), q, k, v, documents, pairs, block, scale, cfg)
+    out, logsumexp = softmax_of(sums, q.dtype)
+    return out, (q, k, v, documents, out, logsumexp)
+
+
+def _attention_backward(scale: float, cfg: ModelConfig, saved: tuple, d_out: Array):
+    q, k, v, documents, out, logsumexp = saved
+    block, pairs = pairs_of_blocks(q.shape[-2], k.shape[-2], cfg)
     start = tuple(jnp.zeros_like(x, dtype=jnp.float32) for x in (q, k, v))
-    (dq, dk, dv), _ = lax.scan(step, start, pairs)
+    of_output = output_gradients(out, logsumexp, d_out)
+    dq, dk, dv = add_gradients(start, q, k, v, documents, of_output, pairs, block, scale, cfg)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
@@ -209,7 +307,7 @@ def splash_attention(
     q_BkGTH: Array,
     k_BkSH: Array,
     v_BkSH: Array,
-    documents_BT: Array | None,
+    documents_BS: Array | None,
     scale: float,
     cfg: ModelConfig,
     interpret: bool = False,
@@ -219,17 +317,22 @@ def splash_attention(
     Skips the blocks above the diagonal. Backward is one kernel of five matmuls, which leaves a dq
     per block of keys to be added up. Heads of 64 fill half of a matrix unit's 128 lanes, so MLA's
     values of 64 cost as much as 128 would; queries and keys may be wider than values. Output and
-    log-sum-exp, which backward needs, are named ATTENTION_OUTPUT for rematerialization.
+    log-sum-exp, which backward needs, are named ATTENTION_OUTPUT for rematerialization. Where cp
+    cuts the sequence, the mask is that of its zigzag, of which each device takes its rows.
     """
     # Importing Pallas takes a second, which runs without it need not spend.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     B, K, G, T, H = q_BkGTH.shape
-    size = min(cfg.attention_block, T)
-    keys = 2 * size if T % (2 * size) == 0 else size  # fewer partial dq, some blocks in vain
+    S = k_BkSH.shape[2]
+    devices = S // T  # of cp
+    size = min(cfg.attention_block, T if devices == 1 else T // 2)
+    keys = 2 * size if S % (2 * size) == 0 else size  # fewer partial dq, some blocks in vain
+    mask = masks.CausalMask((S, S), shard_count=devices)
+    mask.q_sequence = zigzag_order(S, devices)
     kernel = splash.make_splash_mha(
-        masks.MultiHeadMask([masks.CausalMask((T, T))] * (K * G)),
+        masks.MultiHeadMask([mask] * (K * G)),
         block_sizes=splash.BlockSizes(
             block_q=size,
             block_kv=size,
@@ -239,22 +342,44 @@ def splash_attention(
             use_fused_bwd_kernel=True,
         ),
         head_shards=1,
-        q_seq_shards=1,
+        q_seq_shards=devices,
         residual_checkpoint_name=ATTENTION_OUTPUT,
         interpret=interpret,
     )
+    if devices > 1:
+        kernel = _own_queries(kernel, devices)
     q_BnTH = (q_BkGTH * scale).astype(q_BkGTH.dtype).reshape(B, K * G, T, H)
-    if documents_BT is None:
+    if documents_BS is None:
         out_BnTH = jax.vmap(kernel)(q_BnTH, k_BkSH, v_BkSH)
     else:
-        segments = splash.SegmentIds(documents_BT, documents_BT)
+        own_BT = zigzag(documents_BS, CP, 1) if devices > 1 else documents_BS
+        segments = splash.SegmentIds(own_BT, documents_BS)
         out_BnTH = jax.vmap(kernel)(q_BnTH, k_BkSH, v_BkSH, segments)
     return out_BnTH.reshape(B, K, G, T, v_BkSH.shape[-1])
 
 
+def _own_queries(kernel: Tree, devices: int) -> Tree:
+    """Takes this device's rows of a splash kernel's mask for the queries of all devices of cp."""
+    sharding = NamedSharding(AbstractMesh((devices,), (CP,)), P(None, CP))
+    specs = kernel.manual_sharding_spec(sharding)
+
+    def own(spec: P, x: Array) -> Array:
+        for dim, axis in enumerate(spec):
+            x = local_slice(x, axis, dim) if axis else x
+        return x
+
+    return jax.tree.map(own, specs, kernel, is_leaf=lambda x: isinstance(x, P))
+
+
 def splash_rules(config: ConfigDict, _: int) -> Iterator[str]:
     """Yields errors for blocks and masks that splash attention does not take."""
-    block = min(config.model.attention_block, config.seq_len)
+    cp = config.mesh.cp
+    if cp > 1 and config.cp_style == 'ring':
+        yield (
+            f"model.attention_kernel='splash' gives no sums that a ring could go on with, and "
+            f"cp_style='ring' with mesh.cp={cp}; use cp_style='gather', or the kernel 'blockwise'"
+        )
+    block = min(config.model.attention_block, config.seq_len // (2 * cp if cp > 1 else 1))
     if block % SPLASH_LANES:
         yield (
             f'model.attention_block={config.model.attention_block} with seq_len={config.seq_len} '
@@ -308,6 +433,11 @@ def cudnn_attention(
 
 def cudnn_rules(config: ConfigDict, head: int) -> Iterator[str]:
     """Yields errors for types, head sizes and masks that cuDNN does not take."""
+    if config.mesh.cp > 1:
+        yield (
+            f"model.attention_kernel='cudnn' masks from the first query on, and mesh.cp="
+            f"{config.mesh.cp} gives a device later ones; use the kernel 'blockwise'"
+        )
     yield from own_mask_errors('cudnn', config)
     if config.compute_dtype != 'bfloat16':
         yield (

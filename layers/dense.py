@@ -17,6 +17,7 @@ from config import HIDDEN, ModelConfig, indivisible
 from parallel import (
     BATCH,
     FSDP,
+    SEQUENCE,
     TP,
     Array,
     Deferred,
@@ -26,6 +27,7 @@ from parallel import (
     all_gather,
     normal,
     ones,
+    own_positions,
     reduce_scatter,
     unshard,
 )
@@ -179,7 +181,7 @@ def dropout(x_BtD: Array, rate: float, key: Array) -> Array:
         return x_BtD
     B, t, D = x_BtD.shape
     rows_B = lax.axis_index(BATCH) * B + jnp.arange(B)
-    positions_t = lax.axis_index(TP) * t + jnp.arange(t)
+    positions_t = own_positions(jnp.arange(t * lax.axis_size(SEQUENCE)), 0)
 
     def keep(row: Array, position: Array) -> Array:
         token_key = jax.random.fold_in(jax.random.fold_in(key, row), position)

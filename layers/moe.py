@@ -19,8 +19,10 @@ from layers.dense import FeedForward, swiglu_params, swiglu_shards
 from layers.expert_kernels import BLOCK, grouped_swiglu
 from parallel import (
     BATCH,
+    CP,
     EP,
     FSDP,
+    SEQUENCE,
     TP,
     Array,
     P,
@@ -28,12 +30,14 @@ from parallel import (
     Tree,
     all_gather,
     all_to_all,
+    gather_zigzag,
     normal,
     psum,
     ragged_all_to_all,
     reduce_scatter,
     unshard,
     zeros,
+    zigzag,
 )
 
 
@@ -157,7 +161,7 @@ def router_losses(logits_BtE: Array, probs_BtE: Array, cfg: ModelConfig) -> Arra
     balancing made of it. Scores rise with logits, so the best logits are the best scores.
     """
     _, t, E = probs_BtE.shape
-    tp, devices = lax.axis_size(TP), lax.axis_size((*BATCH, TP))
+    T, devices = t * lax.axis_size(SEQUENCE), lax.axis_size((*BATCH, *SEQUENCE))
     total = jnp.zeros_like(logits_BtE, shape=())
     if cfg.router_z_loss:
         z_Bt = jnp.square(jax.nn.logsumexp(logits_BtE, axis=-1))
@@ -165,9 +169,9 @@ def router_losses(logits_BtE: Array, probs_BtE: Array, cfg: ModelConfig) -> Arra
     if cfg.balance_loss:
         best_BtC = lax.top_k(lax.stop_gradient(logits_BtE), cfg.experts_per_token)[1]
         best_BE = count_choices(best_BtC, E)
-        chosen_BE, prob_BE = psum(jnp.stack((best_BE, jnp.sum(probs_BtE, axis=1))), TP)
-        chosen_BE *= E / (cfg.experts_per_token * t * tp)
-        balance_B = jnp.sum(chosen_BE * prob_BE / (t * tp), axis=-1)
+        chosen_BE, prob_BE = psum(jnp.stack((best_BE, jnp.sum(probs_BtE, axis=1))), SEQUENCE)
+        chosen_BE *= E / (cfg.experts_per_token * T)
+        balance_B = jnp.sum(chosen_BE * prob_BE / T, axis=-1)
         total += cfg.balance_loss * jnp.mean(balance_B) / devices
     return total
 
@@ -180,11 +184,13 @@ def keep_within_capacity(expert_BTC: Array, cfg: ModelConfig) -> Array:
     """
     if not cfg.capacity_factor:
         return expert_BTC
+    expert_BTC = gather_zigzag(expert_BTC, CP, 1)
     B, T, C = expert_BTC.shape
     capacity = int(np.ceil(cfg.capacity_factor * C * T / cfg.n_experts))
     group_A = (expert_BTC + cfg.n_experts * jnp.arange(B)[:, None, None]).reshape(-1)
     kept_A = rank_within(group_A) < capacity
-    return jnp.where(kept_A.reshape(B, T, C), expert_BTC, cfg.n_experts)
+    kept_BTC = jnp.where(kept_A.reshape(B, T, C), expert_BTC, cfg.n_experts)
+    return zigzag(kept_BTC, CP, 1)
 
 
 def keep_within_buffers(expert_BTC: Array, cfg: ModelConfig) -> tuple[int, Array]:

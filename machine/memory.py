@@ -36,7 +36,7 @@ def remedies(config: ConfigDict) -> Iterator[str]:
             f'microbatches={config.microbatches}: with more of them, up to {rows}, a device works '
             f'on fewer rows at a time; the result is the same'
         )
-    tokens = rows // config.microbatches * config.seq_len // mesh.tp
+    tokens = rows // config.microbatches * config.seq_len // (mesh.cp * mesh.tp)
     if m.loss_chunk > 128 and tokens > 128:
         yield f'model.loss_chunk={m.loss_chunk}: with fewer tokens per chunk, fewer logits exist'
     if m.remat != 'full':

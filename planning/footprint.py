@@ -20,7 +20,7 @@ from layers.attention import attention_sizes
 from layers.attention_kernels import ATTENTION_KERNELS
 from model import FEED_FORWARD, layer_params, model_for, model_params
 from optimizer import optimizer_for, slots_of
-from parallel import BATCH, EP, FSDP, PP, TP, Param, Tree, is_param, spec_axes
+from parallel import BATCH, CP, EP, FSDP, PP, TP, Param, Tree, is_param, spec_axes
 from pipeline.tables import Schedule
 from planning.muon import Shape, shapes
 from train_step import train_schedule
@@ -43,7 +43,7 @@ class Part:
     platform: str  # of jax
     mesh: dict[str, int]
     microbatches: int
-    T: int  # positions of a sequence
+    T: int  # positions of a sequence, over all devices of cp
     rows: int  # sequences of a microbatch on a device
     chunks: int  # virtual stages of a pipeline stage
     gather: str  # config.fsdp_gather
@@ -76,13 +76,25 @@ class Part:
 
     @property
     def tokens(self) -> int:
-        """Tokens of a microbatch, all positions: for heads, feed-forward and experts."""
-        return self.rows * self.T
+        """Tokens of a microbatch, all positions of a cp device: for heads and feed-forward."""
+        return self.rows * self.T // self.mesh['cp']
 
     @property
     def step_tokens(self) -> int:
         """Tokens of a step, over all devices."""
-        return self.tokens * self.microbatches * math.prod(self.mesh[axis] for axis in BATCH)
+        shards = math.prod(self.mesh[axis] for axis in (*BATCH, CP))
+        return self.tokens * self.microbatches * shards
+
+    @property
+    def in_ring(self) -> bool:
+        """Whether keys and values go from device to device."""
+        return self.mesh['cp'] > 1 and self.cfg.cp_style == 'ring'
+
+    @property
+    def travels(self) -> int:
+        """Numbers of a cp device's positions that travel, for a layer and microbatch."""
+        sizes = attention_sizes(self.cfg)
+        return self.tokens * sizes.travels // (self.mesh['tp'] if sizes.travels_cut else 1)
 
     @property
     def local(self) -> int:
@@ -220,7 +232,9 @@ def attention_values(s: Part) -> list[Value]:
     cfg, c, tp, t = s.cfg, s.width, s.mesh[TP], s.tokens
     D, N, sizes = cfg.d_model, cfg.n_heads // tp, attention_sizes(cfg)
     kv = max(sizes.kv_heads // tp, 1)
-    qkv = N * sizes.key + kv * (sizes.key + sizes.value)
+    # Gathered keys and values are those of all positions; a ring keeps what travels.
+    keys = kv * (sizes.key + sizes.value) * (1 if s.in_ring else s.mesh[CP])
+    qkv = N * sizes.key + (s.travels // t if s.in_ring else keys)
     return [
         Value(s.local * D * c),  # normed
         Value(s.local * sizes.latents * c),  # before their norm
@@ -291,9 +305,13 @@ def gradients_of_layer(s: Part, kind: str) -> float:
     qkv = next(v.bytes for v in attention_values(s) if v.group == QKV)
     attention = qkv  # their gradients
     if ATTENTION_KERNELS[cfg.attention_kernel].scores:
-        block = min(cfg.attention_block, s.T)
+        block = min(cfg.attention_block, s.T if s.mesh[CP] == 1 else s.T // (2 * s.mesh[CP]))
         scores = s.rows * cfg.n_heads // tp * block**2
         attention = qkv * FLOAT32 / c + 3 * scores * FLOAT32 + scores * c
+        if s.in_ring:  # of one step: keys and values, and their gradients; what travels, twice
+            sizes = attention_sizes(cfg)
+            heads = max(sizes.kv_heads // tp, 1) * (sizes.key + sizes.value)
+            attention += t * heads * (c + FLOAT32) + 2 * s.travels * (c + FLOAT32)
     return max(feed_forward, attention)
 
 

@@ -199,6 +199,7 @@ def reason(e: Estimate) -> str:
         "fsdp_gather='step'",
         'tp': 'the residual stream crosses twice per layer: a smaller tp',
         'ep': 'every choice of a token crosses twice: a smaller ep',
+        'cp': 'keys and values of each layer go around: a smaller cp',
         'dp': 'all gradients cross once per step: fsdp, or a larger batch',
         'pp': 'activations cross once per tick: fewer stages',
     }
@@ -261,8 +262,8 @@ def record(config: ConfigDict, e: Estimate) -> dict[str, Any]:
 def overrides(config: ConfigDict, base: ConfigDict) -> str:
     """Returns the flags that turn the base config into this one, as a shell takes them."""
     fields = [
-        *(f'mesh.{axis}' for axis in AXES), 'microbatches', 'pipeline.schedule', 'pipeline.chunks',
-        'model.remat', 'model.remat_keep', 'model.remat_offload',
+        *(f'mesh.{axis}' for axis in AXES), 'cp_style', 'microbatches', 'pipeline.schedule',
+        'pipeline.chunks', 'model.remat', 'model.remat_keep', 'model.remat_offload',
     ]  # fmt: skip
     changed = []
     for field in fields:

@@ -23,7 +23,7 @@ from layers.attention_kernels import ATTENTION_KERNELS
 from layers.dense import NEVER
 from machine.chips import Chip
 from model import FEED_FORWARD, flops_per_token
-from parallel import AXES, EP, FSDP, PP, TP, count, free_axes
+from parallel import AXES, CP, EP, FSDP, PP, TP, count, free_axes
 from pipeline.schedules import ideal, lock_step
 from planning.footprint import (
     FLOAT32,
@@ -99,6 +99,12 @@ def attention_flops(s: Part) -> tuple[float, float]:
     return each * (sizes.key + sizes.value), each * (3 * sizes.key + 2 * sizes.value)
 
 
+def expansion_flops(s: Part) -> float:
+    """Returns the FLOPs of one pass that makes keys and values of the other cp devices' positions,
+    which each device does for itself."""
+    return 2.0 * (s.mesh[CP] - 1) * s.tokens * attention_sizes(s.cfg).expansion / s.mesh[TP]
+
+
 def matmul_flops(s: Part, kind: str, again: bool = False) -> float:
     """Returns the FLOPs of one pass over a layer's matrices, for a microbatch on a device: 2 per
     weight and token. With `again` only those that remat computes again."""
@@ -124,9 +130,12 @@ def layers_work(s: Part, part: str, kinds: tuple[str, ...], n: int) -> Work:
     flops = moved = 0.0
     for kind in kinds:
         flops += (passes + 2) * matmul_flops(s, kind) + passes * attend + attend_back
+        expanded = passes + 2 + s.in_ring  # backward makes them again
         if remat:
             flops += matmul_flops(s, kind, again=True)
             flops += attend * (ATTENTION_OUTPUT not in s.cfg.kept_names)
+            expanded += not s.in_ring or ATTENTION_OUTPUT not in s.cfg.kept_names
+        flops += expanded * expansion_flops(s)
         values = sum(v.bytes for v in layer_values(s, kind))
         weights = gathered(layer(s.cfg, kind), s)
         # Forward writes and reads each array once, backward twice that.
@@ -238,6 +247,23 @@ def activation_transfers(s: Part) -> list[Transfer]:
     return [Transfer(TP, 'activations, gathered and scattered', sent)]
 
 
+def context_transfers(s: Part) -> list[Transfer]:
+    """Lists what moves over cp: what keys and values are made of, and its gradients.
+
+    A ring passes on n - 1 times, and gradients, in float32, n times; `gather` sends as many bytes
+    at once, and gradients in the compute type. Remat does it again, but for a ring whose
+    results are kept.
+    """
+    n, cfg = s.mesh[CP], s.cfg
+    once = (n - 1) * s.travels * s.width
+    again = cfg.remat != 'none' and not (s.in_ring and ATTENTION_OUTPUT in cfg.kept_names)
+    forward = (forward_passes(s) + again) * once
+    backward = once + n * s.travels * FLOAT32 if s.in_ring else once
+    layers = s.microbatches * (s.blocks * len(cfg.block) + cfg.first_dense)
+    sent = layers * (forward + backward) if n > 1 else 0
+    return [Transfer(CP, f'keys and values, by {cfg.cp_style}', sent)]
+
+
 def expert_transfers(s: Part) -> list[Transfer]:
     """Lists what moves over ep: rows to their experts and back, and their gradients; again, by
     remat, those that are not kept."""
@@ -295,6 +321,7 @@ def all_transfers(s: Part) -> list[Transfer]:
     found = [
         *weight_transfers(s),
         *activation_transfers(s),
+        *context_transfers(s),
         *expert_transfers(s),
         *pipeline_transfers(s),
         *gradient_transfers(s),

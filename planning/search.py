@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from ml_collections import ConfigDict
 
 from config import ConfigError, ModelConfig
+from layers.context_parallel import STYLES
 from machine.chips import Chip
 from model import FEED_FORWARD
 from parallel import AXES
@@ -19,6 +20,9 @@ REMAT_CHOICES = (
     ('full', ()), ('full', ('attention',)), ('full', ('attention', 'residual')),
     ('full', ('attention', 'residual', 'hidden')), ('none', ()),
 )  # fmt: skip
+
+
+LONG = 8192  # positions from which on cp is tried
 
 
 def factors(n: int) -> list[int]:
@@ -73,6 +77,8 @@ def candidates(config: ConfigDict, devices: int) -> Iterator[ConfigDict]:
             continue  # without experts, ep is fsdp without its shards
         if blocks % mesh['pp']:
             continue  # seen before a schedule is made, which takes long for many stages
+        if mesh['cp'] > 1 and config.seq_len < LONG:
+            continue  # rows are cut more cheaply between devices
         shards = mesh['dp'] * mesh['fsdp'] * mesh['ep']
         if config.batch_size % shards or m.n_heads % mesh['tp'] or mesh['tp'] > m.n_heads:
             continue
@@ -85,8 +91,11 @@ def candidates(config: ConfigDict, devices: int) -> Iterator[ConfigDict]:
                 c.mesh.update(mesh)
                 c.microbatches = microbatches
                 c.pipeline.update(schedule=schedule, chunks=chunks)
-                if can_run(c, devices):
-                    yield c
+                for style in STYLES if mesh['cp'] > 1 else (config.cp_style,):
+                    c = c.copy_and_resolve_references()
+                    c.cp_style = style
+                    if can_run(c, devices):
+                        yield c
 
 
 def check_base(config: ConfigDict) -> None:

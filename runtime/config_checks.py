@@ -16,13 +16,14 @@ from configs import default
 from data import source_errors
 from layers.attention import ATTENTION, attention_sizes
 from layers.attention_kernels import ATTENTION_KERNELS
+from layers.context_parallel import STYLES
 from layers.expert_kernels import EXPERT_KERNELS
 from layers.kernels import kernel_errors, names
 from machine.chips import CHIPS
 from machine.config_flag import RECORDS
 from model import FEED_FORWARD, REMAT
 from optimizer import COEFFICIENTS, OPTIMIZERS, SCALES
-from parallel import AXES, DP, EP, FSDP, PP, TP
+from parallel import AXES, CP, DP, EP, FSDP, PP, TP
 from pipeline.schedules import NAMES
 from runtime.writers import WRITERS
 from train_step import compiler_options, train_schedule
@@ -159,6 +160,7 @@ def choice_errors(fields: dict[str, Any]) -> Iterator[str]:
         'model.remat': REMAT,
         'model.router': ('sigmoid', 'softmax'),
         'fsdp_gather': ('layer', 'step'),
+        'cp_style': STYLES,
         'pipeline.schedule': NAMES,
         'model.rope_scaling': ('none', 'linear', 'yarn'),
         'optimizer.name': OPTIMIZERS,
@@ -234,7 +236,8 @@ def value_errors(config: ConfigDict) -> Iterator[str]:
 def layout_errors(config: ConfigDict) -> Iterator[str]:
     """Yields errors for sizes that the mesh or the blocks do not divide, with those that would."""
     m, mesh = config.model, config.mesh
-    yield from indivisible(config, TP, ['model.n_heads', 'model.vocab_size', 'seq_len'])
+    yield from indivisible(config, TP, ['model.n_heads', 'model.vocab_size'])
+    yield from sequence_errors(config)
     yield from indivisible(config, FSDP, ['model.d_model'])
     shards = mesh.dp * mesh.fsdp * mesh.ep * config.microbatches
     if config.batch_size % shards:
@@ -249,10 +252,34 @@ def layout_errors(config: ConfigDict) -> Iterator[str]:
             f'the {len(m.block)} layers of model.block={tuple(m.block)}; use a multiple of '
             f'{len(m.block)}, and at least one'
         )
-    if config.seq_len % min(m.attention_block, config.seq_len):
+
+
+def sequence_errors(config: ConfigDict) -> Iterator[str]:
+    """Yields errors for a sequence that cp, tp or the blocks of attention do not divide."""
+    T, m, mesh = config.seq_len, config.model, config.mesh
+    if mesh.cp == 1:
+        yield from indivisible(config, TP, ['seq_len'])
+        if T % min(m.attention_block, T):
+            yield (
+                f'seq_len={T} is not a multiple of model.attention_block={m.attention_block}; use '
+                f'a block of {divisors(T)}'
+            )
+        return
+    # Of 2·cp parts a device has two, in whole blocks; tp cuts what is on a device.
+    block = min(m.attention_block, max(T // (2 * mesh.cp), 1))
+    unit = math.lcm(2 * mesh.cp * block, mesh.cp * mesh.tp)
+    if T % unit:
+        nearest = sorted({max(T // unit, 1) * unit, -(-T // unit) * unit})
         yield (
-            f'seq_len={config.seq_len} is not a multiple of model.attention_block='
-            f'{m.attention_block}; use a block of {divisors(config.seq_len)}'
+            f'seq_len={T} is not cut evenly by mesh.cp={mesh.cp}, mesh.tp={mesh.tp} and '
+            f'model.attention_block={m.attention_block}: each of 2·cp parts takes whole blocks; '
+            f'use a seq_len of {" or ".join(map(str, nearest))}, or a smaller block'
+        )
+    if config.log.sample_every:
+        yield (
+            f'log.sample_every={config.log.sample_every} samples on the mesh of the run, and '
+            f'generation does not run with mesh.cp={mesh.cp}; use 0, and generate.py on a '
+            f'checkpoint'
         )
 
 
@@ -294,7 +321,7 @@ def pipeline_errors(config: ConfigDict) -> Iterator[str]:
             f'{parts}; use a product of {divisors(n_blocks)}'
         )
     tokens = config.batch_size // config.microbatches // (mesh.dp * mesh.fsdp * mesh.ep)
-    tokens *= config.seq_len // mesh.tp
+    tokens *= config.seq_len // (mesh.cp * mesh.tp)
     if tokens % mesh.pp:
         yield (
             f"a microbatch's {tokens} tokens on a device are not divisible by mesh.pp={mesh.pp}, "
@@ -338,7 +365,9 @@ def check_all_devices(config: ConfigDict, n_devices: int, n_processes: int = 1) 
     needed = math.prod(config.mesh[axis] for axis in AXES)
     if needed == n_devices:
         return
-    sizes = [size for axis in (FSDP, DP, TP, EP, PP) if (size := larger(config, axis, n_devices))]
+    sizes = [
+        size for axis in (FSDP, DP, TP, CP, EP, PP) if (size := larger(config, axis, n_devices))
+    ]
     use = ' or '.join(sizes[:2]) or f'python plan.py --config=... --search --devices={n_devices}'
     # Of several processes none may be left out.
     spare = ', or --spare_devices to leave the others idle' if n_processes == 1 else ''

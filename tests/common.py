@@ -54,9 +54,9 @@ def small_config(
 
 
 def on_mesh(config: ConfigDict, sizes: tuple[int, ...]) -> ConfigDict:
-    """Returns the config on a mesh of (dp, fsdp, tp), ep and pp if given."""
+    """Returns the config on a mesh of (dp, fsdp, tp), ep, pp and cp if given."""
     config = config.copy_and_resolve_references()
-    config.mesh.update(dict(zip(('dp', 'fsdp', 'tp', 'ep', 'pp'), sizes, strict=False)))
+    config.mesh.update(dict(zip(('dp', 'fsdp', 'tp', 'ep', 'pp', 'cp'), sizes, strict=False)))
     return config
 
 
@@ -79,7 +79,7 @@ def cpu_model(config: ConfigDict) -> ModelConfig:
 ANY = {
     'remat': 'none', 'remat_keep': (), 'compute_dtype': 'float32', 'dropout': 0.0,
     'capacity_factor': 0.0, 'attention_kernel': 'blockwise', 'expert_kernel': 'blocks',
-    'document_end': -1,
+    'document_end': -1, 'cp': 1, 'cp_style': 'ring',
 }  # fmt: skip
 
 

@@ -49,6 +49,19 @@ def attention() -> Example:
     return Example((q, k, v, documents, 0.5, cfg), 3)
 
 
+def ring() -> Example:
+    """On a ring of one device: two documents, keys wider than values."""
+    cfg = cpu_model(small_config())
+    q, travels = draw(1, 2, 2, 16, 3), draw(1, 2, 16, 4, seed=1)
+    weights = (draw(4, 3, seed=2), draw(4, 2, seed=3))
+    documents = jnp.array([[0] * 5 + [1] * 11])
+
+    def expand(weights: Tree, travels: Array) -> tuple[Array, Array]:
+        return travels @ weights[0], travels @ weights[1]
+
+    return Example((q, travels, weights, documents, expand, 0.5, cfg), 3)
+
+
 def experts() -> Example:
     """An expert without rows, and rows without an expert, whose results mean nothing."""
     w = {'w_gate': draw(3, 3, 2), 'w_up': draw(3, 3, 2, seed=1), 'w_down': draw(3, 2, 3, seed=2)}
@@ -82,6 +95,7 @@ def deferred() -> Example:
 EXAMPLES: dict[str, Callable[[], Example]] = {
     'layers.attention._rotate': rotation,
     'layers.attention_kernels.causal_attention': attention,
+    'layers.context_parallel.ring_attention': ring,
     'layers.dense._deferred_matmul': deferred,
     'layers.dense._matmul': lambda: Example((draw(2, 5, 3), draw(3, 2, 4)), 2),
     'layers.dense.gated': lambda: Example((3 * draw(4, 5), draw(4, 5, seed=1)), 2),

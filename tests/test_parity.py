@@ -254,6 +254,89 @@ def test_muon_matches_by_interleaved_stages():
     assert flat['skipped'] == want['skipped'] == 1
 
 
+# ---------------------------------------------------------------------------------------------
+# Context parallelism
+# ---------------------------------------------------------------------------------------------
+
+
+def cut(attention: str, style: str, documents: bool, moe: bool = False, **model) -> ConfigDict:
+    """Two microbatches of sequences that cp can cut into up to 8 parts."""
+    config = small_config(attention, microbatches=2, moe=moe)
+    config.cp_style = style
+    config.model.update(attention_block=2, **model)
+    if moe:
+        config.model.capacity_factor = 0.8
+    if documents:
+        config.model.document_end = 3
+    return config
+
+
+def check_cut(config: ConfigDict, sizes: tuple[int, ...], check_vma: bool = True) -> None:
+    """Of one device: neither style nor check."""
+    alone = config.copy_and_resolve_references()
+    alone.cp_style = 'ring'
+    want = reference(alone)
+    config.check_vma = check_vma
+    _reference[config.to_json()] = want
+    check(config, sizes)
+
+
+@pytest.mark.parametrize(
+    ('attention', 'style', 'sizes', 'check_vma', 'documents'),
+    [
+        ('mla', 'ring', (1, 1, 2, 1, 1, 4), True, True),
+        ('gqa', 'ring', (1, 2, 1, 2, 1, 2), False, False),
+        ('mla', 'gather', (2, 1, 1, 1, 2, 2), True, True),
+    ],
+    ids=str,
+)
+def test_cut_sequences_match(attention, style, sizes, check_vma, documents):
+    check_cut(cut(attention, style, documents, moe=True), sizes, check_vma)
+
+
+# (dp, fsdp, tp, ep, pp, cp)
+CUT_MESHES = [
+    (*tuple(2 if i == axis else 1 for i in range(5)), cp) for cp in (2, 4) for axis in range(5)
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('style', ['ring', 'gather'])
+@pytest.mark.parametrize('attention', ['mla', 'gqa'])
+@pytest.mark.parametrize('sizes', CUT_MESHES, ids=str)
+def test_complete_grid_of_cut_sequences(sizes, attention, style):
+    """Every mesh is seen with and without documents and the check, if not each with each."""
+    k = CUT_MESHES.index(sizes) + (style == 'ring') + 2 * (attention == 'mla')
+    check_cut(cut(attention, style, documents=k % 4 < 2, moe=True), sizes, check_vma=k % 2 > 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('style', ['ring', 'gather'])
+@pytest.mark.parametrize(
+    'model',
+    [
+        {'dropout': 0.3}, {'remat': 'full'}, {'remat': 'full', 'remat_keep': ('attention',)},
+        {'remat': 'dots'},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_cut_sequences_match_with_dropout_and_remat(model, style):
+    check_cut(cut('mla', style, documents=True, **model), (1, 1, 2, 1, 1, 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('style', ['ring', 'gather'])
+def test_cut_sequences_match_by_muon(style):
+    config = muon_config(replicas='split')
+    config.model.attention_block, config.cp_style = 2, style
+    check_muon(config, (1, 2, 1, 1, 1, 4), check_vma=True)
+
+
+@pytest.mark.slow
+def test_cut_sequences_match_with_a_head_that_all_share():
+    check_cut(cut('gqa', 'ring', documents=True, n_kv_heads=1), (1, 1, 2, 1, 1, 4))
+
+
 def test_accumulation_matches_one_large_batch():
     check(small_config(microbatches=1), (1, 1, 1))
     whole, parts = reference(small_config()), reference(small_config(microbatches=4))
@@ -271,6 +354,23 @@ def test_whole_query_matches():
     config = small_config('mla')
     config.model.q_rank = 0
     check(config, (2, 1, 4))
+
+
+@pytest.mark.parametrize(
+    ('attention', 'sizes'),
+    [('mla', (1, 1, 2, 1, 1, 2)), pytest.param('gqa', (1, 1, 1, 1, 1, 4), marks=pytest.mark.slow)],
+    ids=str,
+)
+def test_splash_matches_on_cut_sequences(attention, sizes):
+    """The interpreted kernel of each device's queries, and documents."""
+    config = small_config(attention)
+    config.batch_size, config.seq_len = 4, 256 * sizes[-1]
+    config.check_vma, config.cp_style = False, 'gather'
+    config.model.update(attention_block=128, document_end=3)
+    want = reference(config)
+    config.model.attention_kernel = 'splash'
+    _reference[config.to_json()] = want
+    check(config, sizes)
 
 
 def test_splash_matches():

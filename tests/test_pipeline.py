@@ -234,6 +234,47 @@ def test_all_axes(name, chunks, check_vma):
     check(config(4), 'pp2-fsdp2-tp2', name, chunks=chunks, check_vma=check_vma)
 
 
+SCHEDULES = [('gpipe', 1), ('1f1b', 1), ('interleaved', 2), ('zero_bubble', 1)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('name', 'chunks'), SCHEDULES)
+@pytest.mark.parametrize('mesh', ['pp2-fsdp2-tp2', 'pp4'])
+def test_documents(mesh, name, chunks):
+    c = config(4, document_end=3)
+    assert reference(c)[0] != reference(config(4))[0]
+    check(c, mesh, name, chunks=chunks)
+
+
+CUT = {'pp2-cp2': {'pp': 2, 'cp': 2}, 'pp2-cp4': {'pp': 2, 'cp': 4}}
+CUT |= {'pp2-tp2-cp2': {'pp': 2, 'tp': 2, 'cp': 2}}
+MESHES |= CUT
+
+
+@pytest.mark.parametrize(
+    ('mesh', 'name', 'chunks', 'style', 'attention', 'documents'),
+    [
+        ('pp2-tp2-cp2', 'zero_bubble', 1, 'ring', 'mla', True),
+        *(
+            pytest.param(mesh, *schedule, style, attention, k % 2 > 0, marks=pytest.mark.slow)
+            for k, (mesh, style, attention) in enumerate(
+                [
+                    ('pp2-cp2', 'gather', 'mla'), ('pp2-cp4', 'ring', 'mla'),
+                    ('pp2-tp2-cp2', 'ring', 'gqa'), ('pp2-tp2-cp2', 'gather', 'mla'),
+                    ('pp2-cp2', 'ring', 'mla'), ('pp2-cp4', 'gather', 'gqa'),
+                ]
+            )
+            for schedule in SCHEDULES
+        ),
+    ],
+)  # fmt: skip
+def test_cut_sequences(mesh, name, chunks, style, attention, documents):
+    """With the rule about the microbatch's tokens: the head is shared by the stages."""
+    c = config(4, attention, attention_block=2, document_end=3 if documents else -1)
+    c.cp_style = style
+    check(c, mesh, name, chunks=chunks, check_vma=style == 'ring')
+
+
 @pytest.mark.slow
 def test_dropout_and_remat():
     """Dropout keys know the microbatch and the layer, whatever stage it is on."""

@@ -17,6 +17,8 @@ from jax.sharding import Mesh
 
 import optimizer
 import plan
+from layers.attention import attention_sizes
+from layers.context_parallel import STYLES
 from machine.chips import CHIPS, Chip, chip_of
 from parallel import Tree, make_mesh, specs
 from planning import report
@@ -82,6 +84,35 @@ def test_state_and_network_are_those_of_the_compiled_step(name):
     for axis, n in sent.items():
         assert e.axis_bytes[axis] == pytest.approx(n, rel=0.03), axis
     assert_muon_agrees(e, step.as_text(), s.mesh, {'dp': 'all-gather', 'fsdp': A2A, 'tp': A2A})
+
+
+@pytest.mark.parametrize('cp', [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('style', STYLES)
+@pytest.mark.parametrize(
+    ('attention', 'remat', 'keep'),
+    [
+        ('mla', 'full', ()),
+        pytest.param('gqa', 'full', ('attention',), marks=pytest.mark.slow),
+        pytest.param('mla', 'none', (), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_what_travels_over_cp_is_that_of_the_compiled_step(attention, remat, keep, style, cp):
+    config = small_config(attention, tied=False, microbatches=2)
+    config.seq_len, config.cp_style = 128, style
+    config.model.update(n_layers=4, block=('dense',), remat=remat, remat_keep=keep)
+    config.mesh.update(cp=cp)
+    validate(config, 8)
+    s = setup(config, make_mesh(config.mesh))
+    traffic = read_cost(lower_train_step(s).compile().as_text(), s.mesh, CPU).traffic
+    sent = sum(t.bytes for (_, axes), t in traffic.items() if axes == 'cp')
+    assert estimate(config, CPU).axis_bytes['cp'] == pytest.approx(sent, rel=0.05)
+
+
+def test_latents_are_a_sixth_of_the_heads_at_most():
+    for name in ('tpu_v4', 'long_context', 'deepseek_v3'):
+        sizes = attention_sizes(load(name).model)
+        assert 6 * sizes.travels <= sizes.kv_heads * (sizes.key + sizes.value)
 
 
 def assert_muon_agrees(e: Estimate, text: str, mesh: Mesh, kinds: dict[str, str]):

@@ -1,0 +1,174 @@
+"""Attention where cp cuts the sequence: keys and values travel, queries stay.
+
+Each device of cp has two parts of the sequence (`parallel.zigzag`). By model.cp_style:
+
+    gather   what keys and values are made of comes from all devices at once
+    ring     it goes from device to device, while each computes with what it has
+             (Liu et al. 2023, "Ring Attention with Blockwise Transformers", arXiv:2310.01889)
+
+What travels is given as it is before it is expanded to heads: for latent attention the latent and
+the rotary key. Documents need not travel, as all devices of cp read whole rows of tokens.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from config import QKV, ModelConfig
+from layers.attention_kernels import (
+    add_gradients,
+    add_keys,
+    attention,
+    no_keys,
+    output_gradients,
+    softmax_of,
+)
+from layers.rope_scaling import attention_scale
+from parallel import CP, Array, Tree, gather_zigzag, pass_on
+
+STYLES = ('ring', 'gather')
+# (weights, travels) -> keys and values, [B, K, S, H] each, of the positions that travel.
+Expand = Callable[[Tree, Tree], tuple[Array, Array]]
+
+
+def attention_over_cp(
+    q_BkGTH: Array,
+    travels: Tree,
+    weights: Tree,
+    expand: Expand,
+    documents_BS: Array | None,
+    cfg: ModelConfig,
+) -> Array:
+    """Computes attention of this device's queries over the whole sequence: [B, K, G, T, value head
+    size], with T positions a device of cp.
+
+    `travels` are arrays of this device's positions, [..., T, size]; `documents_BS` those of all.
+    """
+    if lax.axis_size(CP) > 1 and cfg.cp_style == 'ring':
+        q_BkGTH, travels = checkpoint_name((q_BkGTH, travels), QKV)
+        scale = attention_scale(cfg, q_BkGTH.shape[-1])
+        return ring_attention(q_BkGTH, travels, weights, documents_BS, expand, scale, cfg)
+    travels = jax.tree.map(lambda x: gather_zigzag(x, CP, -2), travels)
+    return attention(q_BkGTH, *expand(weights, travels), documents_BS, cfg)
+
+
+def ring_pairs(T: int, devices: int, cfg: ModelConfig) -> tuple[int, np.ndarray, np.ndarray]:
+    """Returns the size of the blocks, and tables of pairs: of a device's own keys, int32
+    [devices, pairs, 4], and of those that arrive, int32 [steps, devices, pairs, 4].
+
+    In step s, device i has the keys of device i - s. Of its two parts and theirs, two pairs of
+    parts are visible, whichever s and i; its own have the blocks on the diagonal beside.
+    """
+    block = min(cfg.attention_block, T // 2)
+    n = T // 2 // block
+
+    def table(i: int, source: int) -> list[tuple[int, int, int, int]]:
+        of_q, of_k = ([(0, d), (1, 2 * devices - 1 - d)] for d in (i, source))
+        return [
+            (q_here * n + a, k_here * n + b, q_part * n + a, k_part * n + b)
+            for q_here, q_part in of_q
+            for a in range(n)
+            for k_here, k_part in of_k
+            for b in range(n)
+            if k_part * n + b <= q_part * n + a
+        ]
+
+    every = range(devices)
+    own = [table(i, i) for i in every]
+    others = [[table(i, (i - s) % devices) for i in every] for s in every[1:]]
+    return block, np.array(own, np.int32), np.array(others, np.int32)
+
+
+# Its derivative is written by hand, below: change both. tests/test_derivatives.py compares them.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def ring_attention(
+    q_BkGTH: Array,
+    travels: Tree,
+    weights: Tree,
+    documents_BS: Array | None,
+    expand: Expand,
+    scale: float,
+    cfg: ModelConfig,
+) -> Array:
+    """Computes `attention_over_cp` around the ring, with the running softmax of blockwise.
+
+    Forward: n - 1 times what travels goes on, each time while a device computes with what it has.
+    Backward: as often again, and n times its gradients, in float32: they go around with the
+    positions that they belong to, and so end at home.
+    """
+    return _ring_forward(q_BkGTH, travels, weights, documents_BS, expand, scale, cfg)[0]
+
+
+def _tables(q: Array, cfg: ModelConfig) -> tuple[int, Array, Array]:
+    """Returns the size of the blocks, and this device's tables: own, and one a step."""
+    block, own, others = ring_pairs(q.shape[-2], lax.axis_size(CP), cfg)
+    i = lax.axis_index(CP)
+    return block, jnp.asarray(own)[i], jnp.asarray(others)[:, i] if len(others) else None
+
+
+def _next(x: Tree) -> Tree:
+    return jax.tree.map(lambda x: pass_on(x, CP), x)
+
+
+def _ring_forward(q, travels, weights, documents, expand: Expand, scale: float, cfg: ModelConfig):
+    block, own, others = _tables(q, cfg)
+
+    def add(sums: Tree, here: Tree, pairs: Array) -> Tree:
+        return add_keys(sums, q, *expand(weights, here), documents, pairs, block, scale, cfg)
+
+    def step(carry: tuple, pairs: Array):
+        sums, here = carry
+        following = _next(here)
+        return (add(sums, here, pairs), following), None
+
+    v_dim = jax.eval_shape(expand, weights, travels)[1].shape[-1]
+    sums = no_keys(q, v_dim)
+    if others is None:
+        sums = add(sums, travels, own)
+    else:
+        arriving = _next(travels)
+        (sums, here), _ = lax.scan(step, (add(sums, travels, own), arriving), others[:-1])
+        sums = add(sums, here, others[-1])
+    out, logsumexp = softmax_of(sums, q.dtype)
+    return out, (q, travels, weights, documents, out, logsumexp)
+
+
+def _ring_backward(expand: Expand, scale: float, cfg: ModelConfig, saved: tuple, d_out: Array):
+    q, travels, weights, documents, out, logsumexp = saved
+    block, own, others = _tables(q, cfg)
+    of_output = output_gradients(out, logsumexp, d_out)
+
+    def add(grads: tuple, here: Tree, pairs: Array) -> tuple:
+        dq, d_weights, d_here = grads
+        (keys, values), pull = jax.vjp(expand, weights, here)
+        start = (dq, *(jnp.zeros_like(x, dtype=jnp.float32) for x in (keys, values)))
+        dq, dk, dv = add_gradients(
+            start, q, keys, values, documents, of_output, pairs, block, scale, cfg
+        )
+        new = pull((dk.astype(keys.dtype), dv.astype(values.dtype)))
+        return dq, *jax.tree.map(jnp.add, (d_weights, d_here), new)
+
+    def step(carry: tuple, pairs: Array):
+        (dq, d_weights, d_before), here = carry
+        following, d_here = _next(here), _next(d_before)
+        return (add((dq, d_weights, d_here), here, pairs), following), None
+
+    grads = jax.tree.map(lambda x: jnp.zeros_like(x, dtype=jnp.float32), (q, weights, travels))
+    if others is None:
+        dq, d_weights, d_travels = add(grads, travels, own)
+    else:
+        arriving = _next(travels)
+        (grads, here), _ = lax.scan(step, (add(grads, travels, own), arriving), others[:-1])
+        dq, d_weights, d_before = grads
+        dq, d_weights, d_here = add((dq, d_weights, _next(d_before)), here, others[-1])
+        d_travels = _next(d_here)
+    like = functools.partial(jax.tree.map, lambda d, x: d.astype(x.dtype))
+    return dq.astype(q.dtype), like(d_travels, travels), like(d_weights, weights), None
+
+
+ring_attention.defvjp(_ring_forward, _ring_backward)
