@@ -8,7 +8,8 @@ Dimension letters, as suffixes of array names and in einsums, the same in all fi
     E experts    C choices per token    A assignments (T·C)    P peers of an expert group
     X rows grouped by expert    Z slots of an exchange buffer
 
-Where B is missing, T counts the tokens of all rows. A lower-case letter is this device's shard of
+Where B is missing, T counts the tokens of all rows. T and S are positions of this device of cp; the
+whole sequence where keys are gathered over cp. A lower-case letter is this device's shard of
 the dimension: x_BtD = [B, T/tp, D] goes into a layer, all_gather(x_BtD, TP, 1) makes x_BTD of it.
 B is written large all the same: it counts the rows of this device.
 """

@@ -32,6 +32,7 @@ from model import block_names, embed, head_logits, layer, model_params
 from parallel import (
     AXES,
     BATCH,
+    CP,
     PP,
     TP,
     Array,
@@ -48,8 +49,8 @@ from parallel import (
     varying,
 )
 
-ROWS = (PP, *BATCH)  # the axes that rows are spread over: stages of a pipeline take their share
-
+# The axes that rows are spread over: stages of a pipeline take their share; cp has one device.
+ROWS = (PP, *BATCH, CP)
 
 SHORTEST = 16  # the least padded length of a prompt
 
@@ -129,7 +130,7 @@ def decoding_config(cfg: ModelConfig) -> ModelConfig:
     if not EXPERT_KERNELS[experts].checked:
         experts = portable(EXPERT_KERNELS)
     return dataclasses.replace(
-        cfg, dropout=0.0, capacity_factor=0.0, buffer_factor=0.0, balance_loss=0.0,
+        cfg, cp=1, dropout=0.0, capacity_factor=0.0, buffer_factor=0.0, balance_loss=0.0,
         router_z_loss=0.0, attention_kernel=attention, expert_kernel=experts,
     )  # fmt: skip
 
@@ -448,13 +449,19 @@ def stream(
     `params` lie on a mesh as `model_params` declares, pp > 1 included, and in any float type. A row
     ends with the token `stop` (-1: none), after max_tokens, or when prompt and tokens fill the
     context. `allowed`: bool [V], the tokens that may come. `n_tokens` come at a time, after a first
-    one. Raises ConfigError for empty or too long prompts. With several processes all call this.
+    one. Raises ConfigError for empty or too long prompts, and for a mesh with cp. With several
+    processes all call this.
     """
     check_prompts(prompts, context, cfg.vocab_size)
     if max_tokens < 1:
         raise ConfigError(f'max_tokens={max_tokens} is below 1; ask for a token or more')
     cfg, chunks = decoding_config(cfg), chunks_of(params, cfg)
     mesh = jax.tree.leaves(params)[0].sharding.mesh
+    if mesh.shape[CP] > 1:
+        raise ConfigError(
+            f'decoding does not cut sequences, and the mesh has cp={mesh.shape[CP]}; restore the '
+            f'checkpoint on a mesh without cp'
+        )
     rules = {'seed': np.uint32(seed), 'stop': np.int32(stop)}
     rules['allowed'] = np.ones(cfg.vocab_size, bool) if allowed is None else allowed
     rows, rules = put_request(prompts, max_tokens, context, mesh, rules)

@@ -51,7 +51,7 @@ class Sizes(NamedTuple):
     latents: numbers made from a device's own positions before they are gathered.
     inputs: sizes of the arrays of all positions that the projections to heads read.
     travels: numbers that travel over cp, from which keys and values are made; tp cuts them where
-        `travels_cut`, else each tp device sends all.
+        `travels_cut`, else each tp device sends all. 0 if a sequence cannot be cut.
     expansion: weights that make keys and values of them, over all tp devices.
     """
 
@@ -63,9 +63,9 @@ class Sizes(NamedTuple):
     gathered: int
     latents: int
     inputs: tuple[int, ...]
-    travels: int
-    travels_cut: bool
-    expansion: int
+    travels: int = 0
+    travels_cut: bool = False
+    expansion: int = 0
 
 
 class Attention(NamedTuple):

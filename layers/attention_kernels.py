@@ -147,6 +147,15 @@ def _scores(
     return jnp.where(seen, scores * scale, MASKED)
 
 
+def _after(q: Array, x: Tree) -> Tree:
+    """Returns x as if it depended on q.
+
+    The derivative of a scan over layers takes out of it what depends on no layer (jax 0.10 and
+    0.12), so here the masks of all pairs at once, for each head: as many bytes as all scores.
+    """
+    return lax.optimization_barrier((q[..., :1, :1], x))[1]
+
+
 def _over_pairs(
     step: Callable[[Tree, Array], Tree],
     carry: Tree,
@@ -191,6 +200,7 @@ def add_keys(
     scale: float, cfg: ModelConfig,
 ) -> Sums:  # fmt: skip
     """Adds the pairs of a table to the running softmax (FlashAttention-2, Dao 2023)."""
+    documents, pairs = _after(q, (documents, pairs))
 
     def step(carry: Sums, pair: Array) -> Sums:
         out, top, total = carry
@@ -303,6 +313,21 @@ causal_attention.defvjp(_attention_forward, _attention_backward)
 SPLASH_LANES = 128  # the sides of its blocks are multiples of this
 
 
+def splash_blocks(T: int, S: int, cfg: ModelConfig) -> tuple[int, int]:
+    """Returns the sizes of blocks of queries, and of keys in the backward pass.
+
+    It leaves a gradient of all queries for each block of keys: large ones make fewer of these, and
+    compute some blocks in vain.
+    """
+    size = min(cfg.attention_block, T if T == S else T // 2)
+    return size, 2 * size if S % (2 * size) == 0 else size
+
+
+def splash_partials(T: int, S: int, cfg: ModelConfig) -> int:
+    """Returns how many gradients of all queries the backward pass has before it adds them."""
+    return S // splash_blocks(T, S, cfg)[1]
+
+
 def splash_attention(
     q_BkGTH: Array,
     k_BkSH: Array,
@@ -314,11 +339,12 @@ def splash_attention(
 ) -> Array:
     """Computes `causal_attention` by a Pallas kernel for TPU (jax's splash attention).
 
-    Skips the blocks above the diagonal. Backward is one kernel of five matmuls, which leaves a dq
-    per block of keys to be added up. Heads of 64 fill half of a matrix unit's 128 lanes, so MLA's
-    values of 64 cost as much as 128 would; queries and keys may be wider than values. Output and
-    log-sum-exp, which backward needs, are named ATTENTION_OUTPUT for rematerialization. Where cp
-    cuts the sequence, the mask is that of its zigzag, of which each device takes its rows.
+    Skips the blocks above the diagonal. Backward is one kernel of five matmuls, which leaves
+    partial gradients of the queries to be added up (`splash_blocks`). Heads of 64 fill half of a
+    matrix unit's 128 lanes, so MLA's values of 64 cost as much as 128 would; queries and keys may
+    be wider than values. Output and log-sum-exp, which backward needs, are named ATTENTION_OUTPUT
+    for rematerialization. Where cp cuts the sequence, the mask is that of its zigzag, of which each
+    device takes its rows.
     """
     # Importing Pallas takes a second, which runs without it need not spend.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
@@ -327,8 +353,7 @@ def splash_attention(
     B, K, G, T, H = q_BkGTH.shape
     S = k_BkSH.shape[2]
     devices = S // T  # of cp
-    size = min(cfg.attention_block, T if devices == 1 else T // 2)
-    keys = 2 * size if S % (2 * size) == 0 else size  # fewer partial dq, some blocks in vain
+    size, keys = splash_blocks(T, S, cfg)
     mask = masks.CausalMask((S, S), shard_count=devices)
     mask.q_sequence = zigzag_order(S, devices)
     kernel = splash.make_splash_mha(
@@ -470,10 +495,11 @@ def cudnn_chosen(_: ConfigDict, head: int) -> bool:
 ATTENTION_KERNELS: dict[str, Kernel] = {
     'splash': Kernel(
         splash_attention, ('tpu',), checked=False, rules=splash_rules,
-        elsewhere='splash_interpreted',
+        elsewhere='splash_interpreted', partials=splash_partials,
     ),
     'splash_interpreted': Kernel(  # exact and slow, for tests
-        functools.partial(splash_attention, interpret=True), (), checked=False, rules=splash_rules
+        functools.partial(splash_attention, interpret=True), (), checked=False, rules=splash_rules,
+        partials=splash_partials,
     ),
     'cudnn': Kernel(
         cudnn_attention, ('gpu',), checked=False, rules=cudnn_rules, chosen=cudnn_chosen,

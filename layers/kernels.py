@@ -23,6 +23,11 @@ def always(_: ConfigDict, __: int) -> bool:
     return True
 
 
+def no_partials(_: int, __: int, ___: Any) -> int:
+    """Returns 0: backward adds the gradients of queries where they are."""
+    return 0
+
+
 class Kernel(NamedTuple):
     """One way to compute the middle of a layer, the same numbers by other means.
 
@@ -35,6 +40,8 @@ class Kernel(NamedTuple):
     elsewhere: the name of the kernel that runs in its place on other platforms; '': itself.
     keeps: the primitive whose results rematerialization keeps as a whole; '': those with a name.
     scores: arrays of scores reach the memory (attention), which planning counts.
+    partials: (T, S, ModelConfig) -> gradients of all queries that backward has in memory beside
+        their sum (attention), which planning counts.
     """
 
     compute: Any
@@ -45,6 +52,7 @@ class Kernel(NamedTuple):
     elsewhere: str = ''
     keeps: str = ''
     scores: bool = False
+    partials: Callable[[int, int, Any], int] = no_partials
 
 
 Kernels = Mapping[str, Kernel]

@@ -240,7 +240,8 @@ def attention_values(s: Part) -> list[Value]:
         Value(s.local * sizes.latents * c),  # before their norm
         *(Value(t * size * c) for size in sizes.inputs),
         Value(t * qkv * c, QKV),
-        Value(t * N * (2 * sizes.value * c + FLOAT32), ATTENTION_OUTPUT),  # heads last as well
+        Value(t * N * (sizes.value * c + FLOAT32), ATTENTION_OUTPUT),
+        Value(t * N * sizes.value * c),  # heads last
         Value(s.local * D * c, RESIDUAL),
     ]
 
@@ -304,7 +305,10 @@ def gradients_of_layer(s: Part, kind: str) -> float:
             feed_forward += 2 * rows * cfg.d_model * c  # as they come, and go back
     qkv = next(v.bytes for v in attention_values(s) if v.group == QKV)
     attention = qkv  # their gradients
-    if ATTENTION_KERNELS[cfg.attention_kernel].scores:
+    kernel = ATTENTION_KERNELS[cfg.attention_kernel]
+    partial = t * cfg.n_heads // tp * attention_sizes(cfg).key * c
+    attention += kernel.partials(t // s.rows, s.T, cfg) * partial
+    if kernel.scores:
         block = min(cfg.attention_block, s.T if s.mesh[CP] == 1 else s.T // (2 * s.mesh[CP]))
         scores = s.rows * cfg.n_heads // tp * block**2
         attention = qkv * FLOAT32 / c + 3 * scores * FLOAT32 + scores * c

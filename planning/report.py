@@ -56,9 +56,9 @@ def layout_text(config: ConfigDict) -> str:
     kept = ''.join(f' keep {"+".join(m.remat_keep)}' if m.remat_keep else '')
     chunks = f' of {p.chunks} chunks' if p.chunks > 1 else ''
     schedule = f', {p.schedule}{chunks}' if config.mesh.pp > 1 else ''
-    return (
-        f'{mesh_text(config)}, {config.microbatches} microbatches{schedule}, remat {m.remat}{kept}'
-    )
+    style = f' by {config.cp_style}' if config.mesh.cp > 1 else ''
+    mesh = mesh_text(config) + style
+    return f'{mesh}, {config.microbatches} microbatches{schedule}, remat {m.remat}{kept}'
 
 
 # ---------------------------------------------------------------------------------------------
@@ -304,9 +304,25 @@ def search_text(
             f'   at best {e.tokens / e.overlapped_seconds:,.0f} tokens/s and MFU '
             f'{e.mfu(e.overlapped_seconds):.1%}; {scaled(e.memory.peak, "B")}',
             f'   limited by {reason(e)}',
+            *([f'   {why_cut(c, found)}'] if c.mesh.cp > 1 else []),
             f'   {overrides(c, base)}',
         ]
     return '\n'.join(lines)
+
+
+def why_cut(config: ConfigDict, found: list[tuple[ConfigDict, Estimate]]) -> str:
+    """Returns why a layout cuts sequences: the best that does not, or that there is none."""
+    whole = next((e for c, e in found if c.mesh.cp == 1), None)
+    if whole is None:
+        sequences = config.batch_size // config.microbatches
+        return (
+            f'cut by cp: with whole sequences, {sequences} of {config.seq_len:,} in a microbatch, '
+            f'no layout of these devices fits'
+        )
+    return (
+        f'cut by cp: with whole sequences the best layout takes {seconds(expected(whole))} by the '
+        f'mean, and {scaled(whole.memory.peak, "B")}'
+    )
 
 
 def search_record(found: list[tuple[ConfigDict, Estimate]], tried: int, n: int) -> dict[str, Any]:

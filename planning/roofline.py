@@ -251,13 +251,15 @@ def context_transfers(s: Part) -> list[Transfer]:
     """Lists what moves over cp: what keys and values are made of, and its gradients.
 
     A ring passes on n - 1 times, and gradients, in float32, n times; `gather` sends as many bytes
-    at once, and gradients in the compute type. Remat does it again, but for a ring whose
-    results are kept.
+    at once, and gradients in the compute type. Remat does it again: a ring but for the first time,
+    which backward shares, and not at all where its results are kept.
     """
     n, cfg = s.mesh[CP], s.cfg
-    once = (n - 1) * s.travels * s.width
-    again = cfg.remat != 'none' and not (s.in_ring and ATTENTION_OUTPUT in cfg.kept_names)
-    forward = (forward_passes(s) + again) * once
+    hop = s.travels * s.width
+    once, again = (n - 1) * hop, 0
+    if cfg.remat != 'none' and not (s.in_ring and ATTENTION_OUTPUT in cfg.kept_names):
+        again = once - hop if s.in_ring else once
+    forward = forward_passes(s) * once + again
     backward = once + n * s.travels * FLOAT32 if s.in_ring else once
     layers = s.microbatches * (s.blocks * len(cfg.block) + cfg.first_dense)
     sent = layers * (forward + backward) if n > 1 else 0

@@ -286,7 +286,11 @@ def sequence_errors(config: ConfigDict) -> Iterator[str]:
 def kind_errors(config: ConfigDict) -> Iterator[str]:
     """Yields the errors of the kinds of layers and kernels that the config names."""
     m = config.model
-    head = attention_sizes(m).key
+    sizes, cp = attention_sizes(m), config.mesh.cp
+    head = sizes.key
+    if cp > 1 and not sizes.travels:
+        kind = f'model.attention={m.attention!r}'
+        yield f'{kind} takes whole sequences, and mesh.cp={cp}; use a cp of 1'
     yield from ATTENTION[m.attention].rules(config)
     yield from kernel_errors(ATTENTION_KERNELS, 'attention_kernel', config, head)
     kinds = dict.fromkeys((*m.block, *(('dense',) if m.first_dense else ())))

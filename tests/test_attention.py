@@ -4,12 +4,13 @@ import dataclasses
 import functools
 import json
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import cpu_model, on_one_device, small_config
+from common import cpu_model, on_one_device, set_up, small_config
 
 from config import ModelConfig
 from layers import attention_kernels, kernels
@@ -27,6 +28,7 @@ from layers.rope_scaling import (
     rope_rules,
 )
 from parallel import init_params, make_mesh
+from train_step import lower_train_step
 
 
 def in_blocks(block: int) -> ModelConfig:
@@ -245,7 +247,7 @@ def test_positions_start_anew_after_the_end_of_a_document():
     config.model.document_end = 9
     cfg = cpu_model(config)
     ids = jnp.array([[1, 2, 9, 9, 3, 4, 9, 5]])
-    got = positions(ids, cfg)
+    got = on_one_device(lambda ids: positions(ids, cfg))(ids)
     np.testing.assert_array_equal(got.documents, [[0, 0, 0, 1, 2, 2, 2, 3]])
     want = rope_table(cfg, jnp.array([0, 1, 2, 0, 0, 1, 2, 0]))
     np.testing.assert_array_equal(got.cos[0, 0], want.cos)
@@ -315,3 +317,14 @@ def test_yarn_has_rules():
     assert base.startswith('model.rope_base=1.0')
     config.model.rope_scaling = 'linear'
     assert not list(rope_rules(config))
+
+
+def test_masks_are_computed_where_they_are_used(monkeypatch):
+    """Not those of all 136 pairs of blocks before the scan over layers, as its derivative would."""
+    masks = r'pred\[136,'
+    config = small_config('gqa')
+    config.seq_len, config.model.attention_block = 256, 16
+    assert not re.search(masks, lower_train_step(set_up(config)).compile().as_text())
+    monkeypatch.setattr(attention_kernels, '_after', lambda _, x: x)
+    jax.clear_caches()
+    assert re.search(masks, lower_train_step(set_up(config)).compile().as_text())

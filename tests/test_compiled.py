@@ -11,7 +11,7 @@ from parallel import AXES
 from planning.compiled import KERNEL_EFFICIENCY, gpu_price, mesh_axes, read_cost, splash_flops
 from planning.hlo import device_groups, parse
 
-MESH = SimpleNamespace(devices=np.arange(8).reshape(2, 1, 2, 1, 2), axis_names=AXES)
+MESH = SimpleNamespace(devices=np.arange(8).reshape(2, 1, 2, 1, 1, 2), axis_names=AXES)
 # A cycle takes a second, and a device sends and moves a byte per second.
 TPU = dataclasses.replace(CHIPS['v4'], clock=1.0, link=1.0, bandwidth=1.0)
 GPU = dataclasses.replace(CHIPS['h100'], flops=100.0, link=1.0, bandwidth=1.0)

@@ -4,6 +4,7 @@ Its parity is in test_parity.py and, by schedule, in test_pipeline.py.
 """
 
 import json
+import os
 import subprocess
 import sys
 
@@ -198,7 +199,10 @@ def test_meshes_of_four_axes_match(sizes, style):
     """On 16 devices, in a process of its own."""
     given = json.dumps({'sizes': sizes, 'style': style})
     done = subprocess.run(
-        [sys.executable, __file__, given], cwd=ROOT / 'tests', capture_output=True, text=True
+        [sys.executable, __file__, given],
+        env={**os.environ, 'PYTHONPATH': ROOT},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
 
@@ -210,7 +214,6 @@ def check_four_axes(sizes: list[int], style: str) -> None:
 
 
 if __name__ == '__main__':
-    sys.path.insert(0, str(ROOT))
     from machine.processes import choose_platform
 
     choose_platform(16)

@@ -162,6 +162,11 @@ def test_toys_are_planned_and_refused_by_their_own_rules(toys):
     config.data.isolate_documents = True
     with pytest.raises(ConfigError, match=r'use data\.isolate_documents=False'):
         validate(config, 8)
+    config.data.isolate_documents, config.mesh.cp = False, 2
+    with pytest.raises(
+        ConfigError, match=r"'mean' takes whole sequences, and mesh\.cp=2; use a cp"
+    ):
+        validate(config, 8)
 
 
 def test_a_kernel_of_ones_own_is_chosen_by_name(toys):

@@ -62,7 +62,7 @@ def test_two_runs_of_one_record_give_the_same_numbers(seen, tokens, tmp_path):
     logs = [entry['config'].pop('log') for entry in (a, b)]
     assert without_measured(a) == without_measured(b)
     assert logs[0] != logs[1]
-    assert a['mesh'] == {'pp': 1, 'dp': 1, 'fsdp': 2, 'ep': 2, 'tp': 2}
+    assert a['mesh'] == {'pp': 1, 'dp': 1, 'fsdp': 2, 'ep': 2, 'cp': 1, 'tp': 2}
     assert a['devices']['count'] == 8
     assert a['devices']['platform'] == 'cpu'
     assert a['versions']['jax'] == jax.__version__

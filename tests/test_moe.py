@@ -126,7 +126,7 @@ def experts_on_mesh(cfg, params, x, ep):
         body,
         mesh=make_mesh({'ep': ep}),
         in_specs=(specs, P('ep')),
-        out_specs=(P(('ep', 'pp', 'dp', 'fsdp', 'tp')), P()),
+        out_specs=(P(('ep', 'pp', 'dp', 'fsdp', 'cp', 'tp')), P()),
     )
     return jax.jit(f)(*jax.device_get((params, x)))
 

@@ -338,7 +338,7 @@ def test_view_of_stacked_experts():
         assert (v.group.rows, v.group.columns) == (12, 16)
         assert (v.group.row_axis, v.group.column_axis) == ('fsdp', 'tp')
         assert v.group.front == ('pp', 'ep')
-        assert v.group.replicas == ('dp',)
+        assert v.group.replicas == ('dp', 'cp')
     x = draw({'up': up}, 0)['up']
     np.testing.assert_array_equal(to_matrices(x, view(up, split_heads=False)), x.reshape(8, 12, 16))
     got = orthogonalized({'up': x}, {'up': dataclasses.replace(up, spec=P())})['up']

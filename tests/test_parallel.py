@@ -102,7 +102,7 @@ def test_stacked_layers_differ_and_are_sharded_over_pp():
 
 def test_axes_of_a_spec():
     assert parallel.spec_axes(P('tp', None, ('dp', 'fsdp'))) == ('tp', 'dp', 'fsdp')
-    assert parallel.free_axes(P('tp', None, ('dp', 'fsdp'))) == ('pp', 'ep')
+    assert parallel.free_axes(P('tp', None, ('dp', 'fsdp'))) == ('pp', 'ep', 'cp')
 
 
 @pytest.mark.tpu

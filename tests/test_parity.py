@@ -31,7 +31,7 @@ def run(config: ConfigDict) -> dict[str, Tree]:
     """Takes three steps. The gradient is read from the first moment (of Muon: the momentum) after
     one of them, where it stands clipped and times 1 - b1: so each leaf is tested without a second
     program."""
-    validate(config, 8)
+    validate(config, jax.device_count())
     s, batches = set_up(config), functools.partial(batch_at, seq_len=config.seq_len)
     state, step = initial_state(s), make_train_step(s)
     history, grads = [], None

@@ -202,7 +202,7 @@ MUON = {
     'optimizer': {'name': 'muon'},
 }  # fmt: skip
 
-# Four programs, since each takes a minute to compile. Between them: one microbatch and several, a
+# Few programs, since each takes a minute to compile. Between them: one microbatch and several, a
 # pipeline, experts, both attentions, an untied head, no, full and partial rematerialization, Muon.
 SPREAD = {
     'stages': ('tpu_v4', 'v4:2x4x4', {}, {}, {'block': ('dense',)}),
@@ -222,6 +222,12 @@ SPREAD = {
 @pytest.mark.parametrize('case', SPREAD)
 def test_memory_is_what_the_tpu_compiler_says(case, tpu_devices):
     assert_memory_agrees(*SPREAD[case])
+
+
+@pytest.mark.tpu
+def test_cutting_sequences_over_8_devices_takes_a_fifth_of_the_memory(tpu_devices):
+    cut = assert_memory_agrees('long_context', 'v5p:4x4x4', {}, {}, {})
+    assert cut <= 0.2 * assert_memory_agrees('long_context', 'v5p:2x2x2', {}, {'cp': 1}, {})
 
 
 ON_GPU = {
@@ -270,8 +276,8 @@ def test_newton_schulz_has_the_flops_that_the_gpu_compiler_counts(gpu_compiler):
     assert with_muon - without == sum(shape.flops for shape in e.of_muon)
 
 
-def assert_memory_agrees(name: str, topology: str, fields: dict, mesh: dict, model: dict):
-    """The peak within 15 %; both say that it fits."""
+def assert_memory_agrees(name: str, topology: str, fields: dict, mesh: dict, model: dict) -> int:
+    """The peak within 15 %, and both say that it fits; returns the compiler's."""
     config = load(name)
     config.update(fields)
     config.mesh.update(mesh)
@@ -282,6 +288,7 @@ def assert_memory_agrees(name: str, topology: str, fields: dict, mesh: dict, mod
     assert e.memory.peak == pytest.approx(peak, rel=0.15)
     assert e.fits
     assert peak < e.chip.memory
+    return peak
 
 
 @pytest.mark.slow
@@ -291,6 +298,23 @@ def test_best_config_is_the_first_that_the_search_finds():
     assert found.mesh == best.mesh
     assert found.microbatches == best.microbatches
     assert (found.model.remat, found.model.remat_keep) == (best.model.remat, best.model.remat_keep)
+
+
+def test_search_cuts_long_sequences_and_says_why():
+    """Two sequences for four devices: cp, for time or for memory. Short ones are not cut."""
+    config = small_config('mla')
+    config.batch_size, config.seq_len, config.model.attention_block = 2, 8192, 512
+    config.mesh.update(dp=1)
+    found, _ = search(config, 4, CPU)
+    assert found[0][0].mesh.cp > 1
+    text = report.search_text(found, 1, config, 1)
+    whole = next(e for c, e in found if c.mesh.cp == 1)
+    assert f'the best layout takes {report.seconds(report.expected(whole))} by the mean' in text
+    assert 'cp_style' in text or found[0][0].cp_style == config.cp_style
+    cut = [(c, e) for c, e in found if c.mesh.cp > 1]
+    assert 'no layout of these devices fits' in report.search_text(cut, 1, config, 1)
+    config.seq_len, config.batch_size = 4096, 4
+    assert all(c.mesh.cp == 1 for c, _ in search(config, 4, CPU)[0])
 
 
 def test_search_finds_what_fits_and_is_fastest():
@@ -329,7 +353,7 @@ def test_command_prints_a_table_and_json(run_plan):
     printed = run_plan(TPU_V4, '--json', '--config.mesh.fsdp=16', '--config.mesh.tp=1')
     assert 'limited by' in printed
     result = json.loads(printed.splitlines()[-1])
-    assert result['mesh'] == {'pp': 2, 'dp': 1, 'fsdp': 16, 'ep': 1, 'tp': 1}
+    assert result['mesh'] == {'pp': 2, 'dp': 1, 'fsdp': 16, 'ep': 1, 'cp': 1, 'tp': 1}
     assert result['devices'] == 32
     assert result['memory']['parameters'] * 32 > 4 * result['parameters'] * 0.9
 

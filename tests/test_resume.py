@@ -19,6 +19,8 @@ import train_step
 from checkpoint import Checkpointer
 from config import FIXED, ConfigError, check_alike, differences, saved_config
 from configs import default
+from decoding import generate
+from generate import load
 from parallel import make_mesh
 from runtime import next_commands
 from runtime.data_record import data_record
@@ -59,7 +61,12 @@ SLOW_MESHES = [{'dp': 2}, {'dp': 2, 'fsdp': 2, 'tp': 2}]
 
 @pytest.mark.parametrize(
     'mesh',
-    [{}, {'fsdp': 2, 'tp': 2}, *(pytest.param(m, marks=pytest.mark.slow) for m in SLOW_MESHES)],
+    [
+        {},
+        {'fsdp': 2, 'tp': 2},
+        {'fsdp': 2, 'cp': 2},
+        *(pytest.param(m, marks=pytest.mark.slow) for m in SLOW_MESHES),
+    ],
     ids=str,
 )
 def test_a_resumed_run_is_the_uninterrupted_one(mesh, whole, tokens, tmp_path, capsys):
@@ -236,6 +243,26 @@ def test_another_optimizer_is_refused_with_the_way_to_go_on(whole, muon_run, tok
         muon_config(tokens, steps=5, optimizer__ema=0.0, eval__averaged=False), str(workdir)
     )
     assert records(workdir)[-1]['step'] == 5
+
+
+def test_a_run_of_cut_sequences_goes_on_without_and_is_sampled_from(whole, tokens, tmp_path):
+    config = small_run(tokens, eval__every=5, checkpoint__every=10, checkpoint__keep=0)
+    config.cp_style = 'gather'
+    config.mesh.update(cp=4, tp=2)
+    cut = tmp_path / 'cut'
+    train.train(config, str(cut))
+    for a, b in zip(records(cut), records(whole), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+    step, saved = checkpoint_config(str(cut), None, None)
+    assert saved.mesh.cp == 4
+    evaluated = train.evaluate_only(saved, str(cut), step)['eval_loss']
+    assert evaluated == pytest.approx(records(whole)[-1]['eval_loss'], rel=1e-4)
+    params, cfg, *_ = load(str(cut), tokenizer='bytes')
+    assert len(generate(params, cfg, [[1, 2, 3]], 5, 32)[0]) == 5
+    workdir = interrupted(cut, tmp_path / 'run')
+    train.train(small_run(tokens, eval__every=5, checkpoint__keep=0), str(workdir))
+    for a, b in zip(records(workdir), records(whole), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
 
 
 def test_a_complete_run_ends_at_once(whole, tokens, monkeypatch, capsys):
