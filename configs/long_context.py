@@ -7,8 +7,10 @@ Latent attention and SwiGLUs, 520 M parameters.
 
 Each sequence is cut over 8 chips. Keys and values go around the ring of them as latents, 320
 numbers a position and layer in place of 4,096; pairs of blocks that share no document are skipped,
-so documents shorter than the sequence cost what they cost alone. Parameters are spread over fsdp 8.
-8 sequences are 1.05 million tokens a step.
+so documents shorter than the sequence cost what they cost alone. (For documents as long as the
+sequence, splash attention with `--config.cp_style=gather --config.model.attention_kernel=splash` is
+faster: it computes the blocks between documents too, but its scores stay within the chip.)
+Parameters are spread over fsdp 8. 8 sequences are 1.05 million tokens a step.
 """
 
 from ml_collections import ConfigDict
