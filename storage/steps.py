@@ -128,8 +128,7 @@ class StepFiles:
         while leaves:
             leaf = leaves.pop()  # so that its memory is free as soon as it is written
             array = self.open_leaf(leaf.name, leaf.entry)
-            while leaf.chunks:
-                box, x = leaf.chunks.pop()
+            for box, x in leaf.taken():
                 (place,) = chunks_across([box], leaf.entry['chunk'])
                 write = part(array, box).write(x, can_reference_source_data_indefinitely=True)
                 yield (write, (leaf.name, place, leaf.entry)), x.nbytes
