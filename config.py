@@ -107,6 +107,15 @@ class ModelConfig:
     rope_attention_factor: float = 0.0
     cp: int = 1
     cp_style: str = 'ring'
+    rope_truncate: bool = True
+    rope_low_freq_factor: float = 1.0
+    rope_high_freq_factor: float = 4.0
+    latent_norm_eps: float = 0.0
+    group_score: str = 'top2'
+    router_bias: bool = False
+    expert_bias: bool = False
+    shared_gate: bool = False
+    swiglu_limit: float = 0.0
 
     @property
     def n_blocks(self) -> int:
@@ -185,6 +194,7 @@ RENAMED = {'optimizer.schedule': 'optimizer.lr_schedule'}
 OF_ROPE_SCALING = (
     'model.rope_factor', 'model.rope_original_len', 'model.rope_beta_fast', 'model.rope_beta_slow',
     'model.rope_mscale', 'model.rope_mscale_all_dim', 'model.rope_attention_factor',
+    'model.rope_truncate', 'model.rope_low_freq_factor', 'model.rope_high_freq_factor',
 )  # fmt: skip
 
 # The fields that a checkpoint, and the meaning of its step, depend on ...

@@ -380,10 +380,10 @@ def check_prompts(prompts: Sequence[Sequence[int]], context: int, vocab_size: in
 
 def weight_types(declared: Tree, cfg: ModelConfig) -> Tree:
     """Returns the type that each parameter is used in: weights in the compute type; gains, and the
-    router, which decides in float32, in float32."""
+    router and the shared experts' gate, which decide in float32, in float32."""
 
     def leaf(path: tuple, p: Param) -> np.dtype:
-        narrow = p.matrix and path[-1].key != 'router'
+        narrow = p.matrix and path[-1].key not in ('router', 'shared_gate')
         return np.dtype(cfg.compute_dtype if narrow else np.float32)
 
     return jax.tree_util.tree_map_with_path(leaf, declared, is_leaf=is_param)

@@ -37,6 +37,12 @@ def get_config() -> ConfigDict:
     m.routed_scale = 1.0  # factor on the routed experts' output
     m.n_expert_groups = 1  # groups of experts; a token's experts are in its best n_top_groups
     m.n_top_groups = 1
+    m.group_score = 'top2'  # a group's: sum of its two best (DeepSeek-V3) | 'max' (DeepSeek-V2)
+    m.router_bias = False  # a learned bias of the router's logits (gpt-oss)
+    m.expert_bias = False  # learned biases of the routed experts' three matrices (gpt-oss)
+    m.shared_gate = False  # the shared experts' output times a sigmoid of x·w (Qwen2-MoE)
+    # 0: plain | else gpt-oss's SwiGLU, in all feed-forward: gate and up clipped to it, up + 1
+    m.swiglu_limit = 0.0
     m.bias_rate = 1e-3  # step of the biases that balance the experts; 0 for none
     m.balance_loss = 0.0  # weight of the balance loss of each sequence
     m.router_z_loss = 0.0  # weight of the router's logsumexp squared
@@ -52,15 +58,19 @@ def get_config() -> ConfigDict:
     m.nope_dim = 32  # mla: head size of the part without position
     m.rope_dim = 32  # mla: head size of the rotary part
     m.v_dim = 64  # mla: head size of the value
+    m.latent_norm_eps = 0.0  # mla: eps of the latents' norms, as 1e-6; 0: norm_eps
     m.rope_base = 10000.0
-    m.rope_scaling = 'none'  # 'none' | 'linear' | 'yarn'
-    m.rope_factor = 1.0  # linear and yarn: context length over the original one
-    m.rope_original_len = 256  # yarn: the original context length
+    m.rope_scaling = 'none'  # 'none' | 'linear' | 'llama3' | 'yarn'
+    m.rope_factor = 1.0  # context length over the original one
+    m.rope_original_len = 256  # llama3 and yarn: the original context length
+    m.rope_low_freq_factor = 1.0  # llama3: pairs that turn less often in it: slowed down, whole ...
+    m.rope_high_freq_factor = 4.0  # ... those that turn more often: not at all
     m.rope_beta_fast = 32.0  # yarn: pairs that turn more often in that context stay as they are
     m.rope_beta_slow = 1.0  # yarn: those that turn less often are slowed down by the whole factor
     m.rope_mscale = 1.0  # yarn: sharpens the rotary part of heads by 0.1·mscale·ln(factor) + 1 ...
     m.rope_mscale_all_dim = 0.0  # yarn: ... over the same of this, which sharpens whole heads
     m.rope_attention_factor = 0.0  # yarn: factor on cosines and sines; 0: by the two mscales
+    m.rope_truncate = True  # yarn: the first and last pair that are blended are rounded outwards
     # 'blockwise' (any platform) | 'splash' (TPU) | 'cudnn' (GPU) | 'auto': the platform's with
     # check_vma off, cuDNN's for bfloat16 and heads up to 128; else blockwise
     m.attention_kernel = 'auto'

@@ -355,10 +355,11 @@ def _mla_inputs(
     """
     kv_BtR = linear(x_BtD, w['w_kv_down'])
     latent_BtR, k_rope_BtH = jnp.split(kv_BtR, [cfg.kv_rank], axis=-1)
-    latent_BtR = rms_norm(latent_BtR, w['kv_norm'], cfg.norm_eps)
+    eps = cfg.latent_norm_eps or cfg.norm_eps
+    latent_BtR = rms_norm(latent_BtR, w['kv_norm'], eps)
     if cfg.q_rank:
         q_BtR = linear(x_BtD, w['w_q_down'])
-        q_BtR = rms_norm(q_BtR, w['q_norm'], cfg.norm_eps)
+        q_BtR = rms_norm(q_BtR, w['q_norm'], eps)
         w_q = w['w_q_up']
     else:
         q_BtR, w_q = x_BtD, w['w_q']

@@ -259,7 +259,9 @@ def feed_forward_values(s: Part, kind: str) -> list[Value]:
         Value(t * cfg.experts_per_token * D * c, HIDDEN),  # the output of each choice
         Value(s.local * (D + 2 * cfg.n_experts) * FLOAT32),  # the router's
     ]
-    return values + swiglu_values(t, cfg.n_shared_experts * width // tp, c)
+    shared = cfg.n_shared_experts * width // tp
+    gated = [Value(t * shared * c)] if cfg.shared_gate else []  # the product times the gate
+    return values + swiglu_values(t, shared, c) + gated
 
 
 def swiglu_values(rows: int, width: int, c: int) -> list[Value]:

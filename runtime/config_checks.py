@@ -19,6 +19,8 @@ from layers.attention_kernels import ATTENTION_KERNELS
 from layers.context_parallel import STYLES
 from layers.expert_kernels import EXPERT_KERNELS
 from layers.kernels import kernel_errors, names
+from layers.moe import GROUP_SCORES
+from layers.rope_scaling import REFUSED, SCALINGS
 from machine.chips import CHIPS
 from machine.config_flag import RECORDS
 from model import FEED_FORWARD, REMAT
@@ -68,7 +70,8 @@ RANGES: dict[str, tuple[float, float]] = {
         ('optimizer.peak_lr', 'optimizer.final_lr', 'optimizer.weight_decay', 'optimizer.clip_norm',
          'optimizer.muon.adamw_lr',
          'model.routed_scale', 'model.balance_loss', 'model.router_z_loss', 'model.z_loss',
-         'model.capacity_factor', 'model.buffer_factor', 'log.sample_temperature',
+         'model.capacity_factor', 'model.buffer_factor', 'model.swiglu_limit',
+         'log.sample_temperature',
          'guard.spike_factor', 'peak_flops'),
         (0, FLOAT32),
     ),
@@ -79,9 +82,13 @@ RANGES: dict[str, tuple[float, float]] = {
     ),
     'optimizer.muon.steps': (1, 100),
     **dict.fromkeys(('optimizer.eps', 'model.norm_eps'), (TINY, 1)),
-    'model.bias_rate': (0, 1),
+    **dict.fromkeys(('model.bias_rate', 'model.latent_norm_eps'), (0, 1)),
     'model.rope_base': (1, FLOAT32),
-    **dict.fromkeys(('model.rope_beta_fast', 'model.rope_beta_slow'), (TINY, FLOAT32)),
+    **dict.fromkeys(
+        ('model.rope_beta_fast', 'model.rope_beta_slow', 'model.rope_low_freq_factor',
+         'model.rope_high_freq_factor'),
+        (TINY, FLOAT32),
+    ),
     **dict.fromkeys(
         ('model.rope_mscale', 'model.rope_mscale_all_dim', 'model.rope_attention_factor'),
         (0, FLOAT32),
@@ -162,7 +169,8 @@ def choice_errors(fields: dict[str, Any]) -> Iterator[str]:
         'fsdp_gather': ('layer', 'step'),
         'cp_style': STYLES,
         'pipeline.schedule': NAMES,
-        'model.rope_scaling': ('none', 'linear', 'yarn'),
+        'model.rope_scaling': SCALINGS,
+        'model.group_score': GROUP_SCORES,
         'optimizer.name': OPTIMIZERS,
         'optimizer.lr_schedule': ('cosine', 'wsd'),
         'optimizer.muon.coefficients': COEFFICIENTS,
@@ -172,7 +180,9 @@ def choice_errors(fields: dict[str, Any]) -> Iterator[str]:
         'chip': ('cpu', *CHIPS),
     }
     for name, allowed in choices.items():
-        if fields[name] not in allowed:
+        if name == 'model.rope_scaling' and fields[name] in REFUSED:
+            yield f'{name}={fields[name]!r} {REFUSED[fields[name]]}; use yarn, linear or llama3'
+        elif fields[name] not in allowed:
             yield f'{name}={fields[name]!r} is unknown; use one of {", ".join(allowed)}'
     lists = {
         'model.remat_keep': REMAT_NAMES,
