@@ -13,7 +13,6 @@ what is cut short does not look finished.
 
 import os
 import shutil
-
 import tempfile
 import time
 from typing import Any
@@ -97,9 +96,7 @@ def import_model(folder: str, workdir: str) -> ConfigDict:
     ):
         newest = checkpoints.latest_step()
         if newest is not None:
-            raise ConfigError(
-                f'--workdir={workdir} holds step {newest} already: name a new folder'
-            )
+            raise ConfigError(f'--workdir={workdir} holds step {newest} already: name a new folder')
         checkpoints.clean()
         lease.hold()
         said += processes.agreed(lambda: keep_files(folder, workdir, config))
@@ -138,7 +135,7 @@ def say(line: str) -> None:
 def summary(what: str, nbytes: int, started: float) -> str:
     """Returns the line at the end: bytes, time, rate and the most memory of this process."""
     seconds = time.perf_counter() - started
-    peak = memory_use()['host_peak_bytes'] / 1e9
+    peak = memory_use()['host_bytes'] / 1e9
     return (
         f'{what} {nbytes / 1e9:.3f} GB of weights, after {seconds:.1f} s: '
         f'{nbytes / 1e6 / seconds:.0f} MB/s, at most {peak:.2f} GB of memory'

@@ -76,16 +76,19 @@ def mla_rules(m: ModelConfig) -> list[Rule]:
 def mla_fields(r: Released) -> dict[str, Any]:
     """Returns the fields of attention and of what lies outside of the layers."""
     r.refuse_unless('attention_bias', [False], False)
-    fields = common_fields(r) | rope_fields(r)
-    return fields | {
-        'attention': 'mla',
-        'q_rank': r.get('q_lora_rank', 0),
-        'kv_rank': r.need('kv_lora_rank'),
-        'nope_dim': r.need('qk_nope_head_dim'),
-        'rope_dim': r.need('qk_rope_head_dim'),
-        'v_dim': r.need('v_head_dim'),
-        **({} if fields['norm_eps'] == LATENT_EPS else {'latent_norm_eps': LATENT_EPS}),
-    }
+    return (
+        common_fields(r)
+        | rope_fields(r)
+        | {
+            'attention': 'mla',
+            'q_rank': r.get('q_lora_rank', 0),
+            'kv_rank': r.need('kv_lora_rank'),
+            'nope_dim': r.need('qk_nope_head_dim'),
+            'rope_dim': r.need('qk_rope_head_dim'),
+            'v_dim': r.need('v_head_dim'),
+            'latent_norm_eps': LATENT_EPS,
+        }
+    )
 
 
 def mla_config(m: ModelConfig) -> dict[str, Any]:

@@ -4,8 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from config import ConfigError, ModelConfig
-from configs import default
-from families.fields import ALWAYS, PLAIN, ROPE, Released
+from families.fields import ALWAYS, OF_EXPERTS, PLAIN, ROPE, Released
 from families.rules import Leaf, Rule, leaves
 
 
@@ -57,9 +56,9 @@ class Family(NamedTuple):
         config = dict(sorted(config.items()))
         there = self.model_fields(Released(config, 'the config.json of the export'))
         wrong = [
-            f'model.{name}={getattr(m, name)!r}, and a {self.name} model has {there[name]!r}'
+            f'model.{name}={value(m, name)!r}, and a {self.name} model has {there[name]!r}'
             for name in counting(m, there)
-            if getattr(m, name) != there[name]
+            if value(m, name) != there[name]
         ]
         if wrong:
             raise ConfigError(
@@ -73,14 +72,19 @@ def counting(m: ModelConfig, there: Mapping[str, Any]) -> list[str]:
     """Returns the fields by which the model of a family, with the fields `there`, computes."""
     rope = {name for names in ROPE.values() for name in names}
     names = {*ALWAYS, *PLAIN, *there} - rope - {'bias_rate'}
-    if not any('moe' in kind for kind in m.block):
-        names -= {'normalize_weights', 'routed_scale', 'n_expert_groups', 'n_top_groups',
-                  'n_shared_experts', 'router', 'n_experts', 'experts_per_token', 'd_expert'}  # fmt: skip
-    if all('moe' in kind for kind in m.block) and not m.first_dense:
+    kinds = [kind.rpartition('+')[2] for kind in m.block] + ['dense'] * m.first_dense
+    if 'moe' not in kinds:
+        names -= {*OF_EXPERTS}
+    if 'dense' not in kinds:
         names -= {'d_ff'}
+    if m.n_expert_groups == 1:
+        names -= {'n_top_groups', 'group_score'}
     return sorted(names | set(ROPE[m.rope_scaling]))
 
 
-def defaults() -> dict[str, Any]:
-    """Returns the fields of `model` with their defaults."""
-    return default.get_config().model.to_dict()
+def value(m: ModelConfig, name: str) -> Any:
+    """Returns a field of a model, or what stands for its 0."""
+    return getattr(m, name) or getattr(m, MEANT.get(name, name))
+
+
+MEANT = {'latent_norm_eps': 'norm_eps'}  # the fields that 0 of another one stands for

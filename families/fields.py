@@ -21,20 +21,30 @@ CONFIG = 'config.json'
 PLAIN: dict[str, Any] = {
     'first_dense': 0, 'block': ('dense',), 'qk_norm': False, 'rope_scaling': 'none',
     'normalize_weights': True, 'routed_scale': 1.0, 'n_expert_groups': 1, 'n_top_groups': 1,
-    'n_shared_experts': 0,
+    'group_score': 'top2', 'n_shared_experts': 0, 'router_bias': False, 'expert_bias': False,
+    'shared_gate': False, 'swiglu_limit': 0.0,
 }  # fmt: skip
 # Fields that count in every model, and that a family's own fields have to set.
 ALWAYS = ('vocab_size', 'd_model', 'n_layers', 'attention', 'n_heads', 'norm_eps', 'rope_base')
+# Those that count where there are experts.
+OF_EXPERTS = (
+    'router', 'n_experts', 'experts_per_token', 'd_expert', 'normalize_weights', 'routed_scale',
+    'n_expert_groups', 'n_top_groups', 'group_score', 'n_shared_experts', 'router_bias',
+    'expert_bias', 'shared_gate',
+)  # fmt: skip
 # Of the rotation's fields, those that count with each kind of scaling.
 ROPE = {
     'none': (),
     'linear': ('rope_factor',),
+    'llama3': (
+        'rope_factor', 'rope_original_len', 'rope_low_freq_factor', 'rope_high_freq_factor',
+    ),
     'yarn': (
         'rope_factor', 'rope_original_len', 'rope_beta_fast', 'rope_beta_slow', 'rope_mscale',
-        'rope_mscale_all_dim', 'rope_attention_factor',
+        'rope_mscale_all_dim', 'rope_attention_factor', 'rope_truncate',
     ),
 }  # fmt: skip
-ROPE_KINDS = {'default': 'none', 'linear': 'linear', 'yarn': 'yarn'}
+ROPE_KINDS = {'default': 'none', 'linear': 'linear', 'llama3': 'llama3', 'yarn': 'yarn'}
 
 
 class Released:
@@ -156,7 +166,9 @@ def rope_fields(r: Released, base: float = 10000.0) -> dict[str, Any]:
                 f'compute: {given}'
             )
         given = dict(nested[0])
-    fields: dict[str, Any] = {'rope_base': float(given.get('rope_theta') or r.get('rope_theta', base))}
+    fields: dict[str, Any] = {
+        'rope_base': float(given.get('rope_theta') or r.get('rope_theta', base))
+    }
     kind = given.get('rope_type', given.get('type', 'default'))
     if kind not in ROPE_KINDS:
         raise ConfigError(
@@ -172,7 +184,12 @@ def rope_fields(r: Released, base: float = 10000.0) -> dict[str, Any]:
     original = given.get('original_max_position_embeddings')
     original = original or r.get('original_max_position_embeddings')
     fields['rope_original_len'] = int(original or r.need('max_position_embeddings'))
-    return fields | (yarn_fields(given, fields['rope_factor']) if kind == 'yarn' else {})
+    if kind == 'yarn':
+        return fields | yarn_fields(given, fields['rope_factor'])
+    return fields | {
+        'rope_low_freq_factor': float(given['low_freq_factor']),
+        'rope_high_freq_factor': float(given['high_freq_factor']),
+    }
 
 
 def yarn_fields(given: Mapping[str, Any], factor: float) -> dict[str, Any]:
@@ -188,6 +205,7 @@ def yarn_fields(given: Mapping[str, Any], factor: float) -> dict[str, Any]:
         'rope_mscale': float(mscale) if mscale and all_dim else 1.0,
         'rope_mscale_all_dim': float(all_dim),
         'rope_attention_factor': float(explicit),
+        'rope_truncate': bool(given.get('truncate', True)),
     }
 
 
@@ -201,8 +219,15 @@ def rope_config(m: ModelConfig) -> dict[str, Any]:
     scaling: dict[str, Any] = {'rope_type': kind, 'type': kind, 'factor': m.rope_factor}
     if kind != 'linear':
         scaling['original_max_position_embeddings'] = m.rope_original_len
+    if kind == 'llama3':
+        scaling |= {
+            'low_freq_factor': m.rope_low_freq_factor,
+            'high_freq_factor': m.rope_high_freq_factor,
+        }
     if kind == 'yarn':
         scaling |= {'beta_fast': m.rope_beta_fast, 'beta_slow': m.rope_beta_slow}
+        if not m.rope_truncate:
+            scaling['truncate'] = False
         if m.rope_attention_factor:
             scaling['attention_factor'] = m.rope_attention_factor
         if m.rope_mscale_all_dim:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from config import ConfigError, ModelConfig
@@ -61,7 +61,9 @@ def exported_config(
     source = json.loads(files[CONFIG]) if CONFIG in files else {}
     if source.get('model_type') in family.model_types:
         there = family.model_fields(Released(source, CONFIG))
-        if all(getattr(m, name) == there.get(name, getattr(m, name)) for name in counting(m, there)):
+        if all(
+            getattr(m, name) == there.get(name, getattr(m, name)) for name in counting(m, there)
+        ):
             config = source
     if 'num_nextn_predict_layers' in config:
         config['num_nextn_predict_layers'] = 0  # their weights are left out
@@ -69,7 +71,10 @@ def exported_config(
     ids = {name: source[name] for name in tokens if source.get(name) is not None}
     if not source and end >= 0:
         ids = {'eos_token_id': end}
-    return {**config, 'max_position_embeddings': config.get('max_position_embeddings', seq_len)} | ids
+    return {
+        **config,
+        'max_position_embeddings': config.get('max_position_embeddings', seq_len),
+    } | ids
 
 
 def with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
@@ -107,8 +112,3 @@ def check_target(folder: str) -> None:
         raise ConfigError(f'--to_hf={folder} is no local folder: export to one, and copy it')
     if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
         raise ConfigError(f'--to_hf={folder} is there already: name a new folder, or remove it')
-
-
-def text_of(values: Iterable[str]) -> str:
-    """Lists texts for a message."""
-    return ', '.join(values) or 'none'

@@ -140,9 +140,7 @@ def slabs(leaf: Leaf, chunk: list[int]) -> Iterator[Box]:
         yield tuple((i, i + step) for i, step in zip(corner, steps, strict=True))
 
 
-def read_slab(
-    leaf: Leaf, tensors: Mapping[str, Tensor], box: Box, dtype: np.dtype
-) -> np.ndarray:
+def read_slab(leaf: Leaf, tensors: Mapping[str, Tensor], box: Box, dtype: np.dtype) -> np.ndarray:
     """Returns the elements of a leaf in a box of `slabs`."""
     shape = tuple(j - i for i, j in box)
     if not leaf.names:

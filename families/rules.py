@@ -211,9 +211,7 @@ def declared_leaves(declared: Tree) -> dict[str, tuple[tuple[str, ...], Param]]:
     found = jax.tree_util.tree_flatten_with_path(declared, is_leaf=is_param)[0]
     paths = [tuple(entry.key for entry in keys) for keys, _ in found]
     names = leaf_names(map_params(lambda p: 0, declared))  # in the same order
-    return {
-        name: (path, param) for name, path, (_, param) in zip(names, paths, found, strict=True)
-    }
+    return {name: (path, param) for name, path, (_, param) in zip(names, paths, found, strict=True)}
 
 
 def layer_numbers(cfg: ModelConfig, group: str, name: str) -> list[int]:
@@ -258,12 +256,16 @@ def copy(out: np.ndarray, x: np.ndarray) -> None:
     if out.dtype == x.dtype:  # NumPy moves plain words faster than bfloat16
         words = np.dtype(f'u{x.dtype.itemsize}')
         out, x = out.view(words), x.view(words)
-    fast = [int(np.argmin([s if n > 1 else math.inf for s, n in zip(y.strides, y.shape, strict=True)]))
-            for y in (out, x) if y.ndim]  # fmt: skip
-    if len({*fast}) < 2 or 0 in x.shape:
+    fast = {fastest(out), fastest(x)}
+    if len(fast) < 2 or 0 in x.shape:
         out[...] = x
         return
     steps = [range(0, n, TILE if i in fast else 1) for i, n in enumerate(x.shape)]
     for corner in itertools.product(*steps):
         at = tuple(slice(i, i + (TILE if axis in fast else 1)) for axis, i in enumerate(corner))
         out[at] = x[at]
+
+
+def fastest(x: np.ndarray) -> int:
+    """Returns the dimension along which neighbours are nearest in memory."""
+    return min(range(x.ndim), key=lambda i: (x.shape[i] == 1, x.strides[i]))

@@ -43,4 +43,6 @@ def family_for(m: ModelConfig, name: str = '') -> Family:
             return family
         except ConfigError as error:
             lacks.append(f'{family.name}: {error}')
-    raise ConfigError('no family of released models computes what this model does.\n' + '\n'.join(lacks))
+    raise ConfigError(
+        'no family of released models computes what this model does.\n' + '\n'.join(lacks)
+    )
