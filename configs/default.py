@@ -22,8 +22,10 @@ def get_config() -> ConfigDict:
     m.vocab_size = 4096  # at least the tokenizer's, and divisible by tp
     m.d_model = 256
     m.n_layers = 4
-    m.block = ('dense',)  # layers of a block: 'dense' | 'moe'; blocks are stacked and scanned
-    m.first_dense = 0  # dense layers before the first block
+    # layers of a block: 'dense' | 'moe', or with an attention of their own, 'mla+moe', that may end
+    # in _window and then _nope (no rotary part): 'gqa_window_nope+dense'. Blocks are scanned
+    m.block = ('dense',)
+    m.first_dense = 0  # dense layers before the first block, with its first layer's attention
     m.d_ff = 768  # hidden size of a dense layer's SwiGLU
     m.n_experts = 8  # moe: routed experts
     m.experts_per_token = 2
@@ -53,6 +55,13 @@ def get_config() -> ConfigDict:
     m.n_kv_heads = 4  # gqa: n_heads is multi-head, 1 is multi-query attention
     m.head_dim = 64  # gqa
     m.qk_norm = False  # gqa: RMSNorm of queries and keys
+    m.qk_norm_over = 'head'  # gqa: each head by itself | 'heads': all of them together (OLMo 2)
+    m.rotary_dim = 0  # gqa: the last numbers of a head, which rotate; 0: all (GLM-4.5: half)
+    m.window = 0  # positions that a query of a _window layer sees, its own included
+    m.attention_sinks = False  # a trained score per head, which takes its share (gpt-oss)
+    m.attention_gate = False  # heads' outputs times the sigmoid of a projection (Qwen3-Next)
+    m.attention_bias = 'none'  # gqa: biases of 'qkv' (Qwen2) | 'qkvo' (gpt-oss)
+    m.norms = 'before'  # RMSNorm of each part's input | 'after': of its output (OLMo 2)
     m.q_rank = 0  # mla: size of the query's latent; 0: no latent
     m.kv_rank = 64  # mla: size of the latent of keys and values
     m.nope_dim = 32  # mla: head size of the part without position

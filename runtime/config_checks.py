@@ -11,10 +11,20 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from config import REMAT_NAMES, ConfigError, divisors, flat, indivisible
+from config import (
+    NOPE,
+    REMAT_NAMES,
+    WINDOW,
+    ConfigError,
+    divisors,
+    flat,
+    indivisible,
+    layer_kind,
+    model_kinds,
+)
 from configs import default
 from data import source_errors
-from layers.attention import ATTENTION, attention_sizes
+from layers.attention import ATTENTION
 from layers.attention_kernels import ATTENTION_KERNELS
 from layers.context_parallel import STYLES
 from layers.expert_kernels import EXPERT_KERNELS
@@ -23,7 +33,7 @@ from layers.moe import GROUP_SCORES
 from layers.rope_scaling import REFUSED, SCALINGS
 from machine.chips import CHIPS
 from machine.config_flag import RECORDS
-from model import FEED_FORWARD, REMAT
+from model import FEED_FORWARD, REMAT, kernel_layers
 from optimizer import COEFFICIENTS, OPTIMIZERS, SCALES
 from parallel import AXES, CP, DP, EP, FSDP, PP, TP
 from pipeline.schedules import NAMES
@@ -62,7 +72,7 @@ RANGES: dict[str, tuple[float, float]] = {
         ('optimizer.warmup_steps', 'optimizer.decay_steps', 'eval.every', 'eval.batches',
          'log.every', 'log.loads_every', 'log.sample_every', 'checkpoint.every', 'checkpoint.keep',
          'checkpoint.keep_every', 'guard.max_skips', 'model.first_dense', 'model.n_shared_experts',
-         'model.q_rank'),
+         'model.q_rank', 'model.window', 'model.rotary_dim'),
         (0, INT32),
     ),
     'model.document_end': (-1, INT32),
@@ -162,6 +172,9 @@ def choice_errors(fields: dict[str, Any]) -> Iterator[str]:
     choices = {
         'compute_dtype': ('float32', 'bfloat16'),
         'model.attention': ATTENTION,
+        'model.attention_bias': ('none', 'qkv', 'qkvo'),
+        'model.norms': ('before', 'after'),
+        'model.qk_norm_over': ('head', 'heads'),
         'model.attention_kernel': names(ATTENTION_KERNELS),
         'model.expert_kernel': names(EXPERT_KERNELS),
         'model.remat': REMAT,
@@ -184,16 +197,19 @@ def choice_errors(fields: dict[str, Any]) -> Iterator[str]:
             yield f'{name}={fields[name]!r} {REFUSED[fields[name]]}; use yarn, linear or llama3'
         elif fields[name] not in allowed:
             yield f'{name}={fields[name]!r} is unknown; use one of {", ".join(allowed)}'
-    lists = {
-        'model.remat_keep': REMAT_NAMES,
-        'model.remat_offload': REMAT_NAMES,
-        'model.block': FEED_FORWARD,
-    }
-    for name, allowed in lists.items():
+    for name in ('model.remat_keep', 'model.remat_offload'):
         for entry in fields[name]:
-            if entry not in allowed:
-                kind = ' kind' if name == 'model.block' else ''
-                yield f'{name} has the unknown{kind} {entry!r}; use {", ".join(allowed)}'
+            if entry not in REMAT_NAMES:
+                yield f'{name} has the unknown {entry!r}; use {", ".join(REMAT_NAMES)}'
+    for entry in fields['model.block']:
+        kind = layer_kind(entry)
+        own = kind.attention in ATTENTION or entry == kind.feed_forward
+        if not own or kind.feed_forward not in FEED_FORWARD:
+            yield (
+                f'model.block has the unknown kind {entry!r}; use {", ".join(FEED_FORWARD)}, or '
+                f'one of them after an attention, {", ".join(ATTENTION)}, with {WINDOW} and then '
+                f"{NOPE} or without, as in 'gqa_window+dense'"
+            )
     for entry in fields['log.writers']:
         if entry not in WRITERS:
             yield (
@@ -294,16 +310,43 @@ def sequence_errors(config: ConfigDict) -> Iterator[str]:
 
 
 def kind_errors(config: ConfigDict) -> Iterator[str]:
-    """Yields the errors of the kinds of layers and kernels that the config names."""
+    """Yields the errors of the kinds of layers and kernels that the config names, each once."""
+    kinds = model_kinds(config.model)
+    layers, found = kernel_layers(config), [*attention_errors(config)]
+    for own, head in layers:
+        found += ATTENTION[own.model.attention].rules(own)
+        found += kernel_errors(ATTENTION_KERNELS, 'attention_kernel', own, head)
+    feed_forwards = dict.fromkeys(layer_kind(kind).feed_forward for kind in kinds)
+    for name in feed_forwards:
+        found += FEED_FORWARD[name].rules(config)
+    if any(FEED_FORWARD[name].routed for name in feed_forwards):
+        found += kernel_errors(EXPERT_KERNELS, 'expert_kernel', *layers[0])
+    yield from dict.fromkeys(found)
+
+
+def attention_errors(config: ConfigDict) -> Iterator[str]:
+    """Yields errors for choices that no layer of the model would read."""
     m = config.model
-    head = attention_sizes(m).key
-    yield from ATTENTION[m.attention].rules(config)
-    yield from kernel_errors(ATTENTION_KERNELS, 'attention_kernel', config, head)
-    kinds = dict.fromkeys((*m.block, *(('dense',) if m.first_dense else ())))
-    for kind in kinds:
-        yield from FEED_FORWARD[kind].rules(config)
-    if any(FEED_FORWARD[kind].routed for kind in kinds):
-        yield from kernel_errors(EXPERT_KERNELS, 'expert_kernel', config, head)
+    kinds = [layer_kind(kind) for kind in model_kinds(m)]
+    windows = any(kind.window for kind in kinds)
+    if windows and not m.window:
+        yield (
+            f'model.block={tuple(m.block)} has layers with a window, and model.window=0; give the '
+            f'positions that a query sees, its own included'
+        )
+    if m.window and not windows:
+        yield (
+            f'model.window={m.window} is for layers that end in {WINDOW}, and model.block='
+            f"{tuple(m.block)} has none; name them, as in '{m.attention}{WINDOW}+dense', or use 0"
+        )
+    of_gqa = {'rotary_dim': 0, 'qk_norm_over': 'head'}
+    if all((kind.attention or m.attention) != 'gqa' for kind in kinds):
+        for field, default_value in of_gqa.items():
+            if m[field] != default_value:
+                yield (
+                    f"model.{field}={m[field]!r} is for 'gqa', which is not among the layers of "
+                    f'model.block={tuple(m.block)}; use {default_value!r}'
+                )
 
 
 def remat_errors(config: ConfigDict) -> Iterator[str]:
@@ -386,7 +429,7 @@ def check_all_devices(config: ConfigDict, n_devices: int, n_processes: int = 1) 
 
 def is_routed(config: ConfigDict) -> bool:
     """Returns whether the model's blocks have experts."""
-    return any(FEED_FORWARD[kind].routed for kind in config.model.block)
+    return any(FEED_FORWARD[layer_kind(kind).feed_forward].routed for kind in config.model.block)
 
 
 def larger(config: ConfigDict, axis: str, n_devices: int) -> str:

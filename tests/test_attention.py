@@ -13,13 +13,14 @@ from common import cpu_model, on_one_device, small_config
 
 from config import ModelConfig
 from layers import attention_kernels, kernels
-from layers.attention import ATTENTION, attention_sizes, positions, rope, rope_table
+from layers.attention import ATTENTION, attention_sizes, positions, rope_table
 from layers.attention_kernels import (
     ATTENTION_KERNELS,
     causal_attention,
     cudnn_attention,
     splash_attention,
 )
+from layers.rope import rope
 from layers.rope_scaling import (
     attention_scale,
     rope_attention_factor,
@@ -121,7 +122,7 @@ def test_auto_is_the_kernel_of_the_platform():
         config = small_config()
         config.model.attention_block = config.seq_len = 128
         config.update({'check_vma': False, 'compute_dtype': 'bfloat16'} | changes)
-        return kernels.choose(ATTENTION_KERNELS, name, config, head, platform)
+        return kernels.choose(ATTENTION_KERNELS, name, [(config, head)], platform)
 
     assert choose('auto', 'tpu') == 'splash'
     assert choose('auto', 'gpu') == 'cudnn'
@@ -183,7 +184,7 @@ def test_kernels_with_a_causal_mask_of_their_own_refuse_another(
     assert len(errors) == 1
     assert f"attention_kernel='{kernel}'" in errors[0]
     assert "use the kernel 'blockwise'" in errors[0]
-    assert kernels.choose(ATTENTION_KERNELS, 'auto', config, 128, platform) == 'blockwise'
+    assert kernels.choose(ATTENTION_KERNELS, 'auto', [(config, 128)], platform) == 'blockwise'
 
 
 def test_attention_block_must_divide():
@@ -245,7 +246,7 @@ def test_positions_start_anew_after_the_end_of_a_document():
     config.model.document_end = 9
     cfg = cpu_model(config)
     ids = jnp.array([[1, 2, 9, 9, 3, 4, 9, 5]])
-    got = positions(ids, cfg)
+    got = on_one_device(lambda ids: positions(ids, cfg))(ids)
     np.testing.assert_array_equal(got.documents, [[0, 0, 0, 1, 2, 2, 2, 3]])
     want = rope_table(cfg, jnp.array([0, 1, 2, 0, 0, 1, 2, 0]))
     np.testing.assert_array_equal(got.cos[0, 0], want.cos)

@@ -94,7 +94,7 @@ def deferred() -> Example:
 
 
 EXAMPLES: dict[str, Callable[[], Example]] = {
-    'layers.attention._rotate': rotation,
+    'layers.rope._rotate': rotation,
     'layers.attention_kernels.causal_attention': attention,
     'layers.context_parallel.ring_attention': ring,
     'layers.dense._deferred_matmul': deferred,
