@@ -184,7 +184,7 @@ def token_bytes(enc: tiktoken.Encoding) -> np.ndarray:
 def fingerprint(enc: tiktoken.Encoding) -> str:
     """Returns 32 hex digits over all that decides the ids: pattern, tokens, special tokens."""
     if isinstance(enc, hub_tokenizer.HubEncoding):
-        return enc.fingerprint()
+        return enc.fingerprint
     special = sorted((enc.encode_single_token(s), s) for s in enc.special_tokens_set)
     tokens = [(i, token.hex()) for i, token in _tokens(enc)]
     named = [enc.end_of_text, sorted(enc.in_text)] if isinstance(enc, LocalEncoding) else []

@@ -27,7 +27,7 @@ from corpus.hub_tokenizer import (
     end_of_text,
     found_in_text,
     library,
-    read_content,
+    read_file,
     steps,
 )
 from tokenizer import END_OF_TEXT, checked_encoding, get_encoding, in_text, write_vocabulary
@@ -351,7 +351,7 @@ def parts_of(path: str, end: str = '') -> Parts:
     `end` is the name of the token that ends a document, '' for what the file says. Raises
     ConfigError, with all reasons, if tiktoken would give other ids.
     """
-    content = read_content(path)
+    _, content = read_file(path)
     end = end_of_text(path, content, end)
     if why := reasons(content):
         raise ConfigError(
@@ -460,7 +460,7 @@ def convert(path: str, output: str, end: str = '', texts: Iterable[str] = ()) ->
             f'tables of characters differ: {"; ".join(why)}. {_as_it_is(path)}'
         )
     enc = checked_encoding(output, path, ranks=parts.ranks, **parts.sidecar())
-    hub = HubEncoding(path, read_content(path), parts.end_of_text)
+    hub = HubEncoding(path, read_file(path)[0], parts.end_of_text)
     names = sorted(parts.special_tokens)
     compare(enc, hub, itertools.chain(names, hostile_texts(TEXTS, 0, names), texts))
     write_vocabulary(output, parts.sidecar(), parts.ranks)
@@ -472,9 +472,9 @@ def copy(path: str, output: str, end: str = '') -> tiktoken.Encoding:
 
     Returns its encoding. Raises ConfigError, and writes nothing, if it cannot be used.
     """
-    content = read_content(path)
+    text, content = read_file(path)
     end = end_of_text(path, content, end)
-    HubEncoding(path, content, end)
+    HubEncoding(path, text, end, content)
     beside = os.path.join(os.path.dirname(output), CONFIG)
     if os.path.exists(beside):
         raise ConfigError(f'{beside} exists: choose a folder of its own for --output')

@@ -41,11 +41,12 @@ SPACE = '▁'  # stands for a space in the vocabularies of SentencePiece
 _DECIDING = ('added_tokens', 'normalizer', 'pre_tokenizer', 'model', 'decoder')
 
 
-def read_content(path: str) -> dict[str, Any]:
-    """Returns the content of a tokenizer.json. Raises ConfigError if it is none."""
+def read_file(path: str) -> tuple[str, dict[str, Any]]:
+    """Returns a tokenizer.json as text and as an object. Raises ConfigError if it is none."""
     try:
         with open(path, encoding='utf-8') as f:
-            content = json.load(f)
+            text = f.read()
+        content = json.loads(text)
     except ValueError as error:
         raise ConfigError(f'{path} is damaged ({error}): fetch it again') from error
     except OSError as error:
@@ -55,7 +56,7 @@ def read_content(path: str) -> dict[str, Any]:
             f"{path} is no tokenizer.json of Hugging Face's tokenizers: it has no model. Name such "
             'a file, or NAME.tiktoken if this is the sidecar of one'
         )
-    return content
+    return text, content
 
 
 def added_tokens(content: dict[str, Any]) -> dict[str, int]:
@@ -185,14 +186,14 @@ def library(purpose: str) -> Any:
     return tokenizers
 
 
-def tokenizer_of(content: dict[str, Any], path: str) -> 'tokenizers.Tokenizer':
+def tokenizer_of(path: str, text: str) -> 'tokenizers.Tokenizer':
     """Returns the library's tokenizer, without padding and truncation.
 
     Raises ConfigError if it is not installed, or if it refuses the file.
     """
     module = library(f'the vocabulary {path}')
     try:
-        made = module.Tokenizer.from_str(json.dumps(content))
+        made = module.Tokenizer.from_str(text)
     except Exception as error:  # the library raises Exception itself
         raise ConfigError(f'{path}: tokenizers {module.__version__} refuses it: {error}') from error
     made.no_padding()
@@ -207,13 +208,15 @@ class HubEncoding(tiktoken.Encoding):
     in any text. `token_bytes[i]` is what id i stands for, None if there is no such id.
     """
 
-    def __init__(self, name: str, content: dict[str, Any], end: str):
-        """`content` is that of the file, `end` the name of the token that ends a document."""
-        self.name, self.content, self.end_of_text = name, content, end
+    def __init__(self, name: str, text: str, end: str, content: dict[str, Any] | None = None):
+        """`text` is the file, `content` the object in it, `end` the token that ends a document."""
+        content = content or json.loads(text)
+        self.name, self.end_of_text = name, end
+        self._text, self._content = text, content
         self.in_text = found_in_text(content)
         self._pat_str, self._special_tokens = '', added_tokens(content)
         self._special_token_values = {*self._special_tokens.values()}
-        self._tokenizer = tokenizer_of(content, name)
+        self._tokenizer = tokenizer_of(name, text)
         self._tokenizer.encode_special_tokens = True  # as ordinary text
         self._strips_space = _strips_space(content)
         of_token, of_library = _bytes_of_tokens(name, content), self._tokenizer.get_vocab(True)
@@ -249,7 +252,7 @@ class HubEncoding(tiktoken.Encoding):
         return ids
 
     def __reduce__(self) -> tuple:
-        return HubEncoding, (self.name, self.content, self.end_of_text)
+        return HubEncoding, (self.name, self._text, self.end_of_text)
 
     # Encoding
 
@@ -323,9 +326,10 @@ class HubEncoding(tiktoken.Encoding):
             if token is not None and i not in special
         ]
 
+    @functools.cached_property
     def fingerprint(self) -> str:
-        """Returns 32 hex digits over all that decides the ids, and the end of a document."""
-        parts = [self.content.get(name) for name in _DECIDING]
+        """32 hex digits over all that decides the ids, and the end of a document."""
+        parts = [self._content.get(name) for name in _DECIDING]
         content = json.dumps([parts, self.end_of_text], sort_keys=True)
         return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
@@ -365,7 +369,7 @@ class HubEncoding(tiktoken.Encoding):
         """Returns the text that the tokens of a part stand for, with a space put before it."""
         if self._tokenizer.normalizer:
             text = self._tokenizer.normalizer.normalize_str(text)
-        for step in steps(self.content.get('pre_tokenizer'), 'pretokenizers'):
+        for step in steps(self._content.get('pre_tokenizer'), 'pretokenizers'):
             if step['type'] == 'Metaspace':
                 text = text.replace(' ', SPACE)
                 scheme = step.get('prepend_scheme', 'always')
@@ -377,7 +381,7 @@ class HubEncoding(tiktoken.Encoding):
 
     @functools.cached_property
     def _is_byte_level(self) -> bool:
-        kinds = [step['type'] for step in steps(self.content.get('decoder'), 'decoders')]
+        kinds = [step['type'] for step in steps(self._content.get('decoder'), 'decoders')]
         return kinds == ['ByteLevel']
 
 
@@ -388,5 +392,5 @@ def _any_of(names: Collection[str]) -> str:
 
 def read(name: str, path: str) -> HubEncoding:
     """Returns the encoding of a tokenizer.json. Raises ConfigError if it cannot be used."""
-    content = read_content(path)
-    return HubEncoding(name, content, end_of_text(path, content))
+    text, content = read_file(path)
+    return HubEncoding(name, text, end_of_text(path, content), content)
