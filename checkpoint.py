@@ -26,7 +26,7 @@ from config import ConfigError
 from machine.processes import all_processes, from_process_0
 from storage.leaves import HostLeaf, Tree, check_leaves, copy_to_host, leaf_names
 from storage.metadata import encode_metadata, with_checksums
-from storage.reading import Reader
+from storage.reading import WINDOW_BYTES, Reader
 from storage.steps import DamagedError, NotOwnerError, StepFiles, Steps, listed
 
 UNREADABLE = -2  # instead of a step
@@ -202,14 +202,15 @@ class Checkpointer:
         leaves: list[HostLeaf],
         config: Mapping[str, Any] | None = None,
         data: Mapping[str, Any] | None = None,
+        window: int = WINDOW_BYTES,
     ) -> None:
-        """Saves leaves whose chunks may be made while they are written; returns once the step is
-        committed.
+        """Saves leaves whose chunks may be made while they are written, `window` bytes at a time;
+        returns once the step is committed.
 
         Each chunk is that of one process. Raises as `save` and `wait`; what making a chunk raises
         is the cause of the CheckpointError.
         """
-        self._start(step, lambda: leaves, config, data)
+        self._start(step, lambda: leaves, config, data, window)
         self.wait()
 
     def _start(
@@ -218,6 +219,7 @@ class Checkpointer:
         take: Callable[[], list[HostLeaf]],
         config: Mapping[str, Any] | None,
         data: Mapping[str, Any] | None,
+        window: int = WINDOW_BYTES,
     ) -> None:
         """Writes in the background what `take` returns, once the save before has ended."""
         self.wait()
@@ -230,7 +232,7 @@ class Checkpointer:
         self._saves += 1
         save_id = f'{self._run_id}-{self._saves}'.encode()
         self._give_up.clear()
-        written = self._pool.submit(files.write, leaves, save_id)
+        written = self._pool.submit(files.write, leaves, save_id, window)
         committed = self._pool.submit(self._commit, files, written, metadata, save_id)
         self._saving = Saving(step, written, committed)
 

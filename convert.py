@@ -45,6 +45,7 @@ from storage.stores import local_folder, write_text
 from tokenizer import get_encoding
 
 FLAGS = flags.FLAGS
+WRITING = 256 << 20  # bytes of a checkpoint that are under way at a time
 
 # ---------------------------------------------------------------------------------------------
 # In
@@ -100,7 +101,7 @@ def import_model(folder: str, workdir: str) -> ConfigDict:
         checkpoints.clean()
         lease.hold()
         said += processes.agreed(lambda: keep_files(folder, workdir, config))
-        checkpoints.save_leaves(0, host_leaves(leaves, tensors), config.to_dict())
+        checkpoints.save_leaves(0, host_leaves(leaves, tensors), config.to_dict(), None, WRITING)
     for line in said:
         say(line)
     used = {tensors[name] for leaf in leaves for name in leaf.names.values()}

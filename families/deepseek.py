@@ -111,13 +111,13 @@ def mla_config(m: ModelConfig) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------
 
 
-def expert_fields(r: Released) -> dict[str, Any]:
+def expert_fields(r: Released, attention: str = 'mla') -> dict[str, Any]:
     """Returns the fields of the experts, and the kinds of the layers."""
     r.refuse_unless('moe_layer_freq', [1], 1)
     n = r.need('num_hidden_layers')
     dense = min(r.get('first_k_dense_replace', 0), n)
     return {
-        **blocks(['mla'] * n, ['dense'] * dense + ['moe'] * (n - dense)),
+        **blocks([attention] * n, ['dense'] * dense + ['moe'] * (n - dense)),
         'n_experts': r.get('n_routed_experts') or r.need('num_local_experts'),
         'experts_per_token': r.need('num_experts_per_tok'),
         'd_expert': r.need('moe_intermediate_size'),
@@ -147,16 +147,21 @@ def expert_config(m: ModelConfig) -> dict[str, Any]:
 
 
 def v3_fields(r: Released) -> dict[str, Any]:
+    r.refuse_unless('rope_interleave', [True], True)
+    return mla_fields(r) | expert_fields(r) | sigmoid_fields(r)
+
+
+def sigmoid_fields(r: Released) -> dict[str, Any]:
+    """Returns the fields of V3's router, whose choice has correction biases."""
     r.refuse_unless('scoring_func', ['sigmoid'], 'sigmoid')
     r.refuse_unless('topk_method', ['noaux_tc'], 'noaux_tc')
-    r.refuse_unless('rope_interleave', [True], True)
-    return mla_fields(r) | expert_fields(r) | {
+    return {
         'router': 'sigmoid',
         'normalize_weights': bool(r.get('norm_topk_prob', True)),
         'n_expert_groups': r.get('n_group', 1),
         'n_top_groups': r.get('topk_group', 1),
         'bias_rate': 1e-3,
-    }  # fmt: skip
+    }
 
 
 def v3_config(m: ModelConfig) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """From a checkpoint to a folder in the layout of a released model, a few tensors at a time."""
 
-import itertools
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -12,11 +11,12 @@ import numpy as np
 
 from config import ConfigError
 from families.importing import AHEAD_BYTES, THREADS
-from families.rules import Leaf, fill_tensor, tensor_shape
+from families.rules import Leaf, fill_tensor, row_wise, tensor_shape
 from storage.leaves import Box
 from storage.reading import Reader, windowed
-from storage.safetensors import INDEX, Entry, file_name, index, split, write_file
+from storage.safetensors import INDEX, Entry, file_name, index, nbytes, split, write_file
 
+PIECE_BYTES = 64 << 20
 TYPES = {'float32': np.dtype(np.float32), 'bfloat16': np.dtype(jnp.bfloat16)}
 
 
@@ -28,8 +28,8 @@ class Saved(NamedTuple):
     at: str  # before a leaf's name
     entries: Mapping[str, Any]
 
-    def read(self, leaf: Leaf, place: tuple[int, ...]) -> np.ndarray:
-        """Returns a part of a leaf, by the index of its first dimensions.
+    def read(self, leaf: Leaf, place: tuple[int, ...], rows: slice = slice(None)) -> np.ndarray:
+        """Returns a part of a leaf, by the index of its first dimensions, or some of its rows.
 
         Blocks are [chunks, blocks / chunks, ...] in the checkpoints of pipelines with several
         chunks.
@@ -39,8 +39,10 @@ class Saved(NamedTuple):
         shape = entry['shape']
         if len(shape) > len(leaf.param.shape):
             place = (*divmod(place[0], shape[1]), *place[1:])
-        box: Box = (*((i, i + 1) for i in place), *((0, n) for n in shape[len(place) :]))
-        return self.reader.read_box(name, entry, box).reshape(shape[len(place) :])
+        bounds = [(0, n) for n in shape[len(place) :]]
+        bounds[0] = rows.indices(bounds[0][1])[:2]
+        box: Box = (*((i, i + 1) for i in place), *bounds)
+        return self.reader.read_box(name, entry, box).reshape([j - i for i, j in bounds])
 
     def dtype(self, leaf: Leaf) -> np.dtype:
         """Returns the type of a leaf in the checkpoint."""
@@ -84,13 +86,26 @@ def entry_of(name: str, parts: list[Part], saved: Saved, dtype: str) -> Entry:
     return name, kind, tensor_shape(rule, parts[0].leaf.part)
 
 
-def assemble(entry: Entry, parts: list[Part], saved: Saved) -> np.ndarray:
-    """Returns a tensor of its parts."""
+def pieces(entry: Entry, parts: list[Part]) -> Iterator[tuple[int, slice]]:
+    """Yields the bytes and the rows of pieces in which a tensor is made: it is one, unless rows of
+    the tensor are rows of its leaves."""
+    rows = entry[2][0]
+    step = rows
+    if all(row_wise(part.leaf.rule) for part in parts):
+        step = max(1, rows * PIECE_BYTES // max(nbytes(entry), 1))
+    for i in range(0, rows, step):
+        n = min(step, rows - i)
+        yield nbytes(entry) // rows * n, slice(i, i + n)
+
+
+def assemble(entry: Entry, parts: list[Part], rows: slice, saved: Saved) -> np.ndarray:
+    """Returns rows of a tensor, of its parts."""
     _, dtype, shape = entry
-    out = np.empty(shape, dtype)
+    whole = rows == slice(0, shape[0])
+    out = np.empty((rows.stop - rows.start, *shape[1:]), dtype)
     for leaf, place in parts:
-        x = saved.read(leaf, place).astype(dtype, copy=False)
-        fill_tensor(leaf.rule, out, x)
+        x = saved.read(leaf, place, slice(None) if whole else rows)
+        fill_tensor(leaf.rule, out, x.astype(dtype, copy=False))
     return out
 
 
@@ -112,28 +127,24 @@ def write_weights(
     entries = {name: entry_of(name, parts, saved, dtype) for name, parts in tensors.items()}
     groups = split(entries.values(), most_bytes)
     files = {file_name(i, len(groups)): group for i, group in enumerate(groups)}
-    arrays = made_ahead(list(entries.values()), tensors, saved)
+    made = made_ahead(list(entries.values()), tensors, saved)
     for file, group in files.items():
-        write_file(os.path.join(folder, file), group, itertools.islice(arrays, len(group)))
+        write_file(os.path.join(folder, file), group, made)
     if len(files) > 1:
         with open(os.path.join(folder, INDEX), 'w', encoding='utf-8') as f:
             f.write(index(files))
     return sum(nbytes(entry) for entry in entries.values())
 
 
-def nbytes(entry: Entry) -> int:
-    """Returns the bytes of a tensor."""
-    return int(np.prod(entry[2], dtype=np.int64)) * entry[1].itemsize
-
-
 def made_ahead(
     entries: list[Entry], tensors: Mapping[str, list[Part]], saved: Saved
 ) -> Iterator[np.ndarray]:
-    """Yields the tensors in order, made ahead of what is written."""
+    """Yields the tensors' pieces in order, made ahead of what is written."""
     with ThreadPoolExecutor(THREADS) as pool:
         tasks = (
-            (pool.submit(assemble, entry, tensors[entry[0]], saved), nbytes(entry))
+            (pool.submit(assemble, entry, tensors[entry[0]], rows, saved), size)
             for entry in entries
+            for size, rows in pieces(entry, tensors[entry[0]])
         )
         for task in windowed(tasks, AHEAD_BYTES):
             yield task.result()

@@ -35,7 +35,7 @@ class Family(NamedTuple):
     def model_fields(self, released: Released) -> dict[str, Any]:
         """Returns all fields of `model` that count for a config.json."""
         found = PLAIN | self.fields(released)
-        if 'bias_rate' not in found:
+        if 'router' in found and 'bias_rate' not in found:
             found['bias_rate'] = 0.0  # its routers have no biases to balance with
         return found
 
@@ -77,6 +77,10 @@ def counting(m: ModelConfig, there: Mapping[str, Any]) -> list[str]:
         names -= {*OF_EXPERTS}
     if 'dense' not in kinds:
         names -= {'d_ff'}
+    if not m.qk_norm:
+        names -= {'qk_norm_over'}
+    if m.attention != 'gqa':
+        names -= {'qk_norm', 'qk_norm_over', 'rotary_dim'}
     if m.n_expert_groups == 1:
         names -= {'n_top_groups', 'group_score'}
     return sorted(names | set(ROPE[m.rope_scaling]))

@@ -22,7 +22,8 @@ PLAIN: dict[str, Any] = {
     'first_dense': 0, 'block': ('dense',), 'qk_norm': False, 'rope_scaling': 'none',
     'normalize_weights': True, 'routed_scale': 1.0, 'n_expert_groups': 1, 'n_top_groups': 1,
     'group_score': 'top2', 'n_shared_experts': 0, 'router_bias': False, 'expert_bias': False,
-    'shared_gate': False, 'swiglu_limit': 0.0,
+    'shared_gate': False, 'swiglu_limit': 0.0, 'attention_sinks': False, 'attention_gate': False,
+    'attention_bias': 'none', 'norms': 'before', 'qk_norm_over': 'head', 'rotary_dim': 0,
 }  # fmt: skip
 # Fields that count in every model, and that a family's own fields have to set.
 ALWAYS = ('vocab_size', 'd_model', 'n_layers', 'attention', 'n_heads', 'norm_eps', 'rope_base')
@@ -147,6 +148,8 @@ def gqa_fields(r: Released) -> dict[str, Any]:
 
 def gqa_config(m: ModelConfig) -> dict[str, Any]:
     """Returns the keys of `gqa_fields`."""
+    if m.attention != 'gqa':
+        raise ConfigError(f'model.attention={m.attention!r}, and all of the family have gqa')
     return {'head_dim': m.head_dim, 'num_key_value_heads': m.n_kv_heads}
 
 
@@ -260,6 +263,41 @@ def blocks(attention: list[str], feed_forward: list[str]) -> dict[str, Any]:
     base = attention[0].split('_')[0]
     names = [f if a == base else f'{a}+{f}' for a, f in kinds[first : first + n]]
     return {'first_dense': first, 'block': tuple(names)}
+
+
+def window_fields(r: Released, window: int | None, feed_forward: list[str]) -> dict[str, Any]:
+    """Returns the fields of layers that look back by `window` where layer_types says so, which
+    without layer_types are all."""
+    n = len(feed_forward)
+    if not window:
+        return blocks(['gqa'] * n, feed_forward)
+    names = {'sliding_attention': 'gqa_window', 'full_attention': 'gqa'}
+    types = r.get('layer_types', ['sliding_attention'] * n)
+    if len(types) != n or not set(types) <= names.keys():
+        raise ConfigError(
+            f'{r.where} has layer_types={types}, which this code does not compute; it takes '
+            f'{" and ".join(names)}, one for each of the {n} layers'
+        )
+    kinds = [names[kind] for kind in types]
+    given = {'window': window} if 'gqa_window' in kinds else {}
+    return {**blocks(kinds, feed_forward), **given}
+
+
+def window_config(m: ModelConfig) -> dict[str, Any]:
+    """Returns sliding_window, and layer_types where some layers look back further than others."""
+    kinds = [attention for attention, _ in layer_list(m)]
+    if not set(kinds) <= {'gqa', 'gqa_window'}:
+        raise ConfigError(
+            f'layers have the attention {", ".join(sorted(set(kinds)))}, and those of the family '
+            f'gqa or gqa_window'
+        )
+    if 'gqa_window' not in kinds:
+        return {'sliding_window': None}
+    keys: dict[str, Any] = {'sliding_window': m.window}
+    if 'gqa' in kinds:
+        names = {'gqa_window': 'sliding_attention', 'gqa': 'full_attention'}
+        keys['layer_types'] = [names[kind] for kind in kinds]
+    return keys
 
 
 def layer_list(m: ModelConfig) -> list[tuple[str, str]]:

@@ -9,13 +9,14 @@ from families.family import Family
 from families.fields import (
     Released,
     all_same,
-    blocks,
     common_config,
     common_fields,
     gqa_config,
     gqa_fields,
     rope_config,
     rope_fields,
+    window_config,
+    window_fields,
 )
 from families.rules import Rule
 
@@ -33,8 +34,7 @@ BASE = 1e6  # of the rotation, where config.json has none
 
 
 def fields(r: Released) -> dict[str, Any]:
-    n = r.need('num_hidden_layers')
-    r.refuse_unless('sliding_window', [None])
+    windows = window_fields(r, r.get('sliding_window'), ['moe'] * r.need('num_hidden_layers'))
     moe = {
         'n_experts': r.need('num_local_experts'),
         'experts_per_token': r.need('num_experts_per_tok'),
@@ -42,17 +42,15 @@ def fields(r: Released) -> dict[str, Any]:
         'router': 'softmax',
         'normalize_weights': True,
     }
-    kinds = blocks(['gqa'] * n, ['moe'] * n)
-    return common_fields(r, 1e-5) | gqa_fields(r) | rope_fields(r, BASE) | kinds | moe
+    return common_fields(r, 1e-5) | gqa_fields(r) | rope_fields(r, BASE) | windows | moe
 
 
 def config(m: ModelConfig) -> dict[str, Any]:
     all_same(m, 'moe')
-    return common_config(m) | gqa_config(m) | rope_config(m) | {
+    return common_config(m) | gqa_config(m) | rope_config(m) | window_config(m) | {
         'intermediate_size': m.d_expert,
         'num_local_experts': m.n_experts,
         'num_experts_per_tok': m.experts_per_token,
-        'sliding_window': None,
     }  # fmt: skip
 
 

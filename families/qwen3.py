@@ -3,18 +3,14 @@
 from typing import Any
 
 from config import ModelConfig
-from families import llama
+from families import llama, qwen2
 from families.family import Family
 from families.fields import (
     Released,
     all_same,
-    blocks,
     common_config,
-    common_fields,
     gqa_config,
-    gqa_fields,
     rope_config,
-    rope_fields,
 )
 from families.rules import Rule
 
@@ -27,26 +23,22 @@ HEAD_DIM = 128  # where config.json has none
 
 def attention_fields(r: Released) -> dict[str, Any]:
     """Returns the fields that dense and sparse models have alike."""
-    r.refuse_unless('attention_bias', [False], False)
-    r.refuse_unless('use_sliding_window', [False], False)
-    fields = common_fields(r) | gqa_fields(r) | rope_fields(r)
+    fields = qwen2.attention_fields(r) | llama.bias_fields(r)
     return fields | {'head_dim': r.get('head_dim', HEAD_DIM), 'qk_norm': True}
 
 
 def attention_config(m: ModelConfig) -> dict[str, Any]:
     """Returns the keys of `attention_fields`."""
-    keys = common_config(m) | gqa_config(m) | rope_config(m)
-    return keys | {'attention_bias': False, 'use_sliding_window': False, 'sliding_window': None}
+    return common_config(m) | gqa_config(m) | rope_config(m) | llama.bias_config(m)
 
 
 def fields(r: Released) -> dict[str, Any]:
-    n = r.need('num_hidden_layers')
-    return attention_fields(r) | blocks(['gqa'] * n, ['dense'] * n)
+    return attention_fields(r) | qwen2.windows(r)
 
 
 def config(m: ModelConfig) -> dict[str, Any]:
     all_same(m, 'dense')
-    return attention_config(m)
+    return attention_config(m) | qwen2.windows_config(m)
 
 
 def rules(m: ModelConfig) -> list[Rule]:

@@ -38,6 +38,8 @@ def sparse_fields(r: Released) -> dict[str, Any]:
 def sparse_config(m: ModelConfig) -> dict[str, Any]:
     """Returns the keys of `sparse_fields`."""
     kinds = [kind for _, kind in layer_list(m)]
+    if any(attention != 'gqa' for attention, _ in layer_list(m)):
+        raise ConfigError('a layer has a window or no rotary part, and none of the family has')
     if 'moe' not in kinds:
         raise ConfigError('the model has no experts, and all of the family do')
     return {
@@ -51,11 +53,12 @@ def sparse_config(m: ModelConfig) -> dict[str, Any]:
 
 
 def fields(r: Released) -> dict[str, Any]:
+    r.refuse_unless('use_sliding_window', [False], False)
     return qwen3.attention_fields(r) | sparse_fields(r)
 
 
 def config(m: ModelConfig) -> dict[str, Any]:
-    return qwen3.attention_config(m) | sparse_config(m)
+    return qwen3.attention_config(m) | sparse_config(m) | {'use_sliding_window': False}
 
 
 def rules(m: ModelConfig) -> list[Rule]:

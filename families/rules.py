@@ -63,6 +63,11 @@ def slices(start: int, stop: int, whole: int, step: int = 1) -> Take:
     return Take(tuple(range(start, stop, step)), whole)
 
 
+def rotary_last(size: int, rotary: int) -> Take:
+    """Takes heads whose first `rotary` numbers rotate with those at their end, as here."""
+    return Take((*range(rotary, size), *range(rotary)), size)
+
+
 def halves_of_pairs(before: int, rotary: int) -> Take:
     """Takes `before` numbers as they are; of the `rotary` next, which are rotated in neighbouring
     pairs there, all first ones and then all second ones, as `attention.rope` pairs them."""
@@ -86,7 +91,7 @@ def parse_form(form: str) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]
 def tensor_shape(rule: Rule, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Returns the shape of a tensor, of which a leaf holds a part of this shape."""
     groups, letters = parse_form(rule.form)
-    sizes = dict(zip(letters, shape, strict=True)) | {'1': 1}
+    sizes = dict(zip(letters, shape, strict=True))
     sizes |= {letter: take.whole for letter, take in rule.take.items()}
     return tuple(math.prod(sizes[letter] for letter in group) for group in groups)
 
@@ -94,13 +99,11 @@ def tensor_shape(rule: Rule, shape: tuple[int, ...]) -> tuple[int, ...]:
 def _split(rule: Rule, x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """Returns a view of a tensor with a dimension for each letter, in the leaf's order."""
     groups, letters = parse_form(rule.form)
-    sizes = dict(zip(letters, shape, strict=True)) | {'1': 1}
+    sizes = dict(zip(letters, shape, strict=True))
     sizes |= {letter: take.whole for letter, take in rule.take.items()}
     order = [letter for group in groups for letter in group]
     x = x.reshape([sizes[letter] for letter in order])
-    ones = tuple(i for i, letter in enumerate(order) if letter == '1')
-    kept = [letter for letter in order if letter != '1']
-    return x.squeeze(ones).transpose([kept.index(letter) for letter in letters])
+    return x.transpose([order.index(letter) for letter in letters])
 
 
 def _parts(rule: Rule) -> Iterator[tuple[tuple, tuple]]:

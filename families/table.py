@@ -4,14 +4,28 @@ To add one, write its file and add it here.
 """
 
 from config import ConfigError, ModelConfig
-from families import deepseek, llama, mixtral, qwen3, qwen3_moe
+from families import (
+    deepseek,
+    glm4_moe,
+    gpt_oss,
+    llama,
+    mistral,
+    mixtral,
+    olmo2,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+)
 from families.family import Family
 from families.fields import Released
 
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        llama.FAMILY, qwen3.FAMILY, mixtral.FAMILY, qwen3_moe.FAMILY, deepseek.V3, deepseek.V2,
+        llama.FAMILY, mistral.FAMILY, qwen2.FAMILY, qwen3.FAMILY, olmo2.FAMILY, mixtral.FAMILY,
+        qwen2_moe.FAMILY, qwen3_moe.FAMILY, deepseek.V3, deepseek.V2, glm4_moe.FAMILY,
+        gpt_oss.FAMILY,
     )
 }  # fmt: skip
 

@@ -54,6 +54,7 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
+        """Returns the bytes of its numbers."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self, rows: slice = slice(None)) -> np.ndarray:
@@ -160,7 +161,7 @@ def read_header(file: str) -> dict[str, Tensor]:
             raise damaged(f'its {size:,} bytes do not begin with the length of a header')
         content = f.read(length)
     try:
-        header = json.loads(content.decode())
+        header = json.loads(content.decode(), object_pairs_hook=_distinct)
         if not isinstance(header, dict):
             raise ValueError('it is no object')
     except ValueError as error:
@@ -185,6 +186,15 @@ def read_header(file: str) -> dict[str, Tensor]:
     if begin + end != size:
         raise damaged(f'{size - begin - end:,} bytes behind its tensors belong to none')
     return tensors
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns a JSON object. Raises ValueError if it names something twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f'it names {next(n for n in names if names.count(n) > 1)} twice')
+    return found
 
 
 def _offset(item: tuple[str, Any]) -> tuple[int, int]:
@@ -225,12 +235,11 @@ def split(entries: Iterable[Entry], most_bytes: int) -> list[list[Entry]]:
     files: list[list[Entry]] = []
     size = math.inf
     for entry in entries:
-        nbytes = math.prod(entry[2]) * entry[1].itemsize
-        if size + nbytes > most_bytes:
+        if size + nbytes(entry) > most_bytes:
             files.append([])
             size = 0
         files[-1].append(entry)
-        size += nbytes
+        size += nbytes(entry)
     return files
 
 
@@ -243,8 +252,9 @@ def header(entries: Iterable[Entry]) -> bytes:
     """Returns what stands before the tensors of a file: they begin at a multiple of 8 bytes."""
     content: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
     end = 0
-    for name, dtype, shape in entries:
-        start, end = end, end + math.prod(shape) * dtype.itemsize
+    for entry in entries:
+        name, dtype, shape = entry
+        start, end = end, end + nbytes(entry)
         content[name] = {
             'dtype': NAMES[dtype],
             'shape': list(shape),
@@ -255,21 +265,36 @@ def header(entries: Iterable[Entry]) -> bytes:
     return struct.pack('<Q', len(text)) + text
 
 
-def write_file(path: str, entries: list[Entry], arrays: Iterator[np.ndarray]) -> None:
-    """Writes a file, of the entries' arrays in their order; returns once the disk has it."""
+def nbytes(entry: Entry) -> int:
+    """Returns the bytes of a tensor."""
+    return math.prod(entry[2]) * entry[1].itemsize
+
+
+def write_file(path: str, entries: list[Entry], pieces: Iterator[np.ndarray]) -> None:
+    """Writes a file; returns once the disk has it.
+
+    `pieces` are the entries' arrays in their order, each whole or in parts by its rows. Those of
+    later files are left.
+    """
     with open(path, 'wb') as f:
         f.write(header(entries))
-        for (name, dtype, shape), x in zip(entries, arrays, strict=True):
-            assert (x.dtype, x.shape) == (dtype, shape), f'{name} is written as it was announced'
-            # A transposed view would be written as the memory that is behind it.
-            f.write(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)
+        for entry in entries:
+            name, dtype, shape = entry
+            rest = nbytes(entry)
+            while rest:
+                x = next(pieces)
+                assert (x.dtype, x.shape[1:]) == (dtype, shape[1:]), name
+                assert x.nbytes <= rest, name
+                # A transposed view would be written as the memory that is behind it.
+                f.write(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)
+                rest -= x.nbytes
         f.flush()
         os.fsync(f.fileno())
 
 
 def index(files: Mapping[str, list[Entry]]) -> str:
     """Returns the content of the index of these files."""
-    total = sum(math.prod(s) * t.itemsize for entries in files.values() for _, t, s in entries)
+    total = sum(nbytes(entry) for entries in files.values() for entry in entries)
     where = {name: file for file, entries in files.items() for name, _, _ in entries}
     content = {'metadata': {'total_size': total}, 'weight_map': dict(sorted(where.items()))}
     return json.dumps(content, indent=2) + '\n'

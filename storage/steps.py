@@ -35,7 +35,14 @@ from storage.leaves import (
     zarr_metadata,
 )
 from storage.metadata import METADATA, READABLE, Checksums, checksum
-from storage.reading import DamagedError, Reader, open_leaf, read_end, windowed
+from storage.reading import (
+    WINDOW_BYTES,
+    DamagedError,
+    Reader,
+    open_leaf,
+    read_end,
+    windowed,
+)
 from storage.stores import expanded, local_folder, open_store, store_errors
 
 COMMIT = 'COMMIT'
@@ -89,14 +96,17 @@ class StepFiles:
     # Writing
     # -----------------------------------------------------------------------------------------
 
-    def write(self, leaves: list[HostLeaf], save_id: bytes) -> Checksums:
+    def write(
+        self, leaves: list[HostLeaf], save_id: bytes, window: int = WINDOW_BYTES
+    ) -> Checksums:
         """Writes the chunks of this process, reads the end of each and returns the checksums there.
 
-        Empties `leaves` as it goes. `save_id` is the same on all processes, and new for each save.
+        Empties `leaves` as it goes, with up to `window` bytes under way. `save_id` is the same on
+        all processes, and new for each save.
         """
         self.check_owner()
         ends: dict[tuple[str, int], ts.Future] = {}
-        for write, chunk in windowed(self._writes(leaves)):
+        for write, chunk in windowed(self._writes(leaves), window):
             write.result()
             if chunk:
                 name, place, entry = chunk

@@ -2,9 +2,7 @@
 
 import functools
 import json
-import os
 import pathlib
-import shutil
 from typing import Any
 
 import jax
@@ -14,12 +12,12 @@ import pytest
 from common import TOLERANCE, on_one_device
 
 from checkpoint import Checkpointer
-from config import ModelConfig, model_config, saved_config
+from config import ModelConfig, saved_config
 from convert import export_model, import_model
 from decoding import Sampling, generate
+from families.fields import read_config
 from families.rules import fill_tensor, tensor_shape
 from families.table import family_of
-from families.fields import read_config
 from model import logits, loss, model_for, model_params
 from parallel import Tree, make_mesh, map_params, shardings
 from storage.safetensors import read_folder

@@ -1,4 +1,4 @@
-"""Makes the tiny released models of tests/golden/released/ with transformers, and what they compute.
+"""Makes the tiny released models of golden/released/ with transformers, and what they compute.
 
     pip install torch==2.13.0 transformers==5.24.0 safetensors==0.8.0 && python make_released.py
 
@@ -154,7 +154,7 @@ def computed(model: torch.nn.Module) -> dict[str, np.ndarray]:
     wanted = ('embed_tokens', 'norm', 'q_proj', 'kv_a_proj', 'kv_b_proj', 'o_proj', 'bias', 'sinks',
               'layers.0.mlp.gate_proj', 'gate.weight', 'router', 'shared_expert_gate')  # fmt: skip
     grads = {
-        f'grad/{name}': p.grad.numpy()
+        f'grad/{released(name, model)}': p.grad.numpy()
         for name, p in model.named_parameters()
         if p.grad is not None and 'experts' not in name and any(part in name for part in wanted)
     }
@@ -169,6 +169,12 @@ def computed(model: torch.nn.Module) -> dict[str, np.ndarray]:
         'greedy': row[0, PROMPT:].numpy().astype(np.int32),
         **grads,
     }
+
+
+def released(name: str, model: torch.nn.Module) -> str:
+    """Returns a parameter's name in the files, where transformers has another one in memory."""
+    mixtral = model.config.model_type == 'mixtral'
+    return name.replace('.mlp.', '.block_sparse_moe.') if mixtral else name
 
 
 def main(names: list[str]) -> None:
