@@ -26,7 +26,7 @@ from config import ConfigError
 from machine.processes import all_processes, from_process_0
 from storage.leaves import HostLeaf, Tree, check_leaves, copy_to_host, leaf_names
 from storage.metadata import encode_metadata, with_checksums
-from storage.reading import WINDOW_BYTES, Reader
+from storage.reading import Reader
 from storage.steps import DamagedError, NotOwnerError, StepFiles, Steps, listed
 
 UNREADABLE = -2  # instead of a step
@@ -202,10 +202,10 @@ class Checkpointer:
         leaves: list[HostLeaf],
         config: Mapping[str, Any] | None = None,
         data: Mapping[str, Any] | None = None,
-        window: int = WINDOW_BYTES,
+        window: int = 0,
     ) -> None:
-        """Saves leaves whose chunks may be made while they are written, `window` bytes at a time;
-        returns once the step is committed.
+        """Saves leaves whose chunks may be made while they are written, `window` bytes at a time
+        (0: as many as of another save); returns once the step is committed.
 
         Each chunk is that of one process. Raises as `save` and `wait`; what making a chunk raises
         is the cause of the CheckpointError.
@@ -219,7 +219,7 @@ class Checkpointer:
         take: Callable[[], list[HostLeaf]],
         config: Mapping[str, Any] | None,
         data: Mapping[str, Any] | None,
-        window: int = WINDOW_BYTES,
+        window: int = 0,
     ) -> None:
         """Writes in the background what `take` returns, once the save before has ended."""
         self.wait()

@@ -31,17 +31,17 @@ class DamagedError(Exception):
     """A file of a committed step is missing or damaged; the message names it."""
 
 
-def windowed(items: Iterable[tuple[T, int]], window: int = WINDOW_BYTES) -> Iterator[T]:
+def windowed(items: Iterable[tuple[T, int]], window: int = 0) -> Iterator[T]:
     """Yields the things of (thing, its bytes) in order, but starts later ones first.
 
-    Takes items ahead until they hold more than `window` bytes together.
+    Takes items ahead until they hold more than `window` bytes together; 0 stands for WINDOW_BYTES.
     """
     ahead: deque[tuple[T, int]] = deque()
     size = 0
     for item in items:
         ahead.append(item)
         size += item[1]
-        while size > window:
+        while size > (window or WINDOW_BYTES):
             thing, nbytes = ahead.popleft()
             yield thing
             size -= nbytes

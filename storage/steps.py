@@ -36,7 +36,6 @@ from storage.leaves import (
 )
 from storage.metadata import METADATA, READABLE, Checksums, checksum
 from storage.reading import (
-    WINDOW_BYTES,
     DamagedError,
     Reader,
     open_leaf,
@@ -96,13 +95,11 @@ class StepFiles:
     # Writing
     # -----------------------------------------------------------------------------------------
 
-    def write(
-        self, leaves: list[HostLeaf], save_id: bytes, window: int = WINDOW_BYTES
-    ) -> Checksums:
+    def write(self, leaves: list[HostLeaf], save_id: bytes, window: int = 0) -> Checksums:
         """Writes the chunks of this process, reads the end of each and returns the checksums there.
 
-        Empties `leaves` as it goes, with up to `window` bytes under way. `save_id` is the same on
-        all processes, and new for each save.
+        Empties `leaves` as it goes, with up to `window` bytes under way as in `windowed`.
+        `save_id` is the same on all processes, and new for each save.
         """
         self.check_owner()
         ends: dict[tuple[str, int], ts.Future] = {}

@@ -101,9 +101,8 @@ def lying_offsets(folder: pathlib.Path) -> None:
 
 def beyond_the_end(folder: pathlib.Path) -> None:
     def change(header: dict) -> None:
-        last = max(
-            (x for x in header if x != '__metadata__'), key=lambda x: header[x]['data_offsets']
-        )
+        names = [name for name in header if name != '__metadata__']
+        last = max(names, key=lambda name: header[name]['data_offsets'])
         header[last]['shape'][0] += 1
         header[last]['data_offsets'][1] += 2 * int(np.prod(header[last]['shape'][1:]))
 
@@ -123,10 +122,7 @@ def strange_type(folder: pathlib.Path) -> None:
 
 
 def quantized(folder: pathlib.Path) -> None:
-    def change(header: dict) -> None:
-        header[NORM].update(dtype='F8_E4M3', shape=[32])
-
-    rewrite(file_of(folder, NORM), change)
+    rewrite(file_of(folder, NORM), lambda h: h[NORM].update(dtype='I16'))
 
 
 def unknown(folder: pathlib.Path) -> None:
@@ -179,14 +175,14 @@ def half_config(folder: pathlib.Path) -> None:
         (another_shape, r'model.norm.weight has the shape \[4, 4\] in .*safetensors, .* \[16\]'),
         (
             lying_shape,
-            'safetensors is damaged: the tensor model.norm.weight has the type and shape',
+            'is damaged: the tensor model.norm.weight has the type and shape of 34 bytes',
         ),
         (lying_offsets, r'safetensors is damaged: the tensor .*(overlaps|leaves a gap)'),
         (beyond_the_end, r'safetensors is damaged: the tensor .* ends at byte'),
         (trailing, 'safetensors is damaged: 3 bytes behind its tensors belong to none'),
         (negative, 'safetensors is damaged: its header says of the tensor model.norm.weight'),
         (strange_type, 'safetensors is damaged: the tensor model.norm.weight has the unknown type'),
-        (quantized, r'model.norm.weight has the type float8_e4m3fn in .*safetensors; take a'),
+        (quantized, r'model.norm.weight has the type int16 in .*safetensors; take a'),
         (unknown, r'model.layers.0.extra.weight in .*safetensors belongs to no part'),
         (unknown, 'model.norm.weight is in no file of'),
         (not_in_index, r'safetensors holds the tensor model.norm.weight, which .*index.json lacks'),
@@ -402,7 +398,7 @@ def test_a_run_goes_out_and_in_again_with_the_same_numbers(run, tokens, tmp_path
     train.train(own_config(tokens, model__norm_eps=1e-5), str(tmp_path / 'next'), str(back))
     assert 'model.norm_eps: 1e-06 there, 1e-05 here' in capsys.readouterr().out
     other = own_config(tokens, model__d_ff=96)
-    with pytest.raises(ConfigError, match='another model\n  - model.d_ff: 48 there, 96 here'):
+    with pytest.raises(ConfigError, match=r'another model\n(.*\n)*  - model.d_ff: 48 there, 96'):
         train.train(other, str(tmp_path / 'other'), str(back))
     with pytest.raises(ConfigError, match=rf'released weights.*--init_from={back}'):
         train.train(own_config(tokens), str(back))
@@ -418,16 +414,14 @@ def test_a_config_is_written_for_the_user(release, tmp_path):
 
 
 def test_a_run_that_no_family_computes_is_refused_with_what_differs(run):
-    c = small_run('none', model__attention='mla')
+    c = small_run('none', model__attention_gate=True)
     with pytest.raises(ConfigError) as caught:
         family_for(model_config(c))
     assert all(name in str(caught.value) for name in FAMILIES)
     c = small_run('none', model__attention='gqa', model__qk_norm=True, model__head_dim=8)
     assert family_for(model_config(c)).name == 'qwen3'
     c.model.attention_sinks = True
-    with pytest.raises(
-        ConfigError, match='model.attention_sinks=True, and a qwen3 model has False'
-    ):
+    with pytest.raises(ConfigError, match=r'model.attention_sinks=True, and a qwen3 model has F'):
         family_for(model_config(c), 'qwen3')
 
 
@@ -435,13 +429,13 @@ def test_biases_without_a_tensor_are_refused(tmp_path):
     convert.import_model(str(RELEASED / 'mixtral'), str(tmp_path / 'run'))
     (chunk,) = (tmp_path / 'run/checkpoints/0/arrays').glob('*ffn.bias/c/0/0')
     assert not any(chunk.read_bytes()[:-4])
-    params, cfg = restored(tmp_path / 'run')
+    params, _ = restored(tmp_path / 'run')
     bias = params['blocks']['0_moe']['ffn']['bias']
     params['blocks']['0_moe']['ffn']['bias'] = bias + 1
     with Checkpointer(f'{tmp_path}/run/checkpoints') as checkpoints:
         config = checkpoints.metadata(0)['config']
         checkpoints.save(1, {'params': params}, config)
-    with pytest.raises(ConfigError, match='blocks.0_moe.ffn.bias is not all zeros'):
+    with pytest.raises(ConfigError, match=r'blocks.0_moe.ffn.bias is not all zeros'):
         convert.export_model(str(tmp_path / 'run'), str(tmp_path / 'out'))
 
 
