@@ -44,6 +44,11 @@ class Saved(NamedTuple):
         box: Box = (*((i, i + 1) for i in place), *bounds)
         return self.reader.read_box(name, entry, box).reshape([j - i for i, j in bounds])
 
+    def chunk_rows(self, part: 'Part') -> int:
+        """Returns how many rows of the part a chunk has."""
+        entry = self.entries[self.at + part.leaf.name]
+        return entry['chunk'][len(entry['shape']) - len(part.leaf.part)]
+
     def dtype(self, leaf: Leaf) -> np.dtype:
         """Returns the type of a leaf in the checkpoint."""
         return jnp.dtype(self.entries[self.at + leaf.name]['dtype'])
@@ -86,13 +91,14 @@ def entry_of(name: str, parts: list[Part], saved: Saved, dtype: str) -> Entry:
     return name, kind, tensor_shape(rule, parts[0].leaf.part)
 
 
-def pieces(entry: Entry, parts: list[Part]) -> Iterator[tuple[int, slice]]:
+def pieces(entry: Entry, parts: list[Part], saved: Saved) -> Iterator[tuple[int, slice]]:
     """Yields the bytes and the rows of pieces in which a tensor is made: it is one, unless rows of
-    the tensor are rows of its leaves."""
+    the tensor are rows of its leaves. Then a piece is of whole chunks."""
     rows = entry[2][0]
     step = rows
     if all(row_wise(part.leaf.rule) for part in parts):
-        step = max(1, rows * PIECE_BYTES // max(nbytes(entry), 1))
+        chunk = saved.chunk_rows(parts[0])
+        step = max(1, rows * PIECE_BYTES // max(nbytes(entry), 1) // chunk) * chunk
     for i in range(0, rows, step):
         n = min(step, rows - i)
         yield nbytes(entry) // rows * n, slice(i, i + n)
@@ -144,7 +150,7 @@ def made_ahead(
         tasks = (
             (pool.submit(assemble, entry, tensors[entry[0]], rows, saved), size)
             for entry in entries
-            for size, rows in pieces(entry, tensors[entry[0]])
+            for size, rows in pieces(entry, tensors[entry[0]], saved)
         )
         for task in windowed(tasks, AHEAD_BYTES):
             yield task.result()

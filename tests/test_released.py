@@ -18,14 +18,14 @@ import convert
 import train
 from checkpoint import Checkpointer, CheckpointError
 from config import ConfigError, model_config
-from families import fields
+from families import exporting, fields
 from families.rules import Rule, copy, fill_leaf, fill_tensor, halves_of_pairs
 from families.table import FAMILIES, family_for
 from machine.config_flag import load_config
 from model import model_params
 from parallel import map_params
 from runtime.config_checks import check_fields
-from storage import safetensors
+from storage import leaves, safetensors
 from storage.safetensors import Tensor, read_folder, read_header
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -250,6 +250,37 @@ def test_a_used_workdir_and_a_used_folder_are_refused(release, tmp_path):
         convert.export_model(str(tmp_path / 'none'), str(tmp_path / 'out'))
     with pytest.raises(ConfigError, match='is no local folder'):
         convert.export_model(str(run), 'gs://bucket/out')
+
+
+@pytest.mark.parametrize('name', ['gpt_oss', 'llama31'])
+def test_large_tensors_go_through_memory_in_parts(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(leaves, 'CHUNK_BYTES', 256)
+    monkeypatch.setattr(exporting, 'PIECE_BYTES', 300)
+    sizes = []
+
+    def measured(self: Tensor, *args: Any, read=Tensor.read) -> np.ndarray:
+        sizes.append(self.nbytes if not args or args[0] == slice(None) else 0)
+        return read(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, 'read', measured)
+        convert.import_model(str(RELEASED / name), str(tmp_path / 'run'))
+    want = read_folder(str(RELEASED / name))
+    assert sizes.count(0) > 8  # parts of the embedding at least, which is the largest
+    assert max(sizes) < max(tensor.nbytes for tensor in want.values())
+    made: list[int] = []
+    monkeypatch.setattr(exporting, 'assemble', lambda *a, f=exporting.assemble: noted(made, f(*a)))
+    convert.export_model(str(tmp_path / 'run'), str(tmp_path / 'out'))
+    assert max(made) < max(tensor.nbytes for tensor in want.values())
+    got = read_folder(str(tmp_path / 'out'))
+    assert {n: t.read().tobytes() for n, t in got.items()} == {
+        n: t.read().tobytes() for n, t in want.items()
+    }
+
+
+def noted(sizes: list[int], x: np.ndarray) -> np.ndarray:
+    sizes.append(x.nbytes)
+    return x
 
 
 def test_a_failed_export_leaves_nothing(release, tmp_path, monkeypatch):
