@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import cpu_model, initial_params, small_config
+from common import cpu_model, initial_params, kinds_config, small_config
 from jax import lax
 
 import decoding
@@ -37,6 +37,10 @@ def config_of(name: str) -> ModelConfig:
         config.model.update(q_rank=0, rope_scaling='yarn', rope_factor=4.0)
     if 'capacity' in name:
         config.model.update(capacity_factor=0.5, dropout=0.5)
+    if 'kinds' in name:
+        moe = 'moe' in name
+        config = kinds_config(name.split()[0], moe=moe)
+        config.model.n_layers = 5 if moe else 4
     if 'documents' in name:
         config.model.document_end = 7  # occurs in the prompts
     return cpu_model(config)
@@ -98,6 +102,10 @@ def test_kernels_that_cannot_be_checked_are_for_training():
         pytest.param('gqa documents tied', {'fsdp': 2, 'tp': 4}, marks=pytest.mark.slow),
         ('mla documents', {}),
         pytest.param('gqa multi-query', {'fsdp': 2, 'tp': 2}, marks=pytest.mark.slow),
+        ('gqa kinds documents', {'fsdp': 2, 'tp': 2}),
+        ('mla kinds', {'tp': 4}),
+        pytest.param('both kinds moe', {'pp': 2, 'tp': 2, 'ep': 2}, marks=pytest.mark.slow),
+        pytest.param('mla kinds moe documents', {'dp': 2, 'ep': 2}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -172,6 +180,8 @@ def without_cache(cfg: ModelConfig, prompts: list[list[int]], n: int) -> list[li
         pytest.param('gqa documents', [{}, {'dp': 2, 'pp': 2, 'tp': 2}], marks=pytest.mark.slow),
         pytest.param('mla moe', MESHES, marks=pytest.mark.slow),
         pytest.param('gqa moe', MESHES, marks=pytest.mark.slow),
+        pytest.param('gqa kinds moe', MESHES, marks=pytest.mark.slow),
+        pytest.param('both kinds', [MESHES[0], MESHES[3]], marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -256,6 +266,22 @@ def test_the_cache_holds_what_attention_needs_and_is_updated_in_place():
         assert cached == CONTEXT * cfg.n_layers * numbers
         memory = decode.lower(params_of(cfg), state, rules).compile().memory_analysis()
         assert memory.alias_size_in_bytes >= 4 * cached
+
+
+def test_the_cache_of_a_window_layer_holds_its_window():
+    cfg = decoding_config(config_of('gqa kinds'))
+    rows = jax.ShapeDtypeStruct((2,), np.int32)
+    ids = jax.ShapeDtypeStruct((2, 16), np.int32)
+    run = jax.shard_map(
+        functools.partial(prefill_logits, cfg=cfg, context=CONTEXT),
+        mesh=make_mesh({}),
+        in_specs=(specs(model_params(cfg)), P(ROWS), P(ROWS)),
+        out_specs=(P(AXES), P(None, AXES)),
+    )
+    declared = map_params(lambda p: jax.ShapeDtypeStruct(p.shape, np.float32), model_params(cfg))
+    _, cache = jax.eval_shape(run, declared, ids, rows)
+    shapes = {x.shape for x in jax.tree.leaves(cache)}
+    assert shapes == {(cfg.n_blocks, 2, cfg.n_kv_heads, cfg.window, cfg.head_dim)}
 
 
 @pytest.mark.parametrize(

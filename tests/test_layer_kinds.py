@@ -155,7 +155,7 @@ def test_layers_are_those_of_plain_numpy(kind, model, rotary):
 
     got = np.asarray(on_one_device(forward)(params, x))
     want = numpy_layer(params, x.astype(np.float64), cfg, cfg.window, rotary)
-    assert np.abs(want).mean() > 0.1
+    assert np.abs(want).mean() > 0.03
     np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-4 * np.abs(want).max())
 
 
