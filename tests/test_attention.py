@@ -265,23 +265,28 @@ def test_rope_scaling_keeps_fast_and_slows_slow_pairs():
     assert np.all(np.diff(yarn) < 0)
 
 
-GOLDEN = json.loads((pathlib.Path(__file__).parent / 'golden' / 'yarn.json').read_text())['cases']
+GOLDEN = json.loads((pathlib.Path(__file__).parent / 'golden' / 'rope.json').read_text())['cases']
 
 
 def golden_config(name: str):
     """Returns the config that a golden case's fields mean here."""
     case, config = GOLDEN[name], small_config(GOLDEN[name]['attention'])
-    sizes = {'mla': {'rope_dim': 64, 'nope_dim': 128}, 'gqa': {'head_dim': 128}}
-    config.model.update(sizes[case['attention']], rope_scaling='yarn')
-    names = {'rope_theta': 'rope_base', 'original_max_position_embeddings': 'rope_original_len'}
+    sizes = {'mla': {'rope_dim': 64, 'nope_dim': 128}, 'gqa': {'head_dim': case['head']}}
+    config.model.update(sizes[case['attention']])
+    names = {
+        'rope_theta': 'rope_base',
+        'rope_type': 'rope_scaling',
+        'original_max_position_embeddings': 'rope_original_len',
+    }
     for field, value in case['rope'].items():
         config.model[names.get(field, f'rope_{field}')] = value
     return config
 
 
 @pytest.mark.parametrize('name', GOLDEN)
-def test_yarn_is_that_of_released_models(name):
-    """By the code of transformers: tests/golden/make_yarn.py."""
+def test_scaled_rotations_are_those_of_released_models(name):
+    """By the code of transformers: tests/golden/make_rope.py."""
+    assert not list(rope_rules(golden_config(name)))
     case, cfg = GOLDEN[name], cpu_model(golden_config(name))
     sizes = attention_sizes(cfg)
     np.testing.assert_allclose(rope_frequencies(cfg, sizes.rotary), case['frequencies'], rtol=2e-6)
@@ -306,12 +311,15 @@ def test_yarn_of_all_of_a_head_is_a_factor_on_its_scores():
     np.testing.assert_allclose(*map(scores, cfgs), rtol=1e-5, atol=1e-5)
 
 
-def test_yarn_has_rules():
+def test_scaled_rotations_have_rules():
+    config = golden_config('llama_3_1')
+    config.model.rope_low_freq_factor = 4.0
+    (low,) = rope_rules(config)
+    assert low.startswith('model.rope_low_freq_factor=4.0 and model.rope_high_freq_factor=4.0')
     config = golden_config('qwen')
-    assert not list(rope_rules(config))
-    config.model.update(rope_beta_slow=32.0, rope_base=1.0)
+    config.model.update(rope_beta_slow=33.0, rope_base=1.0)
     slow, base = rope_rules(config)
-    assert slow.startswith('model.rope_beta_slow=32.0 and model.rope_beta_fast=32.0')
+    assert slow.startswith('model.rope_beta_slow=33.0 and model.rope_beta_fast=32.0')
     assert base.startswith('model.rope_base=1.0')
     config.model.rope_scaling = 'linear'
     assert not list(rope_rules(config))
