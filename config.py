@@ -237,10 +237,10 @@ def check_alike(
 ) -> None:
     """Raises ConfigError if the config that `holder` has differs in a field that `fixed` covers.
 
-    `fixed` lists names or beginnings of names; FREE fields may differ.
+    `fixed` lists names or beginnings of names; FREE fields may differ. A field that came later than
+    that config has its default there.
     """
-    check_yarn(old)
-    changed = differences(old, config.to_dict())
+    changed = differences(saved_config(old).to_dict(), config.to_dict())
     changed = [c for c in changed if c[0].startswith(fixed) and c[0] not in FREE]
     if changed:
         raise ConfigError(
