@@ -32,7 +32,7 @@ from layers.moe import (
     route,
     update_biases,
 )
-from parallel import AXES, P, global_sum, init_params, make_mesh, varying
+from parallel import AXES, P, count, global_sum, init_params, make_mesh, varying
 from train_step import setup
 
 
@@ -245,6 +245,18 @@ def check_grouped_swiglu(sizes, kernel, biases, limit):
     assert dw.keys() == want_dw.keys()
     for name, g in dw.items():
         np.testing.assert_allclose(g, want_dw[name], rtol=1e-4, atol=1e-3, err_msg=name)
+
+
+def test_parameters_are_those_counted_by_hand():
+    cfg = layer_config(
+        d_model=7, n_experts=8, experts_per_token=2, d_expert=5, n_shared_experts=3,
+        router_bias=True, expert_bias=True, shared_gate=True,
+    )  # fmt: skip
+    router, gate, correction = 7 * 8 + 8, 7, 8
+    expert, shared = 3 * 7 * 5 + 5 + 5 + 7, 3 * 7 * 15
+    assert count(moe_params(cfg)) == router + gate + correction + shared + 8 * expert
+    active = count(moe_params(cfg), active=True)
+    assert active == router + gate + correction + shared + 2 * expert
 
 
 def test_permute_is_a_gather_both_ways():
