@@ -105,8 +105,6 @@ class ModelConfig:
     rope_mscale: float = 1.0
     rope_mscale_all_dim: float = 0.0
     rope_attention_factor: float = 0.0
-    cp: int = 1
-    cp_style: str = 'ring'
     rope_truncate: bool = True
     rope_low_freq_factor: float = 1.0
     rope_high_freq_factor: float = 4.0
@@ -116,6 +114,8 @@ class ModelConfig:
     expert_bias: bool = False
     shared_gate: bool = False
     swiglu_limit: float = 0.0
+    cp: int = 1
+    cp_style: str = 'ring'
 
     @property
     def n_blocks(self) -> int:
