@@ -205,7 +205,7 @@ def test_attention_memory_grows_linearly():
     assert temp_bytes(2048) < 2.2 * temp_bytes(1024)
 
 
-@pytest.mark.parametrize('scaling', ['none', 'linear', 'yarn'])
+@pytest.mark.parametrize('scaling', ['none', 'linear', 'llama3', 'yarn'])
 def test_rope_depends_on_relative_position_only(scaling):
     config = small_config('gqa')
     config.model.update(rope_scaling=scaling, rope_factor=4.0, head_dim=16)
@@ -220,6 +220,21 @@ def test_rope_depends_on_relative_position_only(scaling):
 
     assert score(7, 3) == pytest.approx(score(107, 103), abs=1e-4)
     assert abs(score(7, 3) - score(7, 4)) > 1e-3
+
+
+def test_latents_have_an_eps_of_their_own():
+    """Both fields are one in latent attention, which has no other norms; 0 means norm_eps."""
+    config, outputs = small_config('mla'), []
+    for eps, latent in ((0.5, 0.0), (1e-6, 0.5), (1e-6, 0.0)):
+        config.model.update(norm_eps=eps, latent_norm_eps=latent)
+        cfg = cpu_model(config)
+        params = init_params(jax.random.key(0), ATTENTION['mla'].params(cfg), make_mesh({}))
+        x = jax.random.normal(jax.random.key(1), (2, 16, cfg.d_model))
+        table = rope_table(cfg, jnp.arange(16))
+        f = on_one_device(lambda p, x, t=table, c=cfg: ATTENTION['mla'].forward(p, x, t, c)[0])
+        outputs.append(np.asarray(f(params, x)))
+    np.testing.assert_array_equal(outputs[0], outputs[1])
+    assert np.abs(outputs[1] - outputs[2]).max() > 1e-3
 
 
 @pytest.mark.parametrize('kind', ['mla', 'gqa'])
