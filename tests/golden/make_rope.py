@@ -33,6 +33,7 @@ GPT_OSS = {
     'rope_type': 'yarn', 'factor': 32.0, 'original_max_position_embeddings': 4096,
     'beta_fast': 32.0, 'beta_slow': 1.0, 'truncate': False, 'rope_theta': 150_000.0,
 }  # fmt: skip
+LONG = QWEN | {'original_max_position_embeddings': 262_144, 'rope_theta': 10_000.0}
 LLAMA_3_1 = {
     'rope_type': 'llama3', 'factor': 8.0, 'original_max_position_embeddings': 8192,
     'low_freq_factor': 1.0, 'high_freq_factor': 4.0, 'rope_theta': 500_000.0,
@@ -99,6 +100,7 @@ if __name__ == '__main__':
             'deepseek_v2_lite': deepseek_v2(DEEPSEEK_V2_LITE),
             'kimi_k2': deepseek_v3(KIMI_K2),
             'qwen': llama(QWEN),
+            'long': llama(LONG),
             'gpt_oss': llama(GPT_OSS, head=64),
             'narrow': llama(NARROW),
             'llama_3_1': llama(LLAMA_3_1),
