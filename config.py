@@ -105,8 +105,6 @@ class ModelConfig:
     rope_mscale: float = 1.0
     rope_mscale_all_dim: float = 0.0
     rope_attention_factor: float = 0.0
-    cp: int = 1
-    cp_style: str = 'ring'
     rope_truncate: bool = True
     rope_low_freq_factor: float = 1.0
     rope_high_freq_factor: float = 4.0
@@ -116,6 +114,8 @@ class ModelConfig:
     expert_bias: bool = False
     shared_gate: bool = False
     swiglu_limit: float = 0.0
+    cp: int = 1
+    cp_style: str = 'ring'
     window: int = 0
     attention_sinks: bool = False
     attention_gate: bool = False
@@ -311,10 +311,10 @@ def check_alike(
 ) -> None:
     """Raises ConfigError if the config that `holder` has differs in a field that `fixed` covers.
 
-    `fixed` lists names or beginnings of names; FREE fields may differ.
+    `fixed` lists names or beginnings of names; FREE fields may differ. A field that came later than
+    that config has its default there.
     """
-    check_yarn(old)
-    changed = differences(old, config.to_dict())
+    changed = differences(saved_config(old).to_dict(), config.to_dict())
     changed = [c for c in changed if c[0].startswith(fixed) and c[0] not in FREE]
     if changed:
         raise ConfigError(

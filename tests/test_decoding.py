@@ -35,6 +35,13 @@ def config_of(name: str) -> ModelConfig:
         config.model.n_kv_heads = 1
     if 'whole query' in name:
         config.model.update(q_rank=0, rope_scaling='yarn', rope_factor=4.0)
+    if 'biases' in name:
+        config.model.update(router_bias=True, expert_bias=True, swiglu_limit=0.5)
+    if 'gate' in name:
+        config.model.update(
+            shared_gate=True, group_score='max', router='softmax', rope_scaling='llama3',
+            rope_factor=4.0, latent_norm_eps=0.01,
+        )  # fmt: skip
     if 'capacity' in name:
         config.model.update(capacity_factor=0.5, dropout=0.5)
     if 'kinds' in name:
@@ -48,7 +55,17 @@ def config_of(name: str) -> ModelConfig:
 
 @functools.cache
 def params_of(cfg: ModelConfig, sizes: tuple = (), chunks: int = 1):
-    return initial_params(cfg, make_mesh(dict(sizes)), chunks=chunks)
+    """Returns initial parameters, but for learned biases, which are random too."""
+
+    def draw(path: tuple, x: jax.Array) -> jax.Array:
+        name = path[-1].key
+        if name not in ('router_bias', 'b_gate', 'b_up', 'b_down'):
+            return x
+        values = np.random.default_rng(len(name)).normal(0, 0.5, x.shape)
+        return jax.device_put(values.astype(np.float32), x.sharding)
+
+    params = initial_params(cfg, make_mesh(dict(sizes)), chunks=chunks)
+    return jax.tree_util.tree_map_with_path(draw, params)
 
 
 @functools.cache
@@ -101,6 +118,7 @@ def test_kernels_that_cannot_be_checked_are_for_training():
         pytest.param('gqa moe', {'fsdp': 2, 'ep': 2}, marks=pytest.mark.slow),
         pytest.param('gqa documents tied', {'fsdp': 2, 'tp': 4}, marks=pytest.mark.slow),
         ('mla documents', {}),
+        ('mla moe gate biases', {'tp': 2, 'ep': 2, 'pp': 2}),
         pytest.param('gqa multi-query', {'fsdp': 2, 'tp': 2}, marks=pytest.mark.slow),
         ('gqa kinds documents', {'fsdp': 2, 'tp': 2}),
         ('mla kinds', {'tp': 4}),

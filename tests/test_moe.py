@@ -8,7 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import batch_at, cpu_model, initial_state, on_mesh, on_one_device, set_up, small_config
+from common import (
+    assert_trees_close,
+    batch_at,
+    cpu_model,
+    initial_state,
+    on_mesh,
+    on_one_device,
+    set_up,
+    small_config,
+)
 
 import train_step
 from layers.expert_kernels import BLOCK, grouped_swiglu
@@ -23,7 +32,7 @@ from layers.moe import (
     route,
     update_biases,
 )
-from parallel import AXES, P, global_sum, init_params, make_mesh, varying
+from parallel import AXES, P, count, global_sum, init_params, make_mesh, varying
 from train_step import setup
 
 
@@ -238,6 +247,18 @@ def check_grouped_swiglu(sizes, kernel, biases, limit):
         np.testing.assert_allclose(g, want_dw[name], rtol=1e-4, atol=1e-3, err_msg=name)
 
 
+def test_parameters_are_those_counted_by_hand():
+    cfg = layer_config(
+        d_model=7, n_experts=8, experts_per_token=2, d_expert=5, n_shared_experts=3,
+        router_bias=True, expert_bias=True, shared_gate=True,
+    )  # fmt: skip
+    router, gate, correction = 7 * 8 + 8, 7, 8
+    expert, shared = 3 * 7 * 5 + 5 + 5 + 7, 3 * 7 * 15
+    assert count(moe_params(cfg)) == router + gate + correction + shared + 8 * expert
+    active = count(moe_params(cfg), active=True)
+    assert active == router + gate + correction + shared + 2 * expert
+
+
 def test_permute_is_a_gather_both_ways():
     x = jax.random.normal(jax.random.key(0), (5, 3))
     index = jnp.array([7, 2, 99, 0, 9, 1])  # copies of rows; one out of range
@@ -358,6 +379,38 @@ def test_balance_loss_is_that_of_another_trainer(case):
     f, loss = route_logits(logits_BTE, cfg, lambda found: found[2]['loss'])
     assert float(loss) == pytest.approx(case['loss'], rel=1e-5)
     np.testing.assert_allclose(jax.grad(f)(logits_BTE), case['gradient'], rtol=1e-4, atol=1e-7)
+
+
+RELEASED = json.loads((pathlib.Path(__file__).parent / 'golden' / 'experts.json').read_text())
+
+
+def arrays(tree):
+    """Returns the arrays of a golden file."""
+    if 'numbers' in tree:
+        return jnp.float32(tree['numbers']).reshape(tree['shape'])
+    return {name: arrays(x) for name, x in tree.items()}
+
+
+@pytest.mark.parametrize('name', RELEASED['cases'])
+def test_layer_is_that_of_released_models(name):
+    """Output, load and gradients by the code of transformers: tests/golden/make_experts.py."""
+    case = RELEASED['cases'][name]
+    alone = {'n_expert_groups': 1, 'n_top_groups': 1, 'routed_scale': 1.0}
+    cfg = layer_config(**RELEASED['sizes'] | alone | case['fields'])
+    params, x_BTD, d_BTD = (arrays(case[part]) for part in ('params', 'x', 'cotangent'))
+    bias = {} if 'bias' in params else {'bias': jnp.zeros(cfg.n_experts)}
+    f = on_one_device(lambda p, x: moe(p, x, cfg))
+
+    def total(params, x_BTD):
+        out_BTD, stats = f(params | bias, x_BTD)
+        return jnp.vdot(out_BTD, d_BTD), (out_BTD, stats['load'])
+
+    (dw, dx), (out_BTD, load) = jax.grad(total, (0, 1), has_aux=True)(params, x_BTD)
+    np.testing.assert_array_equal(load, case['load'])
+    np.testing.assert_allclose(out_BTD, arrays(case['output']), rtol=1e-4, atol=1e-5)
+    bias_gradient = {'bias': 0 * params['bias']} if 'bias' in params else {}
+    want = arrays(case['gradients']) | bias_gradient  # it enters the choice and no weight
+    assert_trees_close(dw | {'x': dx}, want, 1e-5)
 
 
 @pytest.mark.parametrize('normalize', [True, False])

@@ -257,6 +257,69 @@ def test_muon_matches_by_interleaved_stages():
 
 
 # ---------------------------------------------------------------------------------------------
+# Experts and rotations of released models
+# ---------------------------------------------------------------------------------------------
+
+RELEASED = {
+    'gpt_oss': {
+        'router': 'softmax', 'router_bias': True, 'expert_bias': True, 'swiglu_limit': 0.5,
+        'n_shared_experts': 0, 'rope_scaling': 'yarn', 'rope_factor': 4.0, 'rope_truncate': False,
+    },
+    'gated': {
+        'router': 'softmax', 'normalize_weights': False, 'group_score': 'max', 'shared_gate': True,
+        'n_shared_experts': 2, 'rope_scaling': 'llama3', 'rope_factor': 8.0,
+        'rope_original_len': 64, 'latent_norm_eps': 0.01,
+    },
+}  # fmt: skip
+
+
+def check_released(
+    name: str, sizes: tuple[int, ...], check_vma: bool = True, kernel: str = 'blocks', **changes
+) -> None:
+    """Of one device: no schedule, no check, and the loop over blocks."""
+    config = small_config('gqa' if name == 'gpt_oss' else 'mla', moe=True, microbatches=2)
+    config.optimizer.name = 'muon'
+    config.model.update(RELEASED[name], attention_block=2, expert_kernel='blocks', **changes)
+    want = reference(config)
+    config.check_vma, config.model.expert_kernel = check_vma, kernel
+    config.pipeline.schedule = 'zero_bubble'
+    _reference[config.to_json()] = want
+    check(config, sizes)
+
+
+@pytest.mark.parametrize(
+    ('name', 'sizes', 'check_vma', 'kernel'),
+    [
+        ('gpt_oss', (1, 1, 2, 2, 2), True, 'blocks'),
+        ('gated', (1, 2, 2, 1, 1, 2), False, 'ragged_dot'),
+    ],
+    ids=str,
+)
+def test_experts_of_released_models_match(name, sizes, check_vma, kernel):
+    check_released(name, sizes, check_vma, kernel)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', RELEASED)
+@pytest.mark.parametrize(
+    ('sizes', 'check_vma', 'kernel'),
+    [
+        ((1, 2, 2, 2), True, 'blocks'),
+        ((2, 1, 1, 4), True, 'ragged_dot'),
+        ((1, 1, 2, 2, 2), True, 'ragged_dot'),
+        ((1, 1, 2, 2, 1, 2), False, 'pallas'),
+        ((1, 2, 1, 1, 2, 2), True, 'blocks'),
+        ((1, 1, 8), False, 'blocks'),
+    ],
+    ids=str,
+)
+def test_complete_grid_of_released_experts(name, sizes, check_vma, kernel):
+    """With and without a capacity and remat, if not each with each."""
+    changes = {'remat': 'full'} if check_vma else {'capacity_factor': 0.8}
+    check_released(name, sizes, check_vma, kernel, **changes)
+
+
+# ---------------------------------------------------------------------------------------------
 # Context parallelism
 # ---------------------------------------------------------------------------------------------
 
