@@ -184,7 +184,7 @@ def token_bytes(enc: tiktoken.Encoding) -> np.ndarray:
 def fingerprint(enc: tiktoken.Encoding) -> str:
     """Returns 32 hex digits over all that decides the ids: pattern, tokens, special tokens."""
     if isinstance(enc, hub_tokenizer.HubEncoding):
-        return enc.fingerprint
+        return enc.fingerprint()
     special = sorted((enc.encode_single_token(s), s) for s in enc.special_tokens_set)
     tokens = [(i, token.hex()) for i, token in _tokens(enc)]
     named = [enc.end_of_text, sorted(enc.in_text)] if isinstance(enc, LocalEncoding) else []
@@ -577,8 +577,8 @@ def main(words: list[str]) -> None:
             raise ConfigError(f'--end_of_text={args.end_of_text} goes with --from_hf; leave it out')
         if not ((inputs or args.from_hf) and args.output):
             raise ConfigError(
-                'give --input, the text to train on, or --from_hf=tokenizer.json, and '
-                '--output=NAME.tiktoken'
+                'give --input, the text to train on, and --output=NAME.tiktoken; or '
+                '--from_hf=tokenizer.json and --output'
             )
         _check_output(args.output, ('.tiktoken', '.json') if args.from_hf else ('.tiktoken',))
         found, bad = _read_texts(inputs, args.text_field, args.extensions) if inputs else ([], [])

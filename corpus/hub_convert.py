@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import tiktoken
 
 from config import ConfigError
@@ -174,7 +175,7 @@ _FORM = re.compile(
     | (?P<named> \\[pP]\{\w+\} | \\[sSd] )
     | \\[rnt] | \\[^\w\s]
     | (?P<cases> \(\?i: (?: (?: '?(?:[a-z]{1,3} | \[[a-z]+\]) \|?)+ ) \) )
-    | \(\?: | \(\?! | \(\?= | \( | \) | \|
+    | \(\?: | \(\?! | \(\?= | \((?!\?) | \) | \|
     | (?P<repeat> \{\d+(?:,\d*)?\} (?![+?]) | [?*+] [+?]? )
     | [^\\()\[\]{}|?*+.^$\s] | [ ]
     """,
@@ -211,11 +212,12 @@ def _why(rest: str) -> str:
 
 
 def named_classes(pattern: str) -> list[str]:
-    r"""Returns the classes of characters in a pattern: \p{L}, \s, a letter in either case."""
-    found = {*re.findall(r'\\[pP]\{\w+\}|\\[sSd]', pattern)}
-    for group in re.findall(r'\(\?i:([^()]*)\)', pattern):
-        found |= {f'(?i:{letter})' for letter in re.findall('[a-z]', group)}
-    return sorted(found)
+    r"""Returns the classes of characters in a pattern: \p{L}, \s, and letters in either case."""
+    found = {*re.findall(r'\\[pP]\{\w+\}|\\[sd]', pattern.replace(r'\S', r'\s'))}
+    letters = {
+        x for group in re.findall(r'\(\?i:([^()]*)\)', pattern) for x in group if x.isalpha()
+    }
+    return sorted(found) + ([f'(?i:[{"".join(sorted(letters))}])'] if letters else [])
 
 
 def class_differences(pattern: str) -> list[str]:
@@ -224,17 +226,18 @@ def class_differences(pattern: str) -> list[str]:
     All characters of Unicode are tried, since each engine has the tables of one Unicode version.
     """
     module = library('comparing with tiktoken')
-    everything = '\n'.join(chr(i) for i in range(0x110000) if not 0xD800 <= i < 0xE000)
+    everything = ''.join(chr(i) for i in range(0x110000) if not 0xD800 <= i < 0xE000)
     bytes_alone = {bytes([i]): i for i in range(256)}
     found = []
     for name in named_classes(pattern):
-        split = module.pre_tokenizers.Split(module.Regex(name), 'removed', invert=True)
-        there = {c for piece, _ in split.pre_tokenize_str(everything) for c in piece}
+        split = module.pre_tokenizers.Split(module.Regex(f'{name}+'), 'removed', invert=True)
+        there = ''.join(piece for piece, _ in split.pre_tokenize_str(everything))
         enc = tiktoken.Encoding(
-            'class', pat_str=name, mergeable_ranks=bytes_alone, special_tokens={}
+            'class', pat_str=f'{name}+', mergeable_ranks=bytes_alone, special_tokens={}
         )
-        here = {*enc.decode_bytes(enc.encode_ordinary(everything)).decode()}
-        if differing := sorted(there ^ here):
+        kept = enc.encode_to_numpy(everything, disallowed_special=())
+        here = kept.astype(np.uint8).tobytes().decode()
+        if differing := sorted({*there} ^ {*here}):
             some = ', '.join(f'U+{ord(c):04X}' for c in differing[:_NAMED])
             found.append(f'{name} differs in {len(differing)} characters ({some})')
     return found

@@ -9,7 +9,6 @@ Tokens marked special are found in text only where the caller allows it, as ever
 that are not marked so (`in_text`) are part of the vocabulary, and the library always finds them.
 """
 
-import functools
 import hashlib
 import itertools
 import json
@@ -124,6 +123,11 @@ def steps(part: dict[str, Any] | None, plural: str) -> list[dict[str, Any]]:
     return [part]
 
 
+def _is_byte_level(content: dict[str, Any]) -> bool:
+    """Returns True if tokens are written in the alphabet of `byte_of_character`."""
+    return [step['type'] for step in steps(content.get('decoder'), 'decoders')] == ['ByteLevel']
+
+
 def _bytes_of_tokens(path: str, content: dict[str, Any]) -> Callable[[str], bytes]:
     """Returns the function: token of the model -> the bytes that the decoder makes of it.
 
@@ -131,7 +135,7 @@ def _bytes_of_tokens(path: str, content: dict[str, Any]) -> Callable[[str], byte
     """
     decoders = steps(content.get('decoder'), 'decoders')
     kinds = [step['type'] for step in decoders]
-    if kinds == ['ByteLevel']:
+    if _is_byte_level(content):
         byte_of = byte_of_character()
 
         def of_alphabet(token: str) -> bytes:
@@ -212,7 +216,7 @@ class HubEncoding(tiktoken.Encoding):
         """`text` is the file, `content` the object in it, `end` the token that ends a document."""
         content = content or json.loads(text)
         self.name, self.end_of_text = name, end
-        self._text, self._content = text, content
+        self._text, self._content, self._fingerprint = text, content, ''
         self.in_text = found_in_text(content)
         self._pat_str, self._special_tokens = '', added_tokens(content)
         self._special_token_values = {*self._special_tokens.values()}
@@ -326,12 +330,14 @@ class HubEncoding(tiktoken.Encoding):
             if token is not None and i not in special
         ]
 
-    @functools.cached_property
     def fingerprint(self) -> str:
-        """32 hex digits over all that decides the ids, and the end of a document."""
-        parts = [self._content.get(name) for name in _DECIDING]
-        content = json.dumps([parts, self.end_of_text], sort_keys=True)
-        return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+        """Returns 32 hex digits over all that decides the ids, and the end of a document."""
+        if not self._fingerprint:
+            parts = [self._content.get(name) for name in _DECIDING]
+            content = json.dumps([parts, self.end_of_text], sort_keys=True)
+            digest = hashlib.blake2b(content.encode(), digest_size=16)
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
 
     def kept(self, text: str, ids: np.ndarray) -> tuple[int, int]:
         """Returns how many bytes the ids keep of how many, after the file's own normalizer.
@@ -377,12 +383,7 @@ class HubEncoding(tiktoken.Encoding):
                 text = SPACE + text if put and not text.startswith(SPACE) else text
             elif step['type'] == 'ByteLevel' and step.get('add_prefix_space'):
                 text = text if text.startswith(' ') else ' ' + text
-        return text if self._is_byte_level else text.replace(SPACE, ' ')
-
-    @functools.cached_property
-    def _is_byte_level(self) -> bool:
-        kinds = [step['type'] for step in steps(self._content.get('decoder'), 'decoders')]
-        return kinds == ['ByteLevel']
+        return text if _is_byte_level(self._content) else text.replace(SPACE, ' ')
 
 
 def _any_of(names: Collection[str]) -> str:
