@@ -30,9 +30,9 @@ from families.family import Family
 from families.fields import Released, read_config
 from families.importing import check_tensors, host_leaves
 from families.rules import Leaf
-from families.table import FAMILIES, family_for, family_of
+from families.table import check_name, family_for, family_of
 from machine import command, processes
-from machine.memory import memory_use
+from machine.memory import keep_freed_memory, memory_use
 from optimizer import AVERAGE
 from runtime.config_checks import validate
 from runtime.lease import Lease
@@ -181,6 +181,7 @@ def export_model(
     or a release, whose config.json and tokenizer it takes."""
     started = time.perf_counter()
     files.check_target(folder)
+    check_name(family_name)
     with Checkpointer(os.path.join(workdir, CHECKPOINTS)) as checkpoints:
         step = checkpoints.latest_step() if step is None else step
         if step is None:
@@ -256,7 +257,9 @@ def end_of(workdir: str) -> int:
 
 
 def main(_: list[str]) -> None:
-    processes.choose_platform(1)  # weights pass through the host's memory alone
+    keep_freed_memory()
+    processes.choose_platform(0)
+    jax.config.update('jax_platforms', 'cpu')  # weights pass through the host's memory alone
     f = FLAGS
     with command.messages(CheckpointError, DamagedError):
         if bool(f.from_hf) == bool(f.to_hf) or not f.workdir:
@@ -292,8 +295,8 @@ def define_flags() -> None:
     flags.DEFINE_float(
         'shard_gigabytes', 5.0, 'Most of a file, unless one tensor is larger.', lower_bound=1e-6
     )
-    flags.DEFINE_enum(
-        'family', '', ['', *FAMILIES], "Family; by default the release's, or the first that fits."
+    flags.DEFINE_string(
+        'family', '', "Of families/table.py; by default the release's, or the first that fits."
     )
     command.DEFINE_path(
         'like', None, 'Release, or workdir that came from one, whose tokenizer the run has.'

@@ -42,13 +42,18 @@ def family_of(released: Released) -> Family:
     )
 
 
+def check_name(name: str) -> None:
+    """Raises ConfigError for the name of no family; '' is right."""
+    if name and name not in FAMILIES:
+        raise ConfigError(f'--family={name} is no family: use one of {", ".join(FAMILIES)}')
+
+
 def family_for(m: ModelConfig, name: str = '') -> Family:
     """Returns the family of this name, or the first whose models compute what this model does.
 
     Raises ConfigError, with what each of them lacks, if there is none.
     """
-    if name and name not in FAMILIES:
-        raise ConfigError(f'--family={name} is none of families/: use {", ".join(FAMILIES)}')
+    check_name(name)
     lacks = []
     for family in [FAMILIES[name]] if name else FAMILIES.values():
         try:
