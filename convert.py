@@ -1,7 +1,6 @@
 """Brings released weights in, and a run's weights out, in the layout of the Hugging Face hub.
 
     python convert.py --from_hf=Llama-3.1-8B --workdir=runs/llama --write_config=configs/mine.py
-    python train.py --config=configs/mine.py --init_from=runs/llama --workdir=runs/mine
     python convert.py --workdir=runs/mine --to_hf=mine --dtype=bfloat16
 
 --from_hf takes a folder with config.json, safetensors files and, if there is one, tokenizer.json;
@@ -45,7 +44,7 @@ from storage.stores import local_folder, write_text
 from tokenizer import get_encoding
 
 FLAGS = flags.FLAGS
-WRITING = 256 << 20  # bytes of a checkpoint that are under way at a time
+WRITING = 512 << 20  # bytes of a checkpoint that are under way at a time
 
 # ---------------------------------------------------------------------------------------------
 # In

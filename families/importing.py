@@ -18,7 +18,7 @@ from storage.leaves import Box, HostLeaf, chunk_shape, chunks_of
 from storage.reading import windowed
 from storage.safetensors import Tensor
 
-THREADS = min(4, os.cpu_count() or 1)  # that read and transpose tensors
+THREADS = 4  # that read and transpose tensors; more than cores, since they wait for the disk
 AHEAD_BYTES = 256 << 20  # of leaves' parts that wait to be written
 PARAMS = 'params'  # the part of a state that is imported
 KEPT = tuple(np.dtype(t) for t in (jnp.bfloat16, np.float16, np.float32))  # float32 holds them
