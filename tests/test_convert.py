@@ -3,27 +3,23 @@
 import functools
 import json
 import pathlib
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import TOLERANCE, on_one_device
+from common import on_one_device
+from common_released import MODELS, RELEASED, close, golden, restored
 
-from checkpoint import Checkpointer
-from config import ModelConfig, saved_config
+from config import ModelConfig
 from convert import export_model, import_model
 from decoding import Sampling, generate
 from families.fields import read_config
 from families.rules import fill_tensor, tensor_shape
 from families.table import family_of
-from model import logits, loss, model_for, model_params
-from parallel import Tree, make_mesh, map_params, shardings
+from model import logits, loss
+from parallel import Tree
 from storage.safetensors import read_folder
-
-RELEASED = pathlib.Path(__file__).parent / 'golden' / 'released'
-MODELS = sorted(path.name for path in RELEASED.iterdir())
 
 
 @pytest.fixture(scope='module')
@@ -37,31 +33,6 @@ def imported(tmp_path_factory):
         return workdir
 
     return make
-
-
-def restored(workdir: pathlib.Path) -> tuple[Tree, ModelConfig]:
-    """Returns the parameters of a workdir in float32 on one device, and their model."""
-    with Checkpointer(f'{workdir}/checkpoints') as checkpoints:
-        config = saved_config(checkpoints.metadata(0)['config'] | {'compute_dtype': 'float32'})
-        cfg = model_for(config, 'cpu')
-        declared = model_params(cfg)
-        wanted = map_params(
-            lambda p, sharding: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=sharding),
-            declared,
-            shardings(declared, make_mesh({})),
-        )
-        return checkpoints.restore(0, {'params': wanted})['params'], cfg
-
-
-def golden(name: str) -> dict[str, np.ndarray]:
-    with np.load(RELEASED / name / 'golden.npz') as values:
-        return dict(values)
-
-
-def close(got: Any, want: np.ndarray, what: str) -> None:
-    got = np.asarray(got, np.float64)
-    error = np.linalg.norm(got - want) / np.linalg.norm(want)
-    assert error < TOLERANCE, f'{what}: relative error {error:.2e}'
 
 
 @pytest.mark.parametrize('name', MODELS)
