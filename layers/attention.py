@@ -70,9 +70,9 @@ class Sizes(NamedTuple):
     gathered: int
     latents: int
     inputs: tuple[int, ...]
-    travels: int
-    travels_cut: bool
-    expansion: int
+    travels: int = 0
+    travels_cut: bool = False
+    expansion: int = 0
 
 
 class Attention(NamedTuple):
