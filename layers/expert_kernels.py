@@ -205,8 +205,9 @@ def by_matmuls(matmul: Callable[..., Array], gradient: Callable[..., Array]) -> 
             'w_down': gradient(h_Xf, dy_XD, sizes_e),
         }
         sides = dict(zip(BIASES, (dgate_Xf, dup_Xf, dy_XD), strict=True))
-        db = {name: _sum_groups(d, sizes_e) for name, d in sides.items() if name in w}
-        return dx_XD, dw | db
+        ones_X1 = jnp.ones_like(x_XD[:, :1])  # a bias is a matrix for one number, which is 1
+        db = {name: gradient(ones_X1, d, sizes_e)[:, 0] for name, d in sides.items() if name in w}
+        return dx_XD, dw | {name: g.astype(w[name].dtype) for name, g in db.items()}
 
     return Grouped(forward, backward)
 
@@ -215,15 +216,6 @@ def _groups(x_X: Array, sizes_e: Array) -> Array:
     """Returns the group of each row, int32 [X]; the number of groups for rows of none."""
     ends_e, rows = jnp.cumsum(sizes_e), jnp.arange(len(x_X))
     return jnp.searchsorted(ends_e, rows, side='right', method='compare_all')
-
-
-def _sum_groups(d_Xf: Array, sizes_e: Array) -> Array:
-    """Sums the rows of each group, float32 [E/ep, F/tp], by a matmul: a scatter would add row
-    after row. Rows of no group may hold anything."""
-    group_X, e = _groups(d_Xf, sizes_e), len(sizes_e)
-    d_Xf = jnp.where(group_X[:, None] < e, d_Xf, 0)
-    of_Xe = (group_X[:, None] == jnp.arange(e)).astype(d_Xf.dtype)
-    return jnp.einsum('xe,xf->ef', of_Xe, d_Xf, preferred_element_type=jnp.float32)
 
 
 def _ragged_matmul(x_XD: Array, w_eDf: Array, sizes_e: Array, transposed: bool = False) -> Array:
