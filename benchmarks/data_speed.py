@@ -1,16 +1,17 @@
-"""Throughput of preparing data and of reading batches, beside tiktoken's own in the same run.
+"""Throughput of preparing data and of reading batches, beside a bare tokenizer in the same run.
 
     python benchmarks/data_speed.py
     python benchmarks/data_speed.py --tokenizer=cl100k_base --megabytes=200 --json
+    python benchmarks/data_speed.py --tokenizer=DIR/tokenizer.json
 
 The corpus is the source of Python's standard library, cut into documents of 3,000 characters and
 repeated in other orders, as Parquet where pyarrow is there and as .jsonl otherwise. `raw` is
-tiktoken alone in one process on texts that lie in memory, the faster of its two calls. A job's
-time holds all of it: start of the processes, reading, writing, reading back; `beyond_start` leaves
-out what a job over a few documents takes, which a corpus of some size does not notice. The clock of
-a shared machine drifts, so all are measured in turn, several times; the figures are medians, and
-ratios medians of the ratios of a round. Figures by CPU time, of all processes together, depend less
-on what else the machine does.
+tiktoken alone (tokenizers, for a tokenizer.json) in one process on texts that lie in memory, the
+faster of its two calls. A job's time holds all of it: start of the processes, reading, writing,
+reading back; `beyond_start` leaves out what a job over a few documents takes, which a corpus of
+some size does not notice. The clock of a shared machine drifts, so all are measured in turn,
+several times; the figures are medians, and ratios medians of the ratios of a round. Figures by CPU
+time, of all processes together, depend less on what else the machine does.
 """
 
 import importlib.util

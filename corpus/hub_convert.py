@@ -31,7 +31,8 @@ from corpus.hub_tokenizer import (
     read_file,
     steps,
 )
-from tokenizer import END_OF_TEXT, checked_encoding, get_encoding, in_text, write_vocabulary
+from corpus.vocabulary_files import write_vocabulary
+from tokenizer import END_OF_TEXT, checked_encoding, get_encoding, in_text
 
 # The pattern of a ByteLevel pre-tokenizer with use_regex, GPT-2's.
 BYTE_LEVEL = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"

@@ -21,6 +21,7 @@ from config import ConfigError
 from corpus import hub_convert, hub_tokenizer
 from corpus.hub_convert import parts_of, pattern_reasons, reasons
 from corpus.shards import Split
+from corpus.vocabulary_files import write_vocabulary
 from runtime.sampling import Completion, allowed_tokens
 from runtime.sampling import encode as encode_prompt
 from tokenizer import (
@@ -30,7 +31,6 @@ from tokenizer import (
     fingerprint,
     get_encoding,
     token_bytes,
-    write_vocabulary,
 )
 
 GOLDEN = json.loads((pathlib.Path(__file__).parent / 'golden/tokenizers.json').read_text())
