@@ -30,6 +30,7 @@ from corpus.hub_tokenizer import (
     library,
     read_file,
     steps,
+    tokenizer_of,
 )
 from corpus.vocabulary_files import write_vocabulary
 from tokenizer import END_OF_TEXT, checked_encoding, get_encoding, in_text
@@ -457,6 +458,7 @@ def convert(path: str, output: str, end: str = '', texts: Iterable[str] = ()) ->
     sidecar = output.removesuffix('.tiktoken') + '.json'
     if os.path.exists(sidecar):
         raise ConfigError(f'{sidecar}, the sidecar of --output, exists: choose another name')
+    tokenizer_of(path, read_file(path)[0])  # which refuses a file that is damaged
     parts = parts_of(path, end)
     if why := class_differences(parts.pattern):
         raise ConfigError(

@@ -55,6 +55,16 @@ def read_file(path: str) -> tuple[str, dict[str, Any]]:
             f"{path} is no tokenizer.json of Hugging Face's tokenizers: it has no model. Name such "
             'a file, or NAME.tiktoken if this is the sidecar of one'
         )
+    for token in content.get('added_tokens') or ():
+        if not isinstance(token, dict) or not (
+            isinstance(token.get('content'), str)
+            and isinstance(token.get('id'), int)
+            and token['id'] >= 0
+        ):
+            raise ConfigError(
+                f'{path} is damaged: it adds the token {token!r}, which has no content or no id '
+                'from 0 up: fetch it again'
+            )
     return text, content
 
 

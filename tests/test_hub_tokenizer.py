@@ -350,6 +350,35 @@ def test_a_normalizer_may_change_text_but_not_lose_it(tmp_path):
     assert llama.decode_bytes(encode(llama, '\x01\U0010ffff').tolist()) == '\x01\U0010ffff'.encode()
 
 
+@pytest.mark.parametrize('scheme', ['always', 'first', 'never'])
+def test_unigram_tokens_with_a_space_put_first(scheme, tmp_path):
+    """Nothing is lost with any way to put a space first, and what is lost is counted."""
+    tokenizers = pytest.importorskip('tokenizers')
+    made = tokenizers.Tokenizer(tokenizers.models.Unigram())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    all_bytes = [f'<0x{i:02X}>' for i in range(256)]
+    trainer = tokenizers.trainers.UnigramTrainer(
+        vocab_size=400, special_tokens=['<unk>', '</s>', *all_bytes], unk_token='<unk>',
+        show_progress=False,
+    )  # fmt: skip
+    made.train_from_iterator(TEXTS[:4], trainer)
+    file = json.loads(made.to_str())
+    file['model']['byte_fallback'] = True
+    of_pieces = {'type': 'Metaspace', 'replacement': '▁', 'prepend_scheme': scheme, 'split': True}
+    file['decoder'] = {'type': 'Sequence', 'decoders': [{'type': 'ByteFallback'}, of_pieces]}
+    file['added_tokens'] = [*file['added_tokens'][:2], added('<think>', 400, special=False)]
+    enc = hub(written(tmp_path, file))
+    for text in [*TEXTS, '<think>x<think> y', ' x', '▁']:
+        ids = encode(enc, text)
+        assert enc.by_library(text, False) == (ids.tolist(), enc.decode(ids.tolist()))
+        if len(ids):
+            kept, whole = enc.kept(text, ids[:-1])
+            assert kept < whole
+    file['model']['byte_fallback'] = False
+    with pytest.raises(ConfigError, match='does not give text back'):
+        hub(written(tmp_path, file))
+
+
 def test_fingerprint(tmp_path):
     file = file_of('qwen2')
     paths = [written(tmp_path / name, file) for name in 'ab']
@@ -394,7 +423,9 @@ def test_ids_are_those_of_the_file_where_it_has_gaps(tmp_path):
         ({'decoder': None}, r'its decoder \(none\)'),
         ({'normalizer': {'type': 'Lowercase'}, 'pre_tokenizer': {'type': 'Sequence',
           'pretokenizers': [{'type': 'WhitespaceSplit'}, BYTE_LEVEL]}}, 'does not give text back'),
-        ({'added_tokens': [added('<|endoftext|>', 'x')]}, 'refuses it'),
+        ({'added_tokens': [added('<|endoftext|>', 'x')]}, 'which has no content or no id'),
+        ({'added_tokens': [3]}, 'is damaged: it adds the token 3'),
+        ({'pre_tokenizer': 3}, 'refuses it'),
     ],
 )  # fmt: skip
 def test_files_that_cannot_be_used(tmp_path, changes, problem):
