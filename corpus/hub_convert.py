@@ -463,7 +463,8 @@ def convert(path: str, output: str, end: str = '', texts: Iterable[str] = ()) ->
     if why := class_differences(parts.pattern):
         raise ConfigError(
             f'{path} is no tiktoken encoding with these versions of tiktoken and tokenizers, whose '
-            f'tables of characters differ: {"; ".join(why)}. {_as_it_is(path)}'
+            f'tables of characters differ: {"; ".join(why)}. Update the older of the two (pip '
+            f'install --upgrade tiktoken tokenizers). {_as_it_is(path)}'
         )
     enc = checked_encoding(output, path, ranks=parts.ranks, **parts.sidecar())
     hub = HubEncoding(path, read_file(path)[0], parts.end_of_text)

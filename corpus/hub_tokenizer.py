@@ -383,7 +383,7 @@ class HubEncoding(tiktoken.Encoding):
 
     def _normalized(self, text: str, first: bool) -> str:
         """Returns the text that the tokens of a part stand for, with a space put before it."""
-        if self._tokenizer.normalizer:
+        if self._tokenizer.normalizer is not None:
             text = self._tokenizer.normalizer.normalize_str(text)
         for step in steps(self._content.get('pre_tokenizer'), 'pretokenizers'):
             if step['type'] == 'Metaspace':
