@@ -83,7 +83,8 @@ def end_of_text(path: str, content: dict[str, Any], name: str = '') -> str:
     """Returns the name of the token that ends a document.
 
     It is `name` if given, else eos_token of the tokenizer_config.json beside the file, else the
-    first of ENDS that the file adds. Raises ConfigError if the file has no such token.
+    first of ENDS that the file adds. Raises ConfigError if the file has no such token, or does not
+    mark it as special.
     """
     known, beside = added_tokens(content), os.path.join(os.path.dirname(path), CONFIG)
     source = '--end_of_text'
@@ -104,6 +105,12 @@ def end_of_text(path: str, content: dict[str, Any], name: str = '') -> str:
         raise ConfigError(
             (f'{path} has no token {name!r}, the {source}' if name else f'{path} names no token')
             + f' that ends a document. It adds: {some}. Write {{"eos_token": "NAME"}} into {beside}'
+        )
+    if name in found_in_text(content):
+        raise ConfigError(
+            f'{path} does not mark {name!r} as special, so it would end a document in the middle '
+            f'of any text that holds its name: write "special": true in its entry, or choose '
+            'another token to end a document'
         )
     return name
 

@@ -37,8 +37,8 @@ def read_sidecar(path: str) -> tuple[str, dict[str, int], int | None, dict[str, 
         more = {}
         if {'end_of_text', 'in_text'} & {*content}:
             end, found = content.get('end_of_text', '<|endoftext|>'), content.get('in_text', [])
-            if not isinstance(found, list) or {end, *found} - {*special_tokens}:
-                raise TypeError('end_of_text and the names of in_text are special tokens')
+            if not isinstance(found, list) or {end, *found} - {*special_tokens} or end in found:
+                raise TypeError('end_of_text and in_text are different special tokens')
             more = {'end_of_text': end, 'in_text': found}
     except FileNotFoundError as error:
         raise ConfigError(f'{path} needs {sidecar} beside it, {_SIDECAR_HELP}') from error

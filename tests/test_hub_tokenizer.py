@@ -273,6 +273,9 @@ def test_which_token_ends_a_document(tmp_path):
     file['added_tokens'] = [added('<other>')]
     with pytest.raises(ConfigError, match='names no token that ends a document'):
         parts_of(written(tmp_path / 'e', file))
+    file['added_tokens'] = [added('</s>', special=False)]
+    with pytest.raises(ConfigError, match=r"does not mark '</s>' as special"):
+        parts_of(written(tmp_path / 'e', file))
     (tmp_path / 'a/tokenizer_config.json').write_text('{')
     with pytest.raises(ConfigError, match=r'tokenizer_config\.json cannot be read'):
         parts_of(str(tmp_path / 'a/tokenizer.json'))
@@ -299,7 +302,12 @@ def test_a_sidecar_names_the_end_and_the_tokens_in_text(tmp_path):
     plain = next(iter(encodings.values()))
     assert type(plain) is tiktoken.Encoding  # as without the fields
     sidecar = json.loads((tmp_path / 'own.json').read_text())
-    for bad in ({'end_of_text': '<x>'}, {'in_text': ['<x>']}, {'in_text': 3}):
+    for bad in (
+        {'end_of_text': '<x>'},
+        {'in_text': ['<x>']},
+        {'in_text': 3},
+        {'in_text': ['|||IP_ADDRESS|||'], 'end_of_text': '|||IP_ADDRESS|||'},
+    ):
         (tmp_path / 'own.json').write_text(json.dumps(sidecar | bad))
         with pytest.raises(ConfigError, match=r'own\.json is not valid'):
             get_encoding(path)
