@@ -8,14 +8,10 @@
     python tokenizer.py --input=corpus --vocab_size=4096 --output=NAME.tiktoken
     python tokenizer.py --from_hf=DIR/tokenizer.json --output=NAME.tiktoken
 
-A vocabulary of your own is two files: NAME.tiktoken with a line `base64(token) rank` for each
-token, and NAME.json, its sidecar, with the pattern that splits text into pieces, the special
-tokens, and the number of lines, which tells when NAME.tiktoken was cut short. The sidecar may also
-name the special token that ends a document, if it is not <|endoftext|> (end_of_text), and those
-that any text is searched for (in_text).
+A vocabulary of your own is two files (corpus/vocabulary_files.py): NAME.tiktoken with the tokens,
+and NAME.json, its sidecar, with the pattern that splits text into pieces and the special tokens.
 """
 
-import base64
 import hashlib
 import json
 import os
@@ -30,6 +26,7 @@ from absl import flags
 
 from config import ConfigError
 from corpus import hub_tokenizer
+from corpus.vocabulary_files import read_ranks, read_sidecar, write_vocabulary
 from machine import command
 
 if TYPE_CHECKING:
@@ -49,12 +46,6 @@ _KINDS_OF_CHARACTERS = (
     'aZéßǅΩжʰ東한あع0٣Ⅷ²½_-([])}«».,!?;:\'"#%&*@/\\$+<=>|~^`°©→€'
     '\u0301\u0903\u20dd\t\n\r\v\f\0\x1b\x7f\x85\xa0\u2028\u2029\u3000 '
     '\u200d\ufeff\ue000\u0378\U0001f642\U000e0001\U0010ffff'
-)
-
-_SIDECAR_HELP = (
-    'a JSON object like {"pattern": "\\\\p{L}+|\\\\p{N}{1,3}|[^\\\\p{L}\\\\p{N}]+", '
-    '"special_tokens": {"<|endoftext|>": 100257}}: the regular expression that cuts text into '
-    'pieces, and the id of each special token'
 )
 
 
@@ -217,8 +208,8 @@ def _local_encoding(name: str) -> tiktoken.Encoding:
     """Returns the encoding of a .tiktoken file and its sidecar. Raises as `get_encoding`."""
     path = _found(name)
     try:
-        pattern, special_tokens, n_tokens, more = _read_sidecar(path)
-        ranks = _read_ranks(path)
+        pattern, special_tokens, n_tokens, more = read_sidecar(path)
+        ranks = read_ranks(path)
     except OSError as error:
         raise ConfigError(
             f'{error.filename} cannot be read ({error.strerror}): name a file that can'
@@ -289,65 +280,6 @@ def _loss(enc: tiktoken.Encoding, text: str) -> str:
         f'the pattern {enc._pat_str!r} does not give text back. Of {text[:20]!r}: {problem}. Let '
         'it match every character, for example by |[\\s\\S] at its end'
     )
-
-
-def _read_sidecar(path: str) -> tuple[str, dict[str, int], int | None, dict[str, Any]]:
-    """Returns pattern, special tokens, the number of other tokens if the sidecar has it, and the
-    arguments of a LocalEncoding if it has any of them."""
-    sidecar = path.removesuffix('.tiktoken') + '.json'
-    try:
-        with open(sidecar, encoding='utf-8') as f:
-            content = json.load(f)
-        pattern, special_tokens = content['pattern'], content['special_tokens']
-        if not isinstance(pattern, str) or not all(
-            isinstance(i, int) and i >= 0 for i in special_tokens.values()
-        ):
-            raise TypeError('the pattern is a string, the ids are integers from 0 up')
-        more = {}
-        if {'end_of_text', 'in_text'} & {*content}:
-            end, found = content.get('end_of_text', END_OF_TEXT), content.get('in_text', [])
-            if not isinstance(found, list) or {end, *found} - {*special_tokens}:
-                raise TypeError('end_of_text and the names of in_text are special tokens')
-            more = {'end_of_text': end, 'in_text': found}
-    except FileNotFoundError as error:
-        raise ConfigError(f'{path} needs {sidecar} beside it, {_SIDECAR_HELP}') from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f'{sidecar} is not valid ({type(error).__name__}: {error}): write {_SIDECAR_HELP}'
-        ) from error
-    return pattern, special_tokens, content.get('n_tokens'), more
-
-
-def _read_ranks(path: str) -> dict[bytes, int]:
-    """Returns {token: id} of a .tiktoken file. Raises ConfigError, with the line, if it is bad."""
-    ranks: dict[bytes, int] = {}
-    taken: set[int] = set()
-    with open(path, 'rb') as f:
-        for number, line in enumerate(f, 1):
-            if not line.strip():
-                continue
-            try:
-                encoded, digits = line.split()
-                token, rank = base64.b64decode(encoded, validate=True), int(digits)
-            except ValueError as error:
-                raise ConfigError(
-                    f'{path}, line {number}: a line is `base64(token) rank`, not {line!r}: '
-                    'fetch or write the file again'
-                ) from error
-            if token in ranks or rank in taken or rank < 0:
-                raise ConfigError(
-                    f'{path}, line {number}: tokens and ranks (from 0 up) are distinct, but '
-                    f'{line!r} is not: fetch or write the file again'
-                )
-            ranks[token] = rank
-            taken.add(rank)
-    missing = [i for i in range(256) if bytes([i]) not in ranks]
-    if missing:
-        raise ConfigError(
-            f'{path}: a byte-level vocabulary holds all 256 single bytes, here {len(missing)} are '
-            f'missing, first {missing[0]:#04x}: the file is cut short or of another kind'
-        )
-    return ranks
 
 
 # ---------------------------------------------------------------------------------------------
@@ -489,16 +421,6 @@ def learn_merges(texts: list[str], vocab_size: int) -> 'tokenizers.Tokenizer':
             f'--vocab_size={tokenizer.get_vocab_size() + 1}'
         )
     return tokenizer
-
-
-def write_vocabulary(path: str, sidecar: dict[str, Any], ranks: dict[bytes, int]) -> None:
-    """Writes the sidecar, with the number of tokens, and then the .tiktoken file."""
-    with open(path.removesuffix('.tiktoken') + '.json', 'w', encoding='utf-8') as f:
-        json.dump({**sidecar, 'n_tokens': len(ranks)}, f, indent=2)
-        f.write('\n')
-    with open(path, 'wb') as f:
-        for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-            f.write(base64.b64encode(token) + b' %d\n' % rank)
 
 
 def _read_text(path: str) -> str:

@@ -30,8 +30,10 @@ from corpus.hub_tokenizer import (
     library,
     read_file,
     steps,
+    tokenizer_of,
 )
-from tokenizer import END_OF_TEXT, checked_encoding, get_encoding, in_text, write_vocabulary
+from corpus.vocabulary_files import write_vocabulary
+from tokenizer import END_OF_TEXT, checked_encoding, get_encoding, in_text
 
 # The pattern of a ByteLevel pre-tokenizer with use_regex, GPT-2's.
 BYTE_LEVEL = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -456,11 +458,13 @@ def convert(path: str, output: str, end: str = '', texts: Iterable[str] = ()) ->
     sidecar = output.removesuffix('.tiktoken') + '.json'
     if os.path.exists(sidecar):
         raise ConfigError(f'{sidecar}, the sidecar of --output, exists: choose another name')
+    tokenizer_of(path, read_file(path)[0])  # which refuses a file that is damaged
     parts = parts_of(path, end)
     if why := class_differences(parts.pattern):
         raise ConfigError(
             f'{path} is no tiktoken encoding with these versions of tiktoken and tokenizers, whose '
-            f'tables of characters differ: {"; ".join(why)}. {_as_it_is(path)}'
+            f'tables of characters differ: {"; ".join(why)}. Update the older of the two (pip '
+            f'install --upgrade tiktoken tokenizers). {_as_it_is(path)}'
         )
     enc = checked_encoding(output, path, ranks=parts.ranks, **parts.sidecar())
     hub = HubEncoding(path, read_file(path)[0], parts.end_of_text)

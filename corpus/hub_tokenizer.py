@@ -55,6 +55,16 @@ def read_file(path: str) -> tuple[str, dict[str, Any]]:
             f"{path} is no tokenizer.json of Hugging Face's tokenizers: it has no model. Name such "
             'a file, or NAME.tiktoken if this is the sidecar of one'
         )
+    for token in content.get('added_tokens') or ():
+        if not isinstance(token, dict) or not (
+            isinstance(token.get('content'), str)
+            and isinstance(token.get('id'), int)
+            and token['id'] >= 0
+        ):
+            raise ConfigError(
+                f'{path} is damaged: it adds the token {token!r}, which has no content or no id '
+                'from 0 up: fetch it again'
+            )
     return text, content
 
 
@@ -73,7 +83,8 @@ def end_of_text(path: str, content: dict[str, Any], name: str = '') -> str:
     """Returns the name of the token that ends a document.
 
     It is `name` if given, else eos_token of the tokenizer_config.json beside the file, else the
-    first of ENDS that the file adds. Raises ConfigError if the file has no such token.
+    first of ENDS that the file adds. Raises ConfigError if the file has no such token, or does not
+    mark it as special.
     """
     known, beside = added_tokens(content), os.path.join(os.path.dirname(path), CONFIG)
     source = '--end_of_text'
@@ -94,6 +105,12 @@ def end_of_text(path: str, content: dict[str, Any], name: str = '') -> str:
         raise ConfigError(
             (f'{path} has no token {name!r}, the {source}' if name else f'{path} names no token')
             + f' that ends a document. It adds: {some}. Write {{"eos_token": "NAME"}} into {beside}'
+        )
+    if name in found_in_text(content):
+        raise ConfigError(
+            f'{path} does not mark {name!r} as special, so it would end a document in the middle '
+            f'of any text that holds its name: write "special": true in its entry, or choose '
+            'another token to end a document'
         )
     return name
 
@@ -373,7 +390,7 @@ class HubEncoding(tiktoken.Encoding):
 
     def _normalized(self, text: str, first: bool) -> str:
         """Returns the text that the tokens of a part stand for, with a space put before it."""
-        if self._tokenizer.normalizer:
+        if self._tokenizer.normalizer is not None:
             text = self._tokenizer.normalizer.normalize_str(text)
         for step in steps(self._content.get('pre_tokenizer'), 'pretokenizers'):
             if step['type'] == 'Metaspace':

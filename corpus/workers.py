@@ -19,7 +19,7 @@ from corpus.files import INSTALL
 SHIPPED = (
     'config', 'configs.default', 'corpus.documents', 'corpus.files', 'corpus.hub_tokenizer',
     'corpus.prepare', 'corpus.shards', 'corpus.tally', 'corpus.workers', 'machine.command',
-    'machine.config_flag', 'storage.stores', 'tokenizer',
+    'corpus.vocabulary_files', 'machine.config_flag', 'storage.stores', 'tokenizer',
 )  # fmt: skip
 
 # The path of a socket has at most 107 bytes, of which the names of a session take this away:
