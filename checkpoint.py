@@ -12,6 +12,7 @@ background would run into those of the training step.
 """
 
 import contextlib
+import functools
 import secrets
 import threading
 from collections.abc import Callable, Mapping
@@ -23,8 +24,9 @@ import tensorstore as ts
 
 from config import ConfigError
 from machine.processes import all_processes, from_process_0
-from storage.leaves import Tree, check_leaves, copy_to_host, leaf_names
+from storage.leaves import HostLeaf, Tree, check_leaves, copy_to_host, leaf_names
 from storage.metadata import encode_metadata, with_checksums
+from storage.reading import Reader
 from storage.steps import DamagedError, NotOwnerError, StepFiles, Steps, listed
 
 UNREADABLE = -2  # instead of a step
@@ -192,17 +194,45 @@ class Checkpointer:
         any JSON; `metadata` returns them. Raises CheckpointError if the save before failed,
         ConfigError if the step is there already.
         """
+        self._start(step, functools.partial(copy_to_host, tree), config, data)
+
+    def save_leaves(
+        self,
+        step: int,
+        leaves: list[HostLeaf],
+        config: Mapping[str, Any] | None = None,
+        data: Mapping[str, Any] | None = None,
+        window: int = 0,
+    ) -> None:
+        """Saves leaves whose chunks may be made while they are written, `window` bytes at a time
+        (0: as many as of another save); returns once the step is committed.
+
+        Each chunk is that of one process. Raises as `save` and `wait`; what making a chunk raises
+        is the cause of the CheckpointError.
+        """
+        self._start(step, lambda: leaves, config, data, window)
+        self.wait()
+
+    def _start(
+        self,
+        step: int,
+        take: Callable[[], list[HostLeaf]],
+        config: Mapping[str, Any] | None,
+        data: Mapping[str, Any] | None,
+        window: int = 0,
+    ) -> None:
+        """Writes in the background what `take` returns, once the save before has ended."""
         self.wait()
         files = self._steps.files(step)
         if self._of_process_0(files.is_committed):
             raise ConfigError(f'{self.path} holds step {step} already: remove it to save it again')
-        leaves = copy_to_host(tree)
+        leaves = take()
         metadata = encode_metadata(step, leaves, config, data)
         self._run_id = self._run_id or from_process_0(secrets.randbits(31))
         self._saves += 1
         save_id = f'{self._run_id}-{self._saves}'.encode()
         self._give_up.clear()
-        written = self._pool.submit(files.write, leaves, save_id)
+        written = self._pool.submit(files.write, leaves, save_id, window)
         committed = self._pool.submit(self._commit, files, written, metadata, save_id)
         self._saving = Saving(step, written, committed)
 
@@ -268,10 +298,15 @@ class Checkpointer:
     # Restoring
     # ---------------------------------------------------------------------------------------------
 
+    def reader(self, step: int) -> Reader:
+        """Returns what reads parts of a step's leaves, for programs that need no arrays of jax."""
+        return self._steps.files(step).reader()
+
     def restore(self, step: int, tree: Tree) -> Tree:
         """Returns the leaves that `tree` asks for, by its ShapeDtypeStructs or arrays.
 
-        A leaf that has a sharding becomes a jax array with it, others become numpy arrays. Leaves
+        A leaf that has a sharding becomes a jax array with it, others become numpy arrays. One that
+        was saved in bfloat16 or float16 may be asked for in float32, which holds the same. Leaves
         of the checkpoint that the tree leaves out are not read. Raises ConfigError if there is no
         such step, or a leaf is missing or has another shape or type; CheckpointError, with leaf,
         file and older steps, if on any process a file is missing or damaged.

@@ -18,8 +18,8 @@ import dataclasses
 import functools
 import json
 import operator
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -106,8 +106,30 @@ class ModelConfig:
     rope_mscale: float = 1.0
     rope_mscale_all_dim: float = 0.0
     rope_attention_factor: float = 0.0
+    rope_truncate: bool = True
+    rope_low_freq_factor: float = 1.0
+    rope_high_freq_factor: float = 4.0
+    latent_norm_eps: float = 0.0
+    group_score: str = 'top2'
+    router_bias: bool = False
+    expert_bias: bool = False
+    shared_gate: bool = False
+    swiglu_limit: float = 0.0
     cp: int = 1
     cp_style: str = 'ring'
+    window: int = 0
+    attention_sinks: bool = False
+    attention_gate: bool = False
+    attention_bias: str = 'none'
+    norms: str = 'before'
+    qk_norm_over: str = 'head'
+    rotary_dim: int = 0
+    nope: bool = False  # of the config of one layer (`of_layer`): no rotary part
+
+    @property
+    def first_kind(self) -> str:
+        """The kind of the layers before the blocks."""
+        return first_kind(self.block)
 
     @property
     def n_blocks(self) -> int:
@@ -118,6 +140,67 @@ class ModelConfig:
     def kept_names(self) -> tuple[str, ...]:
         """The REMAT_NAMES whose arrays stay on the device; all of them with remat='dots'."""
         return REMAT_NAMES if self.remat == 'dots' else self.remat_keep
+
+
+class LayerKind(NamedTuple):
+    """What an entry of model.block names. attention: '' where it is that of model.attention."""
+
+    attention: str
+    window: bool
+    nope: bool
+    feed_forward: str
+
+
+WINDOW, NOPE = '_window', '_nope'  # the suffixes of an attention, in this order
+
+
+@functools.cache
+def layer_kind(kind: str) -> LayerKind:
+    """Parses 'dense', or 'gqa_window_nope+dense': attention, its suffixes and feed-forward."""
+    attention, _, feed_forward = kind.rpartition('+')
+    without = attention.removesuffix(NOPE)
+    base = without.removesuffix(WINDOW)
+    return LayerKind(base, base != without, without != attention, feed_forward)
+
+
+def first_kind(block: Sequence[str]) -> str:
+    """Returns the kind of the dense layers before the blocks, which have the attention of a block's
+    first layer."""
+    attention, plus, _ = block[0].rpartition('+')
+    return f'{attention}{plus}dense'
+
+
+@functools.cache
+def of_layer(cfg: ModelConfig, kind: str) -> ModelConfig:
+    """Returns the config of one layer of a model: `attention` is its own, `window` 0 where it has
+    none, and without a rotary part rope_dim is 0."""
+    attention, window, nope, _ = layer_kind(kind)
+    return dataclasses.replace(
+        cfg,
+        attention=attention or cfg.attention,
+        window=cfg.window if window else 0,
+        nope=nope,
+        rope_dim=0 if nope else cfg.rope_dim,
+    )
+
+
+def config_of_layer(config: ConfigDict, kind: str) -> ConfigDict:
+    """Returns a config whose model.attention and model.window are those of one layer."""
+    attention, window, *_ = layer_kind(kind)
+    own = {
+        'attention': attention or config.model.attention,
+        'window': config.model.window if window else 0,
+    }
+    if all(config.model[field] == value for field, value in own.items()):
+        return config
+    config = config.copy_and_resolve_references()
+    config.model.update(own)
+    return config
+
+
+def model_kinds(m: ModelConfig | ConfigDict) -> tuple[str, ...]:
+    """Lists the kinds of layers of a model, each once."""
+    return tuple(dict.fromkeys((*m.block, *((first_kind(m.block),) if m.first_dense else ()))))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,6 +269,7 @@ RENAMED = {'optimizer.schedule': 'optimizer.lr_schedule'}
 OF_ROPE_SCALING = (
     'model.rope_factor', 'model.rope_original_len', 'model.rope_beta_fast', 'model.rope_beta_slow',
     'model.rope_mscale', 'model.rope_mscale_all_dim', 'model.rope_attention_factor',
+    'model.rope_truncate', 'model.rope_low_freq_factor', 'model.rope_high_freq_factor',
 )  # fmt: skip
 
 # The fields that a checkpoint, and the meaning of its step, depend on ...
@@ -228,10 +312,10 @@ def check_alike(
 ) -> None:
     """Raises ConfigError if the config that `holder` has differs in a field that `fixed` covers.
 
-    `fixed` lists names or beginnings of names; FREE fields may differ.
+    `fixed` lists names or beginnings of names; FREE fields may differ. A field that came later than
+    that config has its default there.
     """
-    check_yarn(old)
-    changed = differences(old, config.to_dict())
+    changed = differences(saved_config(old).to_dict(), config.to_dict())
     changed = [c for c in changed if c[0].startswith(fixed) and c[0] not in FREE]
     if changed:
         raise ConfigError(

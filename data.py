@@ -414,7 +414,9 @@ def _define_flags() -> None:
         'further words.',
     )
     flags.DEFINE_list('extensions', [], 'Endings of further files to read as text, as in rst,c.')
-    command.DEFINE_path('tokenizer', None, "A tiktoken name, 'bytes', or a .tiktoken file.")
+    command.DEFINE_path(
+        'tokenizer', None, "A tiktoken name, 'bytes', a .tiktoken file, or a tokenizer.json."
+    )
     command.DEFINE_path('output', None, 'Folder or URL to write.')
     flags.DEFINE_float(
         'validation_share', 0.01, 'Share of the documents held out for validation; 0: none.'

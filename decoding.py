@@ -23,12 +23,26 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 
-from config import ConfigError, ModelConfig
-from layers.attention import ATTENTION, positions, rope_table
-from layers.attention_kernels import ATTENTION_KERNELS, cached_visible
+from config import ConfigError, ModelConfig, of_layer
+from layers.attention import ATTENTION, attention_sizes, rope_table
+from layers.attention_kernels import (
+    ATTENTION_KERNELS,
+    cache_size,
+    cached_positions,
+    cached_visible,
+)
 from layers.expert_kernels import EXPERT_KERNELS
 from layers.kernels import portable
-from model import block_names, embed, head_logits, layer, model_params
+from model import (
+    attention_of,
+    block_names,
+    embed,
+    head_logits,
+    layer,
+    model_params,
+    position_tables,
+    tables_of,
+)
 from parallel import (
     AXES,
     BATCH,
@@ -161,17 +175,18 @@ def run_layers(
     params: Tree,
     x_BtD: Array,
     cache: Tree | None,
-    attend: Callable[[Tree, Array, Tree | None], tuple[Array, Tree]],
+    attend: Callable[[Tree, Array, Tree | None, str], tuple[Array, Tree]],
     cfg: ModelConfig,
 ) -> tuple[Array, Tree]:
-    """Runs all layers in scans over blocks; `attend` takes a layer's parameters, input and cache.
+    """Runs all layers in scans over blocks; `attend` takes a layer's parameters, input, cache and
+    kind.
 
     Returns the last x_BtD, and the arrays that attention keeps, by group, layer of the block and
     name; like the cache's, they are stacked over blocks. The cache is only read: one write after
     the scans leaves it where it is, a write in each layer could make the compiler copy it.
     """
     declared, kept = model_params(cfg, chunks_of(params, cfg)), {}
-    groups = {'first': ('dense',)} if cfg.first_dense else {}
+    groups = {'first': (cfg.first_kind,)} if cfg.first_dense else {}
     for group, kinds in (groups | {'blocks': cfg.block}).items():
         n_blocks = cfg.first_dense if group == 'first' else cfg.n_blocks
         cached = cache[group] if cache else dict.fromkeys(block_names(kinds))
@@ -187,7 +202,7 @@ def run_block(
     declared: Tree,
     x_BtD: Array,
     scanned: tuple[Array, Tree],
-    attend: Callable[[Tree, Array, Tree | None], tuple[Array, Tree]],
+    attend: Callable[[Tree, Array, Tree | None, str], tuple[Array, Tree]],
     kinds: tuple[str, ...],
     cfg: ModelConfig,
 ) -> tuple[Array, Tree]:
@@ -197,7 +212,7 @@ def run_block(
     weights, kept = block_at(blocks, declared, i), {}
     key = jax.random.key(0)  # of dropout, which is off
     for name, kind in zip(block_names(kinds), kinds, strict=True):
-        with_cache = functools.partial(attend, cached=cached[name])
+        with_cache = functools.partial(attend, cached=cached[name], kind=kind)
         x_BtD, kept[name], _ = layer(weights[name], x_BtD, with_cache, key, cfg, kind)
     return x_BtD, kept
 
@@ -208,24 +223,33 @@ def prefill_logits(
     """Computes all positions of prompts at once. ids_BT: int32 [B, T], padded on the right.
 
     Returns the logits after each prompt's last token, float32 [B, V], and the cache: leaves
-    [blocks, B, K, context, H]. Its entries beyond a prompt mean nothing; decoding overwrites each
-    before it is visible.
+    [blocks, B, K, S, H] with S = `cache_size`. Entries of no position of the prompt mean nothing;
+    decoding overwrites each before it is visible.
     """
     T = ids_BT.shape[1]
     block = max(d for d in range(1, cfg.attention_block + 1) if T % d == 0)
     cfg = dataclasses.replace(cfg, attention_block=block)
-    table = positions(ids_BT, cfg)
+    tables = position_tables(ids_BT, cfg)
 
-    def attend(params: Tree, h_BtD: Array, cached: None) -> tuple[Array, Tree]:
-        return ATTENTION[cfg.attention].forward(params, h_BtD, table, cfg)
+    def attend(params: Tree, h_BtD: Array, cached: None, kind: str) -> tuple[Array, Tree]:
+        out_BtD, kept = attention_of(cfg, kind, tables)(params, h_BtD)
+        S = cache_size(context, of_layer(cfg, kind))
+        return out_BtD, jax.tree.map(lambda x: cache_of(x, lengths_B, S), kept)
 
     x_BtD = embed(params['embed'], ids_BT, cfg)
-    x_BtD, kept = run_layers(params, x_BtD, None, attend, cfg)
-    fill = ((0, 0), (0, 0), (0, 0), (0, context - T), (0, 0))
-    cache = jax.tree.map(lambda x: jnp.pad(x, fill), kept)
+    x_BtD, cache = run_layers(params, x_BtD, None, attend, cfg)
     x_BTD = all_gather(x_BtD, TP, 1)
     last_B1D = jnp.take_along_axis(x_BTD, lengths_B[:, None, None] - 1, axis=1)
     return all_gather(head_logits(params, last_B1D, cfg), TP, 2)[:, 0], cache
+
+
+def cache_of(x_BKTH: Array, lengths_B: Array, S: int) -> Array:
+    """Puts the last positions of prompts where `cached_positions` has them: [B, K, S, H]."""
+    T = x_BKTH.shape[2]
+    if T <= S:
+        return jnp.pad(x_BKTH, ((0, 0), (0, 0), (0, S - T), (0, 0)))
+    index_BS = jnp.maximum(cached_positions(lengths_B, S), 0)
+    return jnp.take_along_axis(x_BKTH, index_BS[:, None, :, None], axis=2)
 
 
 def decode_logits(
@@ -234,19 +258,21 @@ def decode_logits(
     """Computes one more token per row, int32 [B], at its position, in a document that started at
     the position `starts`: logits after it, float32 [B, V], and the cache with it."""
     rows, tp = ids_B.shape[0], lax.axis_size(TP)
-    S = jax.tree.leaves(cache)[0].shape[-2]
-    visible_BS = cached_visible(positions_B, starts_B, S, cfg)
 
     def filled(x_B: Array) -> Array:
         return jnp.pad(x_B, (0, -rows % tp), mode='edge')
 
-    table = rope_table(cfg, filled(positions_B - starts_B))
+    since_start = filled(positions_B - starts_B)
+    tables = tables_of(cfg, lambda own: rope_table(own, since_start))
 
-    def attend(params: Tree, h_1tD: Array, cached: Tree) -> tuple[Array, Tree]:
-        return ATTENTION[cfg.attention].decode(params, h_1tD, table, cached, visible_BS, cfg)
+    def attend(params: Tree, h_1tD: Array, cached: Tree, kind: str) -> tuple[Array, Tree]:
+        own, S = of_layer(cfg, kind), jax.tree.leaves(cached)[0].shape[-2]
+        visible_BS = cached_visible(positions_B, starts_B, S, own)
+        table = tables[attention_sizes(own).rotary]
+        return ATTENTION[own.attention].decode(params, h_1tD, table, cached, visible_BS, own)
 
     def write(c: Array, new: Array) -> Array:
-        return c.at[:, jnp.arange(rows), :, positions_B].set(new.swapaxes(0, 1))
+        return c.at[:, jnp.arange(rows), :, positions_B % c.shape[-2]].set(new.swapaxes(0, 1))
 
     x_1tD = embed(params['embed'], filled(ids_B)[None], cfg)
     x_1tD, kept = run_layers(params, x_1tD, cache, attend, cfg)
@@ -381,10 +407,10 @@ def check_prompts(prompts: Sequence[Sequence[int]], context: int, vocab_size: in
 
 def weight_types(declared: Tree, cfg: ModelConfig) -> Tree:
     """Returns the type that each parameter is used in: weights in the compute type; gains, and the
-    router, which decides in float32, in float32."""
+    router and the shared experts' gate, which decide in float32, in float32."""
 
     def leaf(path: tuple, p: Param) -> np.dtype:
-        narrow = p.matrix and path[-1].key != 'router'
+        narrow = p.matrix and path[-1].key not in ('router', 'shared_gate')
         return np.dtype(cfg.compute_dtype if narrow else np.float32)
 
     return jax.tree_util.tree_map_with_path(leaf, declared, is_leaf=is_param)

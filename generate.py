@@ -140,12 +140,12 @@ def read_prompts() -> list[str]:
         if not isinstance(prompt, str) or not prompt:
             raise ConfigError(
                 f'{place}: a prompt is a text that is not empty, and this is {prompt!r}; use '
-                f'{END_OF_TEXT} to start from nothing'
+                f'the end-of-text token, often {END_OF_TEXT}, to start from nothing'
             )
     if not prompts:
         raise ConfigError(
-            f'there is no prompt; give --prompt or a --prompts_file that has one, and '
-            f'{END_OF_TEXT} to start from nothing'
+            f'there is no prompt; give --prompt or a --prompts_file that has one, and the '
+            f'end-of-text token, often {END_OF_TEXT}, to start from nothing'
         )
     return [prompt for _, prompt in prompts]
 

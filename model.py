@@ -11,13 +11,23 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from ml_collections import ConfigDict
 
-from config import ATTENTION_OUTPUT, RESIDUAL, ModelConfig, model_config
-from layers.attention import ATTENTION, Attention, Positions, attention_sizes, positions
+from config import (
+    ATTENTION_OUTPUT,
+    RESIDUAL,
+    ModelConfig,
+    config_of_layer,
+    layer_kind,
+    model_config,
+    model_kinds,
+    of_layer,
+)
+from layers.attention import ATTENTION, Attention, attention_sizes, positions
 from layers.attention_kernels import ATTENTION_KERNELS
 from layers.dense import DENSE, FeedForward, dropout, gain, rms_norm
 from layers.expert_kernels import EXPERT_KERNELS
-from layers.kernels import choose
+from layers.kernels import Layer, choose
 from layers.moe import MOE
+from layers.rope import Positions
 from parallel import (
     CP,
     FSDP,
@@ -52,15 +62,24 @@ def model_for(config: ConfigDict, platform: str, end_of_text: int = -1) -> Model
     `end_of_text`, the token that ends a document of the data, counts with data.isolate_documents.
     """
     cfg = model_config(config)
-    head, end = attention_sizes(cfg).key, cfg.document_end
+    end, layers = cfg.document_end, kernel_layers(config)
     if config.data.isolate_documents and end < 0:
         end = end_of_text
     return dataclasses.replace(
         cfg,
-        attention_kernel=choose(ATTENTION_KERNELS, cfg.attention_kernel, config, head, platform),
-        expert_kernel=choose(EXPERT_KERNELS, cfg.expert_kernel, config, head, platform),
+        attention_kernel=choose(ATTENTION_KERNELS, cfg.attention_kernel, layers, platform),
+        expert_kernel=choose(EXPERT_KERNELS, cfg.expert_kernel, layers, platform),
         document_end=end,
     )
+
+
+def kernel_layers(config: ConfigDict) -> list[Layer]:
+    """Returns each kind of layer as the choice and the rules of kernels take it."""
+    cfg = model_config(config)
+    return [
+        (config_of_layer(config, kind), attention_sizes(of_layer(cfg, kind)).key)
+        for kind in model_kinds(cfg)
+    ]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -70,7 +89,24 @@ def model_for(config: ConfigDict, platform: str, end_of_text: int = -1) -> Model
 
 def layer_kinds(cfg: ModelConfig, kind: str) -> tuple[Attention, FeedForward]:
     """Returns both parts of a layer of this kind."""
-    return ATTENTION[cfg.attention], FEED_FORWARD[kind]
+    return ATTENTION[of_layer(cfg, kind).attention], FEED_FORWARD[layer_kind(kind).feed_forward]
+
+
+Tables = dict[int, Positions]  # by the rotating numbers of a head, which layers differ in
+
+
+def tables_of(cfg: ModelConfig, table: Callable[[ModelConfig], Positions]) -> Tables:
+    """Makes a table of positions for each kind of layer that takes another; `table` takes the
+    config of such a layer."""
+    layers = {attention_sizes(c).rotary: c for c in (of_layer(cfg, k) for k in model_kinds(cfg))}
+    return {rotary: table(c) for rotary, c in layers.items()}
+
+
+def attention_of(cfg: ModelConfig, kind: str, tables: Tables) -> Callable[..., tuple[Array, Tree]]:
+    """Returns the attention of a layer of this kind: (parameters, input) -> its two results."""
+    own = of_layer(cfg, kind)
+    table = tables[attention_sizes(own).rotary]
+    return functools.partial(ATTENTION[own.attention].forward, table=table, cfg=own)
 
 
 def layer_params(cfg: ModelConfig, kind: str) -> Tree:
@@ -78,7 +114,7 @@ def layer_params(cfg: ModelConfig, kind: str) -> Tree:
     attention, feed_forward = layer_kinds(cfg, kind)
     return {
         'attention_norm': gain(cfg.d_model),
-        'attention': attention.params(cfg),
+        'attention': attention.params(of_layer(cfg, kind)),
         'ffn_norm': gain(cfg.d_model),
         'ffn': feed_forward.params(cfg),
     }
@@ -92,20 +128,27 @@ def layer(
     cfg: ModelConfig,
     kind: str,
 ) -> tuple[Array, Tree, dict[str, Array]]:
-    """Runs one pre-norm layer, with `attend` (parameters, input) as its attention.
+    """Runs one layer, with `attend` (parameters, input) as its attention.
 
     x_BtD: [B, T/tp, D] -> the same, the arrays that attention keeps for decoding, and the
-    feed-forward's statistics.
+    feed-forward's statistics. Each part is x + f(norm(x)), or with norms 'after' x + norm(f(x)), as
+    in OLMo 2 (2025, section 3.1).
     """
     _, feed_forward = layer_kinds(cfg, kind)
-    h_BtD = rms_norm(x_BtD, params['attention_norm'], cfg.norm_eps)
+
+    def norm(x_BtD: Array, name: str, place: str) -> Array:
+        return rms_norm(x_BtD, params[name], cfg.norm_eps) if cfg.norms == place else x_BtD
+
+    h_BtD = norm(x_BtD, 'attention_norm', 'before')
     with jax.named_scope('attention'):
         h_BtD, kept = attend(params['attention'], h_BtD)
+    h_BtD = norm(h_BtD, 'attention_norm', 'after')
     x_BtD = x_BtD + dropout(h_BtD, cfg.dropout, jax.random.fold_in(key, 0))
     x_BtD = checkpoint_name(x_BtD, RESIDUAL)
-    h_BtD = rms_norm(x_BtD, params['ffn_norm'], cfg.norm_eps)
-    with jax.named_scope(kind):
+    h_BtD = norm(x_BtD, 'ffn_norm', 'before')
+    with jax.named_scope(layer_kind(kind).feed_forward):
         h_BtD, stats = feed_forward.forward(params['ffn'], h_BtD, cfg)
+    h_BtD = norm(h_BtD, 'ffn_norm', 'after')
     x_BtD = x_BtD + dropout(h_BtD, cfg.dropout, jax.random.fold_in(key, 1))
     return checkpoint_name(x_BtD, RESIDUAL), kept, stats
 
@@ -152,7 +195,7 @@ def remat_policy(cfg: ModelConfig) -> Callable[..., Any]:
 def run_blocks(
     blocks: Tree,
     x_BtD: Array,
-    table: Positions,
+    tables: Tables,
     key: Array,
     cfg: ModelConfig,
     kinds: tuple[str, ...],
@@ -163,12 +206,11 @@ def run_blocks(
     The first layer has the number `first_layer` in the model. Also returns statistics by layer of
     the block: {name: {statistic: [blocks, ...]}}.
     """
-    attend = functools.partial(ATTENTION[cfg.attention].forward, table=table, cfg=cfg)
     names = block_names(kinds)
 
     def one_layer(x_BtD: Array, scanned: tuple[Tree, Array], kind: str):
         params, number = scanned
-        layer_key = jax.random.fold_in(key, number)
+        layer_key, attend = jax.random.fold_in(key, number), attention_of(cfg, kind, tables)
         x_BtD, _, stats = layer(params, x_BtD, attend, layer_key, cfg, kind)
         return x_BtD, stats
 
@@ -359,7 +401,7 @@ def model_params(cfg: ModelConfig, chunks: int = 1) -> Tree:
         'final_norm': gain(cfg.d_model),
     }
     if cfg.first_dense:
-        params['first'] = stacked(block_params(cfg, ('dense',)), cfg.first_dense, None)
+        params['first'] = stacked(block_params(cfg, (cfg.first_kind,)), cfg.first_dense, None)
     if not cfg.tie_embeddings:
         params['head'] = vocab_matrix(cfg, cfg.d_model**-0.5)
     return params
@@ -375,15 +417,21 @@ def first_layers(params: Tree, ids_BT: Array, cfg: ModelConfig, key: Array) -> A
     x_BtD = embed(params['embed'], zigzag(ids_BT, CP, 1), cfg)
     x_BtD = dropout(x_BtD, cfg.dropout, jax.random.fold_in(key, cfg.n_layers))
     if cfg.first_dense:
-        x_BtD, _ = run_blocks(params['first'], x_BtD, positions(ids_BT, cfg), key, cfg, ('dense',))
+        tables, kinds = position_tables(ids_BT, cfg), (cfg.first_kind,)
+        x_BtD, _ = run_blocks(params['first'], x_BtD, tables, key, cfg, kinds)
     return x_BtD
+
+
+def position_tables(ids_BT: Array, cfg: ModelConfig) -> Tables:
+    """Returns the rotations and documents of these tokens, for each kind of layer."""
+    return tables_of(cfg, functools.partial(positions, ids_BT))
 
 
 def hidden_states(params: Tree, ids_BT: Array, cfg: ModelConfig, key: Array) -> tuple[Array, Tree]:
     """Runs all layers: ids of all positions, int32 [B, T] -> [B, T/tp, D], and statistics."""
     x_BtD = first_layers(params, ids_BT, cfg, key)
-    table = positions(ids_BT, cfg)
-    return run_blocks(params['blocks'], x_BtD, table, key, cfg, cfg.block, cfg.first_dense)
+    tables = position_tables(ids_BT, cfg)
+    return run_blocks(params['blocks'], x_BtD, tables, key, cfg, cfg.block, cfg.first_dense)
 
 
 def head_weight(params: Tree, cfg: ModelConfig) -> Array:
@@ -443,13 +491,27 @@ def flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
     """Returns the useful FLOPs of forward and backward per token: 6 per weight that it meets, plus
     attention.
 
-    The embedding lookup does no matmul, a tied head does. Causal attention counts half of T²:
-    3 · 2 · N · (H_qk + H_v) · T/2 per layer. Recomputation is not counted (PaLM, appendix B).
+    The embedding lookup does no matmul, a tied head does. Attention counts the keys that a query
+    sees (`keys_seen`), T/2 without a window: 3 · 2 · N · (H_qk + H_v) · T/2 per layer.
+    Recomputation is not counted (PaLM, appendix B).
     """
     params = model_params(cfg)
     if not cfg.tie_embeddings:
         del params['embed']
     matrices = [p for p in jax.tree.leaves(params, is_leaf=is_param) if p.matrix]
-    sizes = attention_sizes(cfg)
-    attention = 3 * cfg.n_layers * cfg.n_heads * (sizes.key + sizes.value) * seq_len
+    kinds = [*cfg.block * cfg.n_blocks, *[cfg.first_kind] * cfg.first_dense]
+    attention = sum(attention_work(of_layer(cfg, kind), seq_len) for kind in kinds)
     return 6.0 * count(matrices, active=True) + attention
+
+
+def attention_work(cfg: ModelConfig, seq_len: int) -> float:
+    """Returns the FLOPs per token of one layer's attention, forward and backward."""
+    sizes = attention_sizes(cfg)
+    return 6 * cfg.n_heads * (sizes.key + sizes.value) * keys_seen(cfg, seq_len)
+
+
+def keys_seen(cfg: ModelConfig, seq_len: int) -> float:
+    """Returns how many keys a query of a layer sees, averaged over the positions of a sequence:
+    T/2, or with a window of W below T, W - W²/2T."""
+    W = min(cfg.window or seq_len, seq_len)
+    return W - W**2 / (2 * seq_len)

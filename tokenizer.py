@@ -1,30 +1,32 @@
-"""Tokenizers: tiktoken encodings by name, and a command that trains a vocabulary.
+"""Tokenizers: encodings by name, and a command that trains or converts a vocabulary.
 
     enc = get_encoding('cl100k_base')                   # any name that tiktoken knows
     enc = get_encoding('bytes')                         # the 256 bytes and <|endoftext|>
     enc = get_encoding('vocab/stdlib-4096.tiktoken')    # a local file with its sidecar
+    enc = get_encoding('DIR/tokenizer.json')            # Hugging Face's (corpus/hub_tokenizer.py)
 
     python tokenizer.py --input=corpus --vocab_size=4096 --output=NAME.tiktoken
+    python tokenizer.py --from_hf=DIR/tokenizer.json --output=NAME.tiktoken
 
-A trained vocabulary is two files: NAME.tiktoken with a line `base64(token) rank` for each token,
-and NAME.json, its sidecar, with the pattern that splits text into pieces, the special tokens, and
-the number of lines, which tells when NAME.tiktoken was cut short.
+A vocabulary of your own is two files (corpus/vocabulary_files.py): NAME.tiktoken with the tokens,
+and NAME.json, its sidecar, with the pattern that splits text into pieces and the special tokens.
 """
 
-import base64
 import hashlib
 import json
 import os
 import sys
 import sysconfig
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tiktoken
 from absl import flags
 
 from config import ConfigError
+from corpus import hub_tokenizer
+from corpus.vocabulary_files import read_ranks, read_sidecar, write_vocabulary
 from machine import command
 
 if TYPE_CHECKING:
@@ -46,19 +48,13 @@ _KINDS_OF_CHARACTERS = (
     '\u200d\ufeff\ue000\u0378\U0001f642\U000e0001\U0010ffff'
 )
 
-_SIDECAR_HELP = (
-    'a JSON object like {"pattern": "\\\\p{L}+|\\\\p{N}{1,3}|[^\\\\p{L}\\\\p{N}]+", '
-    '"special_tokens": {"<|endoftext|>": 100257}}: the regular expression that cuts text into '
-    'pieces, and the id of each special token'
-)
-
 
 def get_encoding(name: str) -> tiktoken.Encoding:
-    """Returns the encoding `name`: 'bytes', the path of a .tiktoken file, or one of tiktoken's.
+    """Returns the encoding `name`: 'bytes', a .tiktoken or .json file, or one of tiktoken's.
 
-    A relative path is looked up from the working directory, then from the folder of this file.
-    Raises ConfigError if there is no such encoding, if its files are missing or corrupt, or if its
-    pattern loses text.
+    A .json file is a tokenizer.json of Hugging Face's tokenizers. A relative path is looked up from
+    the working directory, then from the folder of this file. Raises ConfigError if there is no such
+    encoding, if its files are missing or corrupt, or if it loses text.
     """
     if name == 'bytes':
         return tiktoken.Encoding(
@@ -69,11 +65,14 @@ def get_encoding(name: str) -> tiktoken.Encoding:
         )
     if name.endswith('.tiktoken'):
         return _local_encoding(name)
+    if name.endswith('.json'):
+        path = _found(name)
+        return _checked(hub_tokenizer.read(name, path), path)
     if name not in tiktoken.list_encoding_names():
         known = ', '.join(sorted(tiktoken.list_encoding_names()))
         raise ConfigError(
-            f'no encoding is called {name!r}: use bytes, the path of a .tiktoken file, '
-            f'or one of {known}'
+            f'no encoding is called {name!r}: use bytes, the path of a .tiktoken file or of a '
+            f'tokenizer.json, or one of {known}'
         )
     try:
         return tiktoken.get_encoding(name)
@@ -85,6 +84,37 @@ def get_encoding(name: str) -> tiktoken.Encoding:
         ) from error
 
 
+class LocalEncoding(tiktoken.Encoding):
+    """A tiktoken encoding whose end of a document has another name, or with tokens in any text.
+
+    `end_of_text` names the special token that ends a document. The special tokens in `in_text` are
+    part of the text: whoever encodes finds them, and a model may sample them.
+    """
+
+    def __init__(self, name: str, end_of_text: str, in_text: Collection[str], **more: Any):
+        super().__init__(name, **more)
+        self.end_of_text, self.in_text = end_of_text, frozenset(in_text)
+
+    @property
+    def eot_token(self) -> int:
+        return self.encode_single_token(self.end_of_text)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {'end_of_text': self.end_of_text, 'in_text': self.in_text}
+        return {**super().__getstate__(), **own}
+
+
+def end_of_text(enc: tiktoken.Encoding) -> str | None:
+    """Returns the name of the token that ends a document, or None if there is none."""
+    name = getattr(enc, 'end_of_text', END_OF_TEXT)
+    return name if name in enc.special_tokens_set else None
+
+
+def in_text(enc: tiktoken.Encoding) -> frozenset[str]:
+    """Returns the names of the added tokens that any text may hold."""
+    return getattr(enc, 'in_text', frozenset())
+
+
 def encode(enc: tiktoken.Encoding, text: str, n_bytes: int | None = None) -> np.ndarray:
     """Returns the ids of a text, uint32 [n]; '<|endoftext|>' in it is ordinary text.
 
@@ -94,11 +124,14 @@ def encode(enc: tiktoken.Encoding, text: str, n_bytes: int | None = None) -> np.
     regex engine), or if the ids stand for less than the whole text.
     """
     ids = _ids(enc, text)
-    kept = int(_lengths(enc).take(ids).sum())
-    whole = len(text.encode()) if n_bytes is None else n_bytes
+    if isinstance(enc, hub_tokenizer.HubEncoding):  # whose normalizer may change the text
+        kept, whole = enc.kept(text, ids)
+    else:
+        kept = int(_lengths(enc).take(ids).sum())
+        whole = len(text.encode()) if n_bytes is None else n_bytes
     if kept != whole:  # what the pattern does not match, tiktoken leaves out
         raise ConfigError(
-            f'the tokenizer keeps {kept:,} of its {whole:,} bytes: its pattern leaves text out'
+            f'the tokenizer keeps {kept:,} of its {whole:,} bytes: it leaves text out'
         )
     return ids
 
@@ -106,7 +139,7 @@ def encode(enc: tiktoken.Encoding, text: str, n_bytes: int | None = None) -> np.
 def _ids(enc: tiktoken.Encoding, text: str) -> np.ndarray:
     """Returns tiktoken's ids of a text, uint32 [n]. Raises ConfigError if it cannot encode it."""
     try:
-        return enc.encode_to_numpy(text, disallowed_special=())
+        return enc.encode_to_numpy(text, allowed_special=in_text(enc), disallowed_special=())
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic of tiktoken is no Exception
@@ -129,29 +162,36 @@ def _lengths(enc: tiktoken.Encoding) -> np.ndarray:
 def token_bytes(enc: tiktoken.Encoding) -> np.ndarray:
     """Returns how many bytes of text each id stands for, int32 [n_vocab].
 
-    Special and unused ids stand for 0.
+    Unused ids, and special ones that are not part of any text, stand for 0.
     """
     out = np.zeros(enc.n_vocab, np.int32)
     for i, token in _tokens(enc):
         out[i] = len(token)
+    for name in in_text(enc):
+        out[enc.encode_single_token(name)] = len(name.encode())
     return out
 
 
 def fingerprint(enc: tiktoken.Encoding) -> str:
     """Returns 32 hex digits over all that decides the ids: pattern, tokens, special tokens."""
+    if isinstance(enc, hub_tokenizer.HubEncoding):
+        return enc.fingerprint()
     special = sorted((enc.encode_single_token(s), s) for s in enc.special_tokens_set)
     tokens = [(i, token.hex()) for i, token in _tokens(enc)]
-    content = json.dumps([enc._pat_str, special, tokens])
+    named = [enc.end_of_text, sorted(enc.in_text)] if isinstance(enc, LocalEncoding) else []
+    content = json.dumps([enc._pat_str, special, tokens, *named])
     return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
 
 def _tokens(enc: tiktoken.Encoding) -> list[tuple[int, bytes]]:
     """Returns (id, bytes) of each token that is not special, ordered by id; ids may have gaps."""
+    if isinstance(enc, hub_tokenizer.HubEncoding):
+        return enc.tokens()
     return sorted((enc.encode_single_token(token), token) for token in enc.token_byte_values())
 
 
-def _local_encoding(name: str) -> tiktoken.Encoding:
-    """Returns the encoding of a .tiktoken file and its sidecar. Raises as `get_encoding`."""
+def _found(name: str) -> str:
+    """Returns the path of a vocabulary's file. Raises ConfigError if there is none."""
     beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), name)
     path = os.path.expanduser(name)
     path = path if os.path.exists(path) else beside
@@ -161,9 +201,15 @@ def _local_encoding(name: str) -> tiktoken.Encoding:
             f'there is no vocabulary {name!r} in {" or ".join(folders)}: give the path of a '
             '.tiktoken file, or train one with python tokenizer.py'
         )
+    return path
+
+
+def _local_encoding(name: str) -> tiktoken.Encoding:
+    """Returns the encoding of a .tiktoken file and its sidecar. Raises as `get_encoding`."""
+    path = _found(name)
     try:
-        pattern, special_tokens, n_tokens = _read_sidecar(path)
-        ranks = _read_ranks(path)
+        pattern, special_tokens, n_tokens, more = read_sidecar(path)
+        ranks = read_ranks(path)
     except OSError as error:
         raise ConfigError(
             f'{error.filename} cannot be read ({error.strerror}): name a file that can'
@@ -179,86 +225,61 @@ def _local_encoding(name: str) -> tiktoken.Encoding:
             f'{path}: special tokens need ids of their own, but {special_tokens} repeats an id '
             f'or takes one of the vocabulary: use ids from {max(ranks.values()) + 1} up'
         )
-    return _checked_encoding(name, path, pattern, ranks, special_tokens)
+    return checked_encoding(name, path, pattern, ranks, special_tokens, **more)
 
 
-def _checked_encoding(
-    name: str, path: str, pattern: str, ranks: dict[bytes, int], special_tokens: dict[str, int]
+def checked_encoding(
+    name: str,
+    path: str,
+    pattern: str,
+    ranks: dict[bytes, int],
+    special_tokens: dict[str, int],
+    **more: Any,
 ) -> tiktoken.Encoding:
-    """Returns an encoding whose pattern loses no text. Raises ConfigError, naming the path."""
+    """Returns an encoding whose pattern loses no text. Raises ConfigError, naming the path.
+
+    `more` are the further arguments of a LocalEncoding.
+    """
+    kind = LocalEncoding if more else tiktoken.Encoding
     try:
-        enc = tiktoken.Encoding(
-            name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens
+        enc = kind(
+            name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens, **more
         )
     except ValueError as error:  # the regex engine rejects the pattern
         raise ConfigError(f'{path}: tiktoken refuses the vocabulary: {error}') from error
+    return _checked(enc, path)
+
+
+def _checked(enc: tiktoken.Encoding, path: str) -> tiktoken.Encoding:
+    """Returns an encoding that gives all kinds of text back. Raises ConfigError with the path."""
     pairs = ''.join(a + b for a in _KINDS_OF_CHARACTERS for b in _KINDS_OF_CHARACTERS)
     runs = [c * n for c in _KINDS_OF_CHARACTERS for n in (1, 2, 40)]
     for text in (*runs, pairs):
-        try:
-            kept = enc.decode_bytes(_ids(enc, text).tolist())
-            problem = '' if kept == text.encode() else f'comes back as {kept[:20]!r}'
-        except ConfigError as error:
-            problem = str(error)
-        if problem:
-            raise ConfigError(
-                f'{path}: the pattern {pattern!r} does not give text back. Of {text[:20]!r}: '
-                f'{problem}. Let it match every character, for example by |[\\s\\S] at its end'
-            )
+        if problem := _loss(enc, text):
+            raise ConfigError(f'{path}: {problem}')
     return enc
 
 
-def _read_sidecar(path: str) -> tuple[str, dict[str, int], int | None]:
-    """Returns pattern, special tokens, and the number of other tokens if the sidecar has it."""
-    sidecar = path.removesuffix('.tiktoken') + '.json'
+def _loss(enc: tiktoken.Encoding, text: str) -> str:
+    """Returns what an encoding loses of a text, with the remedy, or ''."""
+    is_hub = isinstance(enc, hub_tokenizer.HubEncoding)
     try:
-        with open(sidecar, encoding='utf-8') as f:
-            content = json.load(f)
-        pattern, special_tokens = content['pattern'], content['special_tokens']
-        n_tokens = content.get('n_tokens')
-        if not isinstance(pattern, str) or not all(
-            isinstance(i, int) and i >= 0 for i in special_tokens.values()
-        ):
-            raise TypeError('the pattern is a string, the ids are integers from 0 up')
-    except FileNotFoundError as error:
-        raise ConfigError(f'{path} needs {sidecar} beside it, {_SIDECAR_HELP}') from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f'{sidecar} is not valid ({type(error).__name__}: {error}): write {_SIDECAR_HELP}'
-        ) from error
-    return pattern, special_tokens, n_tokens
-
-
-def _read_ranks(path: str) -> dict[bytes, int]:
-    """Returns {token: id} of a .tiktoken file. Raises ConfigError, with the line, if it is bad."""
-    ranks: dict[bytes, int] = {}
-    taken: set[int] = set()
-    with open(path, 'rb') as f:
-        for number, line in enumerate(f, 1):
-            if not line.strip():
-                continue
-            try:
-                encoded, digits = line.split()
-                token, rank = base64.b64decode(encoded, validate=True), int(digits)
-            except ValueError as error:
-                raise ConfigError(
-                    f'{path}, line {number}: a line is `base64(token) rank`, not {line!r}: '
-                    'fetch or write the file again'
-                ) from error
-            if token in ranks or rank in taken or rank < 0:
-                raise ConfigError(
-                    f'{path}, line {number}: tokens and ranks (from 0 up) are distinct, but '
-                    f'{line!r} is not: fetch or write the file again'
-                )
-            ranks[token] = rank
-            taken.add(rank)
-    missing = [i for i in range(256) if bytes([i]) not in ranks]
-    if missing:
-        raise ConfigError(
-            f'{path}: a byte-level vocabulary holds all 256 single bytes, here {len(missing)} are '
-            f'missing, first {missing[0]:#04x}: the file is cut short or of another kind'
+        ids = encode(enc, text) if is_hub else _ids(enc, text)
+        kept = enc.decode_bytes(ids.tolist())
+        if is_hub or kept == text.encode():  # a normalizer of its own may change the text
+            return ''
+        problem = f'comes back as {kept[:20]!r}'
+    except ConfigError as error:
+        problem = str(error)
+    if is_hub:
+        return (
+            f'it does not give text back. Of {text[:20]!r}: {problem}. Use a tokenizer that keeps '
+            'all text: a byte-level one, or one with byte_fallback'
         )
-    return ranks
+    return (
+        f'the pattern {enc._pat_str!r} does not give text back. Of {text[:20]!r}: {problem}. Let '
+        'it match every character, for example by |[\\s\\S] at its end'
+    )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -314,21 +335,21 @@ def train(
     texts = list(texts)
     names = [*names, *(f'text {i}' for i in range(len(names), len(texts)))]
     ranks = {bytes([i]): i for i in range(256)}
-    alphabet = _checked_encoding(output, 'tokenizer.PATTERN', PATTERN, ranks, {})
+    alphabet = checked_encoding(output, 'tokenizer.PATTERN', PATTERN, ranks, {})
     for name, text in zip(names, texts, strict=True):
         _encode_named(alphabet, text, name)  # before the training, which takes longer
     trained = learn_merges(texts, vocab_size)
-    byte_of = _byte_of_character()
+    byte_of = hub_tokenizer.byte_of_character()
     ranks = {bytes(byte_of[c] for c in token): rank for token, rank in trained.get_vocab().items()}
     special_tokens = {END_OF_TEXT: vocab_size - 1}
-    enc = _checked_encoding(output, output, PATTERN, ranks, special_tokens)
+    enc = checked_encoding(output, output, PATTERN, ranks, special_tokens)
     for name, text in zip(names, texts, strict=True):
         if _encode_named(enc, text, name).tolist() != trained.encode(text).ids:
             raise ValueError(
                 f'tiktoken and the trainer encode {name} differently with the trained vocabulary: '
                 'report the two versions and the text'
             )
-    _write_vocabulary(output, ranks, special_tokens)
+    write_vocabulary(output, {'pattern': PATTERN, 'special_tokens': special_tokens}, ranks)
     return get_encoding(output)
 
 
@@ -340,12 +361,12 @@ def _encode_named(enc: tiktoken.Encoding, text: str, name: str) -> np.ndarray:
         raise ConfigError(f'{name}: {error}: leave it out of --input') from error
 
 
-def _check_output(output: str) -> None:
+def _check_output(output: str, endings: tuple[str, ...] = ('.tiktoken',)) -> None:
     """Makes the output's folder. Raises ConfigError if the output cannot be written."""
-    if not output.endswith('.tiktoken'):
+    if not output.endswith(endings):
         raise ConfigError(
-            f'--output={output} is no name of a vocabulary: let it end in .tiktoken, as in '
-            'mine.tiktoken'
+            f'--output={output} is no name of a vocabulary: let it end in '
+            f'{" or ".join(endings)}, as in mine{endings[0]}'
         )
     if os.path.exists(output):
         raise ConfigError(f'--output={output} exists: remove it or choose another name')
@@ -402,32 +423,6 @@ def learn_merges(texts: list[str], vocab_size: int) -> 'tokenizers.Tokenizer':
     return tokenizer
 
 
-def _byte_of_character() -> dict[str, int]:
-    """Returns the byte that each character of the trainer's byte-level alphabet stands for.
-
-    Printable Latin-1 characters stand for themselves, the characters from 256 on for the other
-    bytes in order.
-    """
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-
-
-def _write_vocabulary(path: str, ranks: dict[bytes, int], special_tokens: dict[str, int]) -> None:
-    """Writes the sidecar and then the .tiktoken file."""
-    with open(path.removesuffix('.tiktoken') + '.json', 'w', encoding='utf-8') as f:
-        sidecar = {
-            'pattern': PATTERN,
-            'special_tokens': special_tokens,
-            'n_tokens': len(ranks),
-        }
-        json.dump(sidecar, f, indent=2)
-        f.write('\n')
-    with open(path, 'wb') as f:
-        for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-            f.write(base64.b64encode(token) + b' %d\n' % rank)
-
-
 def _read_text(path: str) -> str:
     """Returns the content of a text file. Raises ConfigError if it is not UTF-8."""
     with open(path, 'rb') as f:
@@ -452,6 +447,10 @@ def _define_flags() -> None:
     )
     flags.DEFINE_integer('vocab_size', 4096, f'Number of ids, with 256 bytes and {END_OF_TEXT}.')
     command.DEFINE_path('output', None, 'The .tiktoken file to write; its sidecar goes beside it.')
+    command.DEFINE_path(
+        'from_hf', None, 'A tokenizer.json to convert instead, or to copy to an --output so named.'
+    )
+    flags.DEFINE_string('end_of_text', '', 'With --from_hf: the token that ends a document.')
     flags.DEFINE_string('text_field', 'text', 'Field of a record that holds the text.')
     flags.DEFINE_list('extensions', [], 'Endings of further files to read as text, as in rst,c.')
 
@@ -496,13 +495,21 @@ def main(words: list[str]) -> None:
     args = flags.FLAGS
     with command.messages(OSError, RemoteError):
         inputs = [*split_inputs(args.input or []), *words]
-        if not (inputs and args.output):
-            raise ConfigError('give --input, the text to train on, and --output=NAME.tiktoken')
-        _check_output(args.output)
-        found, bad = _read_texts(inputs, args.text_field, args.extensions)
+        if args.end_of_text and not args.from_hf:
+            raise ConfigError(f'--end_of_text={args.end_of_text} goes with --from_hf; leave it out')
+        if not ((inputs or args.from_hf) and args.output):
+            raise ConfigError(
+                'give --input, the text to train on, and --output=NAME.tiktoken; or '
+                '--from_hf=tokenizer.json and --output'
+            )
+        _check_output(args.output, ('.tiktoken', '.json') if args.from_hf else ('.tiktoken',))
+        found, bad = _read_texts(inputs, args.text_field, args.extensions) if inputs else ([], [])
         names, texts = [name for name, _ in found], [text for _, text in found]
         for message in bad[:10]:
             print(message, file=sys.stderr)
+        if args.from_hf:
+            print(_converted(args.from_hf, args.output, args.end_of_text, texts), file=sys.stderr)
+            return
         print(f'training on {len(found):,} documents ...', file=sys.stderr)
         enc = train(texts, args.vocab_size, args.output, names)
     size = sum(len(text.encode()) for text in texts)
@@ -513,6 +520,19 @@ def main(words: list[str]) -> None:
         f'{size / tokens:.2f} bytes per token{left_out}',
         file=sys.stderr,
     )
+
+
+def _converted(path: str, output: str, end: str, texts: list[str]) -> str:
+    """Converts or copies a tokenizer.json, and returns a line that says what was done."""
+    from corpus import hub_convert
+
+    if output.endswith('.json'):
+        enc, what = hub_convert.copy(path, output, end), 'copied, as it is'
+    else:
+        enc = hub_convert.convert(path, output, end, texts)
+        what = f'the ids of {path} in {hub_convert.TEXTS:,} hostile texts'
+        what += f' and {len(texts):,} documents' if texts else ''
+    return f'{output}: {enc.n_vocab} ids, {end_of_text(enc)} ends a document; {what}'
 
 
 if __name__ == '__main__':

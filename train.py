@@ -66,7 +66,13 @@ from runtime.lease import Lease, OwnedSaves
 from runtime.metrics import Progress, Writer
 from runtime.next_commands import say_next, say_unfinished
 from runtime.plot import need_matplotlib, plot
-from runtime.resume import compared_data, first_step, load_params, restore_state
+from runtime.resume import (
+    compared_data,
+    compared_model,
+    first_step,
+    load_params,
+    restore_state,
+)
 from runtime.sampling import make_sampler
 from runtime.terminal import Terminal
 from runtime.workdir import (
@@ -324,7 +330,10 @@ def train(
             return {}
         data = opened_data(config)
         record = data_record(*data[1:])
-        for line in [where, *compared_data(checkpoints, start, workdir, init_from, record)]:
+        said = [where, *compared_data(checkpoints, start, workdir, init_from, record)]
+        if init_from and not start:
+            said.append(compared_model(init_from, config))
+        for line in said:
             if line:
                 say(line)
         # What is unfinished goes first, so that there is room; then the files are readable again.

@@ -21,7 +21,6 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from config import ModelConfig, OptimizerConfig
-from layers.attention import positions
 from layers.dense import linear_weight_gradient
 from layers.moe import update_biases
 from model import (
@@ -30,6 +29,7 @@ from model import (
     first_layers,
     loss,
     model_for,
+    position_tables,
     run_blocks,
     split_router_loss,
     token_loss,
@@ -266,8 +266,8 @@ def run_stages(
         n_layers = jax.tree.leaves(blocks)[0].shape[0] * len(cfg.block)
         start = cfg.first_dense + virtual * n_layers
         x_key = jax.random.fold_in(key, i)
-        table = positions(ids(i), cfg)
-        x_BtD, stats = run_blocks(blocks, x_BtD, table, x_key, cfg, cfg.block, start)
+        tables = position_tables(ids(i), cfg)
+        x_BtD, stats = run_blocks(blocks, x_BtD, tables, x_key, cfg, cfg.block, start)
         router, stats = split_router_loss(stats)
         return x_BtD, jnp.zeros_like(n_targets) + router / schedule.microbatches, stats
 

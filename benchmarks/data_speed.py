@@ -1,16 +1,17 @@
-"""Throughput of preparing data and of reading batches, beside tiktoken's own in the same run.
+"""Throughput of preparing data and of reading batches, beside a bare tokenizer in the same run.
 
     python benchmarks/data_speed.py
     python benchmarks/data_speed.py --tokenizer=cl100k_base --megabytes=200 --json
+    python benchmarks/data_speed.py --tokenizer=DIR/tokenizer.json
 
 The corpus is the source of Python's standard library, cut into documents of 3,000 characters and
 repeated in other orders, as Parquet where pyarrow is there and as .jsonl otherwise. `raw` is
-tiktoken alone in one process on texts that lie in memory, the faster of its two calls. A job's
-time holds all of it: start of the processes, reading, writing, reading back; `beyond_start` leaves
-out what a job over a few documents takes, which a corpus of some size does not notice. The clock of
-a shared machine drifts, so all are measured in turn, several times; the figures are medians, and
-ratios medians of the ratios of a round. Figures by CPU time, of all processes together, depend less
-on what else the machine does.
+tiktoken alone (tokenizers, for a tokenizer.json) in one process on texts that lie in memory, the
+faster of its two calls. A job's time holds all of it: start of the processes, reading, writing,
+reading back; `beyond_start` leaves out what a job over a few documents takes, which a corpus of
+some size does not notice. The clock of a shared machine drifts, so all are measured in turn,
+several times; the figures are medians, and ratios medians of the ratios of a round. Figures by CPU
+time, of all processes together, depend less on what else the machine does.
 """
 
 import importlib.util
@@ -22,7 +23,7 @@ import resource
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
 
@@ -122,9 +123,10 @@ def cpu_seconds() -> float:
 
 
 def tokenizing_seconds(f: Callable[..., int], *args: Any) -> tuple[Used, float]:
-    """Returns what f(*args) used, and the seconds of it that tiktoken took: both are of the same
-    moments, so their ratio does not depend on the drift of the clock."""
-    original, seconds = tiktoken.Encoding.encode_to_numpy, []
+    """Returns what f(*args) used, and the seconds of it that the encoding took: both are of the
+    same moments, so their ratio does not depend on the drift of the clock."""
+    kind = type(get_encoding(FLAGS.tokenizer))
+    original, seconds = kind.encode_to_numpy, []
 
     def encode_timed(*args: Any, **kwargs: Any) -> np.ndarray:
         started = time.perf_counter()
@@ -133,11 +135,11 @@ def tokenizing_seconds(f: Callable[..., int], *args: Any) -> tuple[Used, float]:
         finally:
             seconds.append(time.perf_counter() - started)
 
-    tiktoken.Encoding.encode_to_numpy = encode_timed
+    kind.encode_to_numpy = encode_timed
     try:
         return measured(f, *args), sum(seconds)
     finally:
-        tiktoken.Encoding.encode_to_numpy = original
+        kind.encode_to_numpy = original
 
 
 # ---------------------------------------------------------------------------------------------
@@ -145,23 +147,37 @@ def tokenizing_seconds(f: Callable[..., int], *args: Any) -> tuple[Used, float]:
 # ---------------------------------------------------------------------------------------------
 
 
-def raw(enc: tiktoken.Encoding, texts: list[str], to_numpy: bool) -> int:
-    """Tokenizes texts by tiktoken alone and returns the number of tokens."""
-    if to_numpy:
-        return sum(len(enc.encode_to_numpy(text, disallowed_special=())) for text in texts)
-    return sum(len(enc.encode_ordinary(text)) for text in texts)
+def bare_calls(name: str) -> list[Callable[[str], Sequence[int]]]:
+    """Returns the calls by which the library alone gives the ids of a text."""
+    if name.endswith('.json'):
+        import tokenizers
+
+        bare = tokenizers.Tokenizer.from_file(name)
+        return [
+            lambda text: bare.encode_batch_fast([text], add_special_tokens=False)[0].ids,
+            lambda text: bare.encode(text, add_special_tokens=False).ids,
+        ]
+    enc = get_encoding(name)
+    return [
+        lambda text: enc.encode_to_numpy(text, disallowed_special=()),
+        enc.encode_ordinary,
+    ]
+
+
+def raw(call: Callable[[str], Sequence[int]], texts: list[str]) -> int:
+    """Tokenizes texts by the library alone and returns the number of tokens."""
+    return sum(len(call(text)) for text in texts)
 
 
 def faster_raw(texts: list[str]) -> Used:
-    """Returns what the faster of tiktoken's two calls used."""
-    enc = get_encoding(FLAGS.tokenizer)
-    both = [measured(raw, enc, texts, to_numpy) for to_numpy in (True, False)]
+    """Returns what the faster of the library's two calls used."""
+    both = [measured(raw, call, texts) for call in bare_calls(FLAGS.tokenizer)]
     return max(both, key=lambda used: used.rate)
 
 
 def raw_rate(tokenizer: str, texts: list[str]) -> float:
-    """Returns tiktoken's tokens per second, for a process of its own."""
-    seconds, n_tokens = common.timed(raw, get_encoding(tokenizer), texts, True)
+    """Returns the library's tokens per second, for a process of its own."""
+    seconds, n_tokens = common.timed(raw, bare_calls(tokenizer)[0], texts)
     return n_tokens / seconds
 
 

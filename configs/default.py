@@ -22,8 +22,10 @@ def get_config() -> ConfigDict:
     m.vocab_size = 4096  # at least the tokenizer's, and divisible by tp
     m.d_model = 256
     m.n_layers = 4
-    m.block = ('dense',)  # layers of a block: 'dense' | 'moe'; blocks are stacked and scanned
-    m.first_dense = 0  # dense layers before the first block
+    # layers of a block: 'dense' | 'moe', or with an attention of their own, 'mla+moe', that may end
+    # in _window and then _nope (no rotary part): 'gqa_window_nope+dense'. Blocks are scanned
+    m.block = ('dense',)
+    m.first_dense = 0  # dense layers before the first block, with its first layer's attention
     m.d_ff = 768  # hidden size of a dense layer's SwiGLU
     m.n_experts = 8  # moe: routed experts
     m.experts_per_token = 2
@@ -37,6 +39,12 @@ def get_config() -> ConfigDict:
     m.routed_scale = 1.0  # factor on the routed experts' output
     m.n_expert_groups = 1  # groups of experts; a token's experts are in its best n_top_groups
     m.n_top_groups = 1
+    m.group_score = 'top2'  # a group's: sum of its two best (DeepSeek-V3) | 'max' (DeepSeek-V2)
+    m.router_bias = False  # a learned bias of the router's logits (gpt-oss)
+    m.expert_bias = False  # learned biases of the routed experts' three matrices (gpt-oss)
+    m.shared_gate = False  # the shared experts' output times a sigmoid of x·w (Qwen2-MoE)
+    # 0: plain | else gpt-oss's SwiGLU, in all feed-forward: gate and up clipped to it, up + 1
+    m.swiglu_limit = 0.0
     m.bias_rate = 1e-3  # step of the biases that balance the experts; 0 for none
     m.balance_loss = 0.0  # weight of the balance loss of each sequence
     m.router_z_loss = 0.0  # weight of the router's logsumexp squared
@@ -47,20 +55,31 @@ def get_config() -> ConfigDict:
     m.n_kv_heads = 4  # gqa: n_heads is multi-head, 1 is multi-query attention
     m.head_dim = 64  # gqa
     m.qk_norm = False  # gqa: RMSNorm of queries and keys
+    m.qk_norm_over = 'head'  # gqa: each head by itself | 'heads': all of them together (OLMo 2)
+    m.rotary_dim = 0  # gqa: the last numbers of a head, which rotate; 0: all (GLM-4.5: half)
+    m.window = 0  # positions that a query of a _window layer sees, its own included
+    m.attention_sinks = False  # a trained score per head, which takes its share (gpt-oss)
+    m.attention_gate = False  # heads' outputs times the sigmoid of a projection (Qwen3-Next)
+    m.attention_bias = 'none'  # gqa: biases of 'qkv' (Qwen2) | 'qkvo' (gpt-oss)
+    m.norms = 'before'  # RMSNorm of each part's input | 'after': of its output (OLMo 2)
     m.q_rank = 0  # mla: size of the query's latent; 0: no latent
     m.kv_rank = 64  # mla: size of the latent of keys and values
     m.nope_dim = 32  # mla: head size of the part without position
     m.rope_dim = 32  # mla: head size of the rotary part
     m.v_dim = 64  # mla: head size of the value
+    m.latent_norm_eps = 0.0  # mla: eps of the latents' norms, as 1e-6; 0: norm_eps
     m.rope_base = 10000.0
-    m.rope_scaling = 'none'  # 'none' | 'linear' | 'yarn'
-    m.rope_factor = 1.0  # linear and yarn: context length over the original one
-    m.rope_original_len = 256  # yarn: the original context length
+    m.rope_scaling = 'none'  # 'none' | 'linear' | 'llama3' | 'yarn'
+    m.rope_factor = 1.0  # context length over the original one
+    m.rope_original_len = 256  # llama3 and yarn: the original context length
+    m.rope_low_freq_factor = 1.0  # llama3: pairs that turn less often in it: slowed down, whole ...
+    m.rope_high_freq_factor = 4.0  # ... those that turn more often: not at all
     m.rope_beta_fast = 32.0  # yarn: pairs that turn more often in that context stay as they are
     m.rope_beta_slow = 1.0  # yarn: those that turn less often are slowed down by the whole factor
     m.rope_mscale = 1.0  # yarn: sharpens the rotary part of heads by 0.1·mscale·ln(factor) + 1 ...
     m.rope_mscale_all_dim = 0.0  # yarn: ... over the same of this, which sharpens whole heads
     m.rope_attention_factor = 0.0  # yarn: factor on cosines and sines; 0: by the two mscales
+    m.rope_truncate = True  # yarn: the first and last pair that are blended are rounded outwards
     # 'blockwise' (any platform) | 'splash' (TPU) | 'cudnn' (GPU) | 'auto': the platform's with
     # check_vma off, cuDNN's for bfloat16 and heads up to 128; else blockwise
     m.attention_kernel = 'auto'

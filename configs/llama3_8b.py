@@ -5,8 +5,9 @@ On each host of the slice:
     python train.py --config=configs/llama3_8b.py --workdir=gs://BUCKET/runs/llama3_8b \
         --config.data.path=gs://BUCKET/tokens
 
-This prepares the tokens with the model's own vocabulary, whose file has tiktoken's format:
+This prepares the tokens with the model's own vocabulary, in tiktoken's format:
 
+    python tokenizer.py --from_hf=Meta-Llama-3-8B/tokenizer.json --output=llama3.tiktoken
     python data.py --input='hf://datasets/HuggingFaceFW/fineweb-edu/**/*.parquet' \
         --tokenizer=llama3.tiktoken --output=gs://BUCKET/tokens
 

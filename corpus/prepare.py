@@ -43,7 +43,7 @@ from corpus.shards import (
 from corpus.tally import COUNTS, ProgressBar, Tally, total
 from corpus.workers import run
 from storage.stores import local_folder, open_store, store_errors
-from tokenizer import END_OF_TEXT, encode, fingerprint, get_encoding
+from tokenizer import END_OF_TEXT, encode, end_of_text, fingerprint, get_encoding
 
 PART_BYTES = 32 << 20  # of input in one part, unless a file that cannot be cut is larger
 REPORTS = 100  # bad records of one part that the manifest names; the others are only counted
@@ -220,7 +220,7 @@ def _checked_encoding(job: Job, workers: int) -> tiktoken.Encoding:
     if workers < 1:
         raise ConfigError(f'workers counts processes, from 1 up, but is {workers}')
     enc = get_encoding(job.tokenizer)
-    if END_OF_TEXT not in enc.special_tokens_set:
+    if end_of_text(enc) is None:
         raise ConfigError(
             f'the tokenizer {job.tokenizer} has no {END_OF_TEXT}, which ends each document: add '
             'it to the special tokens of its sidecar, or choose another tokenizer'

@@ -5,19 +5,22 @@ To add a kind, write its functions and add a line to ATTENTION.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from ml_collections import ConfigDict
 
 from config import QKV, RESIDUAL, ModelConfig, divisors, indivisible
 from layers.attention_kernels import cached_attention
 from layers.context_parallel import attention_over_cp
 from layers.dense import gain, linear, rms_norm, weight
+from layers.rope import Positions, rope
 from layers.rope_scaling import (
     attention_scale,
     rope_attention_factor,
@@ -30,19 +33,23 @@ from parallel import (
     TP,
     Array,
     Deferred,
+    Initializer,
     P,
     Param,
     Tree,
     all_gather,
     normal,
+    ones,
+    psum,
     reduce_scatter,
     unshard,
+    zeros,
     zigzag,
 )
 
 
 class Sizes(NamedTuple):
-    """Numbers per position of one kind of attention, over all tp devices together.
+    """Numbers per position of the attention of one layer, over all tp devices together.
 
     key: the head size of queries and keys, `rotary` of it with a rotation; value: that of values.
     kv_heads: heads of keys and values that the forward pass makes.
@@ -71,8 +78,9 @@ class Sizes(NamedTuple):
 class Attention(NamedTuple):
     """One kind of attention.
 
-    params(cfg) declares its parameters; sizes(cfg) says its numbers per position, for a ModelConfig
-    or the config's own group of fields; rules(config) yields what cannot run.
+    params(cfg) declares its parameters; sizes(cfg) says its numbers per position; rules(config)
+    yields what cannot run. All take the config of one layer (`config.of_layer`,
+    `config.config_of_layer`).
 
     forward(params, x_BtD, table, cfg) and decode(params, x_BtD, table, cache, visible_BS, cfg) both
     return what is added to the residual stream, and what later positions need of these ones: leaves
@@ -88,7 +96,7 @@ class Attention(NamedTuple):
     params: Callable[[ModelConfig], Tree]
     forward: Callable[..., tuple[Array, Tree]]
     decode: Callable[..., tuple[Array, Tree]]
-    sizes: Callable[[Any], Sizes]
+    sizes: Callable[[ModelConfig], Sizes]
     rules: Callable[[ConfigDict], Iterator[str]]
 
 
@@ -97,20 +105,10 @@ class Attention(NamedTuple):
 # ---------------------------------------------------------------------------------------------
 
 
-class Positions(NamedTuple):
-    """Rotations and documents of the tokens of a batch."""
-
-    cos: Array  # of the rotation angles, times YaRN's factor: float32 [T, rotary / 2], or [B, 1, T,
-    sin: Array  # rotary / 2]
-    documents: Array | None = (
-        None  # [B, S] the number of each token's document, of all positions of
-    )
-    # a row; None: all are one
-
-
 def rope_table(cfg: ModelConfig, positions_T: Array) -> Positions:
-    """Returns the rotations of positions [..., T]: [..., T, rotary / 2]."""
-    freqs = rope_frequencies(cfg, attention_sizes(cfg).rotary)
+    """Returns the rotations of positions [..., T] in a layer: [..., T, rotary / 2]."""
+    rotary = attention_sizes(cfg).rotary
+    freqs = rope_frequencies(cfg, rotary) if rotary else np.zeros(0)
     angles = positions_T[..., None].astype(jnp.float32) * freqs.astype(np.float32)
     factor = rope_attention_factor(cfg)
     return Positions(factor * jnp.cos(angles), factor * jnp.sin(angles))
@@ -133,65 +131,6 @@ def positions(ids_BT: Array, cfg: ModelConfig) -> Positions:
     return table._replace(documents=documents_BT)
 
 
-def rope(x: Array, table: Positions) -> Array:
-    """Rotates pairs of [..., T, H] by their position's angles (RoFormer, Su et al. 2021).
-
-    The last dimensions, twice as many as the table is wide, are paired as (i, i + half of them);
-    those before them stay as they are.
-    """
-    return _rotate(x, table.cos, table.sin)
-
-
-# Its derivative is written by hand, below: change both. tests/test_derivatives.py compares them.
-@jax.custom_vjp
-def _rotate(x: Array, cos: Array, sin: Array) -> Array:
-    return lax.platform_dependent(x, cos, sin, tpu=_rotate_whole, default=_rotate_parts)
-
-
-def _rotate_parts(x: Array, cos: Array, sin: Array) -> Array:
-    """Rotates by slicing heads into parts."""
-    half = cos.shape[-1]
-    first, a, b = jnp.split(x, (x.shape[-1] - 2 * half, x.shape[-1] - half), axis=-1)
-    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-    a, b = a * cos - b * sin, b * cos + a * sin
-    return jnp.concatenate((first, a.astype(x.dtype), b.astype(x.dtype)), axis=-1)
-
-
-def _rotate_whole(x: Array, cos: Array, sin: Array) -> Array:
-    """Rotates by a matmul with a signed permutation, which is exact and keeps heads whole.
-
-    Parts of a head would each take up the 128 lanes of a TPU's registers and memory tiles: slicing
-    and joining them cost several times the rotation.
-    """
-    H, half = x.shape[-1], cos.shape[-1]
-    a = np.arange(H - 2 * half, H - half)
-    exchange_HH = np.zeros((H, H))
-    exchange_HH[a + half, a], exchange_HH[a, a + half] = -1, 1
-    exchanged = jnp.einsum(
-        '...h,hi->...i',
-        x,
-        exchange_HH.astype(x.dtype),
-        precision='highest' if x.dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32,
-    )
-    front = [(0, 0)] * (cos.ndim - 1) + [(H - 2 * half, 0)]
-    cos = jnp.pad(jnp.concatenate((cos, cos), axis=-1), front, constant_values=1)
-    sin = jnp.pad(jnp.concatenate((sin, sin), axis=-1), front)
-    return (x.astype(jnp.float32) * cos + exchanged * sin).astype(x.dtype)
-
-
-def _rotate_forward(x: Array, cos: Array, sin: Array):
-    return _rotate(x, cos, sin), (cos, sin)
-
-
-def _rotate_backward(saved: tuple[Array, Array], d: Array):
-    cos, sin = saved
-    return _rotate(d, cos, -sin), None, None
-
-
-_rotate.defvjp(_rotate_forward, _rotate_backward)
-
-
 # ---------------------------------------------------------------------------------------------
 # Projections
 # ---------------------------------------------------------------------------------------------
@@ -208,6 +147,44 @@ def from_heads(x_BnTH: Array, w_nHD: Array | Deferred) -> Array:
     sum over tp."""
     B, n, T, H = x_BnTH.shape
     return linear(x_BnTH.swapaxes(1, 2).reshape(B, T, n * H), w_nHD)
+
+
+def output_weight(cfg: ModelConfig, size: int) -> Param:
+    """Declares the weight from heads of this size back to the residual stream."""
+    N, std = cfg.n_heads, (2 * cfg.n_layers * cfg.n_heads * size) ** -0.5
+    return weight((N, size, cfg.d_model), P(TP, None, FSDP), std, RESIDUAL, inputs=2)
+
+
+def output_params(cfg: ModelConfig, size: int) -> Tree:
+    """Declares what any kind of attention has behind its scores, with values of this size: the
+    sinks, the gate of heads' outputs, and the way back to the residual stream (`to_residual`)."""
+    D, N = cfg.d_model, cfg.n_heads
+    params = {'w_o': output_weight(cfg, size)}
+    if cfg.attention_sinks:
+        params['sinks'] = Param((N,), P(TP), zeros, matrix=False)
+    if cfg.attention_gate:
+        params['w_gate'] = weight((D, N, size), P(FSDP, TP, None), D**-0.5, QKV)
+    return params
+
+
+def sinks_of(w: Tree, heads: int) -> Array | None:
+    """Returns the sinks of heads as attention takes them, [K, G] with K = `heads`; None if the
+    layer has none."""
+    return w['sinks'].reshape(heads, -1) if 'sinks' in w else None
+
+
+def to_residual(w: Tree, out_BnTH: Array, x_BTD: Array | None) -> Array:
+    """Brings the outputs of heads back to the residual stream: [B, N/tp, T, H] -> [B, T/tp, D].
+
+    With a gate, each number is scaled by the sigmoid of a projection of the layer's input first
+    (Qiu et al. 2025, "Gated Attention for Large Language Models"); only a gate reads x_BTD.
+    """
+    if 'w_gate' in w:
+        gate_BnTH = checkpoint_name(to_heads(x_BTD, w['w_gate']), QKV)
+        open_BnTH = jax.nn.sigmoid(gate_BnTH.astype(jnp.float32))
+        out_BnTH = (out_BnTH * open_BnTH).astype(out_BnTH.dtype)
+    out_BtD = reduce_scatter(from_heads(out_BnTH, w['w_o']), TP, 1)
+    return (out_BtD + w['b_o']).astype(out_BtD.dtype) if 'b_o' in w else out_BtD
 
 
 # ---------------------------------------------------------------------------------------------
@@ -237,12 +214,6 @@ def _rows_last(x_BnH: Array, rows: int) -> Array:
 # ---------------------------------------------------------------------------------------------
 
 
-def output_weight(cfg: ModelConfig, size: int) -> Param:
-    """Declares the weight from heads of this size back to the residual stream."""
-    N, std = cfg.n_heads, (2 * cfg.n_layers * cfg.n_heads * size) ** -0.5
-    return weight((N, size, cfg.d_model), P(TP, None, FSDP), std, RESIDUAL, inputs=2)
-
-
 def mla_params(cfg: ModelConfig) -> Tree:
     """Declares the parameters of `mla`."""
     D, N, R, Rq = cfg.d_model, cfg.n_heads, cfg.kv_rank, cfg.q_rank
@@ -269,25 +240,27 @@ def mla_params(cfg: ModelConfig) -> Tree:
         'kv_norm': gain(R),
         'w_k_up': w_k_up,
         'w_v_up': w_v_up,
-        'w_o': output_weight(cfg, Hv),
+        **output_params(cfg, Hv),
     }
 
 
-def mla_sizes(m: ModelConfig | ConfigDict) -> Sizes:
+def mla_sizes(cfg: ModelConfig) -> Sizes:
     """Returns the numbers per position of `mla`: a latent, and the rotary key of all heads."""
-    latent, query = m.kv_rank + m.rope_dim, m.q_rank or m.d_model
+    R, Hr, key = cfg.kv_rank, cfg.rope_dim, cfg.nope_dim + cfg.rope_dim
+    query = cfg.q_rank or cfg.d_model
+    for_gate = cfg.d_model if cfg.attention_gate and cfg.q_rank else 0
     return Sizes(
-        key=m.nope_dim + m.rope_dim,
-        value=m.v_dim,
-        rotary=m.rope_dim,
-        kv_heads=m.n_heads,
-        cache=latent,
-        gathered=latent + query,
-        latents=latent + m.q_rank,
-        inputs=(latent + query, m.kv_rank + query),
-        travels=latent,
+        key=key,
+        value=cfg.v_dim,
+        rotary=Hr,
+        kv_heads=cfg.n_heads,
+        cache=R + Hr,
+        gathered=R + Hr + query + for_gate,
+        latents=R + Hr + cfg.q_rank,
+        inputs=(R + Hr + query + for_gate, R + query),
+        travels=R + Hr,
         travels_cut=False,
-        expansion=m.n_heads * (latent * (m.nope_dim + m.rope_dim) + m.kv_rank * m.v_dim),
+        expansion=cfg.n_heads * ((R + Hr) * key + R * cfg.v_dim),
     )
 
 
@@ -296,6 +269,11 @@ def mla_rules(config: ConfigDict) -> Iterator[str]:
     m = config.model
     ranks = ['model.kv_rank', *(['model.q_rank'] if m.q_rank else [])]
     yield from indivisible(config, FSDP, ranks)
+    if m.attention_bias != 'none':
+        yield (
+            f'model.attention_bias={m.attention_bias!r} is of queries, keys and values of heads, '
+            f"and 'mla' makes them of latents; use 'none', or 'gqa' in every layer"
+        )
     if m.rope_dim % 2:
         yield odd_rotation('rope_dim', m.rope_dim)
     yield from rope_rules(config)
@@ -311,17 +289,17 @@ def mla(params: Tree, x_BtD: Array, table: Positions, cfg: ModelConfig) -> tuple
 
     Keys and values rise from one latent of R numbers per token; position enters through H_rope
     further ones, a single key shared by all heads. x_BtD: [B, T/tp, D] -> the same, and the part of
-    each position that decoding keeps, [B, 1, T, R + H_rope].
+    each position that decoding keeps, [B, 1, T, R + H_rope]. H_rope is 0 in a layer without rotary
+    part.
     """
     w = unshard(params, mla_params(cfg), x_BtD.dtype)
-    q_BnTH, latent_BSR, k_rope_BSH = _mla_inputs(w, x_BtD, table, cfg)
+    q_BnTH, latent_BSR, k_rope_BSH, x_BTD = _mla_inputs(w, x_BtD, table, cfg)
     kept_BSR = jnp.concatenate((latent_BSR, k_rope_BSH), axis=-1)
-    up = (_key_weight(w['w_k_up'], cfg), w['w_v_up'])
+    up, sinks_n1 = (_key_weight(w['w_k_up'], cfg), w['w_v_up']), sinks_of(w, q_BnTH.shape[1])
     out_BnTH = attention_over_cp(
-        q_BnTH[:, :, None], kept_BSR, up, _expand_latent, table.documents, cfg
+        q_BnTH[:, :, None], kept_BSR, up, _expand_latent, table.documents, cfg, sinks_n1
     )[:, :, 0]
-    partial_BTD = from_heads(out_BnTH, w['w_o'])
-    return reduce_scatter(partial_BTD, TP, 1), {'latent': kept_BSR[:, None]}
+    return to_residual(w, out_BnTH, x_BTD), {'latent': kept_BSR[:, None]}
 
 
 def _expand_latent(up: Tree, kept_BSR: Array) -> tuple[Array, Array]:
@@ -347,26 +325,32 @@ def _key_weight(w_RnH: Array, cfg: ModelConfig) -> Array:
 
 def _mla_inputs(
     w: Tree, x_BtD: Array, table: Positions, cfg: ModelConfig
-) -> tuple[Array, Array, Array]:
-    """Makes the query, [B, N/tp, T, H], the latent, [B, T, R], and the rotary key, [B, T, H_rope].
+) -> tuple[Array, Array, Array, Array | None]:
+    """Makes the query, [B, N/tp, T, H], the latent, [B, T, R], the rotary key, [B, T, H_rope], and
+    for a gate x_BTD.
 
     Latents are made on the local positions and only then gathered over tp: R + H_rope (+ q_rank)
-    numbers per token travel instead of D.
+    numbers per token travel instead of D; with a gate, D beside them.
     """
     kv_BtR = linear(x_BtD, w['w_kv_down'])
     latent_BtR, k_rope_BtH = jnp.split(kv_BtR, [cfg.kv_rank], axis=-1)
-    latent_BtR = rms_norm(latent_BtR, w['kv_norm'], cfg.norm_eps)
+    eps = cfg.latent_norm_eps or cfg.norm_eps
+    latent_BtR = rms_norm(latent_BtR, w['kv_norm'], eps)
     if cfg.q_rank:
         q_BtR = linear(x_BtD, w['w_q_down'])
-        q_BtR = rms_norm(q_BtR, w['q_norm'], cfg.norm_eps)
+        q_BtR = rms_norm(q_BtR, w['q_norm'], eps)
         w_q = w['w_q_up']
     else:
         q_BtR, w_q = x_BtD, w['w_q']
-    sizes = np.cumsum([cfg.kv_rank, cfg.rope_dim])
-    all_BTR = all_gather(jnp.concatenate((latent_BtR, k_rope_BtH, q_BtR), -1), TP, 1)
-    latent_BSR, k_rope_BSH, q_BTR = jnp.split(all_BTR, sizes, axis=-1)
+    parts = [latent_BtR, k_rope_BtH, q_BtR]
+    if cfg.attention_gate and cfg.q_rank:
+        parts.append(x_BtD)
+    ends = np.cumsum([part.shape[-1] for part in parts])[:-1]
+    all_BTR = all_gather(jnp.concatenate(parts, -1), TP, 1)
+    latent_BSR, k_rope_BSH, q_BTR, *rest = jnp.split(all_BTR, ends, axis=-1)
+    x_BTD = (rest or [q_BTR])[0] if cfg.attention_gate else None  # q_rank 0: the query's input
     k_rope_BSH = rope(k_rope_BSH[:, None], table)[:, 0]
-    return rope(to_heads(q_BTR, w_q), table), latent_BSR, k_rope_BSH
+    return rope(to_heads(q_BTR, w_q), table), latent_BSR, k_rope_BSH, x_BTD
 
 
 def mla_decode(
@@ -384,7 +368,7 @@ def mla_decode(
     attention with heads of R + H_rope, and no key or value of the cache is ever expanded.
     """
     w = unshard(params, mla_params(cfg), x_1tD.dtype)
-    q_1nTH, latent_1TR, k_rope_1TH = _mla_inputs(w, x_1tD, table, cfg)
+    q_1nTH, latent_1TR, k_rope_1TH, x_1TD = _mla_inputs(w, x_1tD, table, cfg)
     q_nope_1nTH, q_rope_1nTH = jnp.split(q_1nTH, [cfg.nope_dim], axis=-1)
     rows, filled = visible_BS.shape[0], latent_1TR.shape[1]
     q_BnR = jnp.einsum('bnh,rnh->bnr', _rows_first(q_nope_1nTH, rows), w['w_k_up'])
@@ -392,11 +376,10 @@ def mla_decode(
     own_B1R = jnp.concatenate((latent_1TR, k_rope_1TH), axis=-1)[0, :rows, None]
     latent, scale = cache['latent'], attention_scale(cfg, mla_sizes(cfg).key)
     out_BnR = cached_attention(
-        q_BnR[:, None], (latent, latent), (own_B1R, own_B1R), visible_BS, scale
+        q_BnR[:, None], (latent, latent), (own_B1R, own_B1R), visible_BS, scale, sinks_of(w, 1)
     )[:, 0, :, : cfg.kv_rank]
     out_BnH = jnp.einsum('bnr,rnh->bnh', out_BnR, w['w_v_up'])
-    partial_1TD = from_heads(_rows_last(out_BnH, filled), w['w_o'])
-    return reduce_scatter(partial_1TD, TP, 1), {'latent': own_B1R}
+    return to_residual(w, _rows_last(out_BnH, filled), x_1TD), {'latent': own_B1R}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -408,22 +391,36 @@ def gqa_params(cfg: ModelConfig) -> Tree:
     """Declares the parameters of `gqa`."""
     D, N, K, H = cfg.d_model, cfg.n_heads, cfg.n_kv_heads, cfg.head_dim
     heads = TP if K > 1 else None
-    norms = {'q_norm': gain(H), 'k_norm': gain(H)} if cfg.qk_norm else {}
-    return norms | {
+    more = {}
+    if cfg.qk_norm:
+        together = cfg.qk_norm_over == 'heads'
+        more['q_norm'] = of_heads((N, H), TP, ones) if together else gain(H)
+        more['k_norm'] = of_heads((K, H), heads, ones) if together and K > 1 else gain(H)
+    if cfg.attention_bias != 'none':
+        more['b_q'] = of_heads((N, H), TP, zeros)
+        more |= {name: of_heads((K, H), heads, zeros) for name in ('b_k', 'b_v')}
+    if cfg.attention_bias == 'qkvo':
+        more['b_o'] = Param((D,), P(None), zeros, matrix=False)
+    return more | {
         'w_q': weight((D, N, H), P(FSDP, TP, None), D**-0.5, QKV),
         'w_k': weight((D, K, H), P(FSDP, heads, None), D**-0.5, QKV),
         'w_v': weight((D, K, H), P(FSDP, heads, None), D**-0.5, QKV),
-        'w_o': output_weight(cfg, H),
+        **output_params(cfg, H),
     }
 
 
-def gqa_sizes(m: ModelConfig | ConfigDict) -> Sizes:
+def of_heads(shape: tuple[int, int], axis: str | None, init: Initializer) -> Param:
+    """Declares a gain or a bias for each number of each head, [N, H], which `axis` cuts in N."""
+    return Param(shape, P(axis, None), init, matrix=False)
+
+
+def gqa_sizes(cfg: ModelConfig) -> Sizes:
     """Returns the numbers per position of `gqa`: keys and values of K heads."""
-    H, K, D = m.head_dim, m.n_kv_heads, m.d_model
+    H, K, D = cfg.head_dim, cfg.n_kv_heads, cfg.d_model
     return Sizes(
         key=H,
         value=H,
-        rotary=H,
+        rotary=0 if cfg.nope else cfg.rotary_dim or H,
         kv_heads=K,
         cache=2 * K * H,
         gathered=D + (2 * H if K == 1 else 0),
@@ -445,8 +442,20 @@ def gqa_rules(config: ConfigDict) -> Iterator[str]:
             f'model.n_heads={m.n_heads} is not divisible by model.n_kv_heads={m.n_kv_heads}; '
             f'use {divisors(m.n_heads)} key/value heads'
         )
-    if m.head_dim % 2:
+    if m.rotary_dim > m.head_dim:
+        yield (
+            f'model.rotary_dim={m.rotary_dim} is above model.head_dim={m.head_dim}; use '
+            f'{m.head_dim} or less, or 0 for all of a head'
+        )
+    elif m.rotary_dim % 2:
+        yield odd_rotation('rotary_dim', m.rotary_dim)
+    elif m.head_dim % 2 and not m.rotary_dim:
         yield odd_rotation('head_dim', m.head_dim)
+    if m.qk_norm_over == 'heads' and not m.qk_norm:
+        yield (
+            "model.qk_norm_over='heads' says how queries and keys are normed, and "
+            "model.qk_norm=False; use True, or qk_norm_over='head'"
+        )
     yield from rope_rules(config)
 
 
@@ -458,12 +467,13 @@ def gqa(params: Tree, x_BtD: Array, table: Positions, cfg: ModelConfig) -> tuple
     decoding keeps, [B, K/tp, T, H] each.
     """
     w = unshard(params, gqa_params(cfg), x_BtD.dtype)
-    q_BnTH, k_BkSH, v_BkSH = _gqa_inputs(w, x_BtD, table, cfg)
-    B, n, T, H = q_BnTH.shape
-    q_BkGTH = q_BnTH.reshape(B, k_BkSH.shape[1], -1, T, H)
-    out_BkGTH = attention_over_cp(q_BkGTH, (k_BkSH, v_BkSH), (), _as_they_are, table.documents, cfg)
-    partial_BTD = from_heads(out_BkGTH.reshape(B, n, T, H), w['w_o'])
-    return reduce_scatter(partial_BTD, TP, 1), {'k': k_BkSH, 'v': v_BkSH}
+    q_BnTH, k_BkSH, v_BkSH, x_BTD = _gqa_inputs(w, x_BtD, table, cfg)
+    (B, n, T, H), k = q_BnTH.shape, k_BkSH.shape[1]
+    q_BkGTH = q_BnTH.reshape(B, k, -1, T, H)
+    out_BkGTH = attention_over_cp(
+        q_BkGTH, (k_BkSH, v_BkSH), (), _as_they_are, table.documents, cfg, sinks_of(w, k)
+    )
+    return to_residual(w, out_BkGTH.reshape(B, n, T, H), x_BTD), {'k': k_BkSH, 'v': v_BkSH}
 
 
 def _as_they_are(_: Tree, keys_and_values: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -472,8 +482,9 @@ def _as_they_are(_: Tree, keys_and_values: tuple[Array, Array]) -> tuple[Array, 
 
 def _gqa_inputs(
     w: Tree, x_BtD: Array, table: Positions, cfg: ModelConfig
-) -> tuple[Array, Array, Array]:
-    """Makes queries, [B, N/tp, T, H], keys and values, [B, K/tp, T, H], of all positions."""
+) -> tuple[Array, Array, Array, Array]:
+    """Makes queries, [B, N/tp, T, H], keys and values, [B, K/tp, T, H], of all positions; also
+    returns x_BTD."""
     x_BTD = all_gather(x_BtD, TP, 1)
     q_BnTH = to_heads(x_BTD, w['w_q'])
     if cfg.n_kv_heads > 1:
@@ -482,10 +493,27 @@ def _gqa_inputs(
     else:
         k_BkSH = all_gather(to_heads(x_BtD, w['w_k']), TP, 2)
         v_BkSH = all_gather(to_heads(x_BtD, w['w_v']), TP, 2)
+    if cfg.attention_bias != 'none':
+        q_BnTH, k_BkSH, v_BkSH = (
+            (x + w[name][:, None]).astype(x.dtype)
+            for name, x in (('b_q', q_BnTH), ('b_k', k_BkSH), ('b_v', v_BkSH))
+        )
     if cfg.qk_norm:
-        q_BnTH = rms_norm(q_BnTH, w['q_norm'], cfg.norm_eps)
-        k_BkSH = rms_norm(k_BkSH, w['k_norm'], cfg.norm_eps)
-    return rope(q_BnTH, table), rope(k_BkSH, table), v_BkSH
+        q_BnTH = heads_norm(q_BnTH, w['q_norm'], cfg.norm_eps)
+        k_BkSH = heads_norm(k_BkSH, w['k_norm'], cfg.norm_eps)
+    return rope(q_BnTH, table), rope(k_BkSH, table), v_BkSH, x_BTD
+
+
+def heads_norm(x_BnTH: Array, gain: Array, eps: float) -> Array:
+    """Norms heads, [B, N/tp, T, H]: each by itself with a gain of [H]; with one of [N/tp, H], all
+    heads of a position together, over all tp devices."""
+    if gain.ndim == 1:
+        return rms_norm(x_BnTH, gain, eps)
+    x32 = x_BnTH.astype(jnp.float32)
+    numbers = gain.size * lax.axis_size(TP)
+    squares_B1T1 = psum(jnp.sum(jnp.square(x32), axis=(1, 3), keepdims=True), TP)
+    normed_BnTH = x32 * lax.rsqrt(squares_B1T1 / numbers + eps)
+    return (normed_BnTH * gain[:, None]).astype(x_BnTH.dtype)
 
 
 def gqa_decode(
@@ -498,14 +526,17 @@ def gqa_decode(
 ) -> tuple[Array, Tree]:
     """Computes `gqa` of one more position of each row, in the layout of `Attention.decode`."""
     w = unshard(params, gqa_params(cfg), x_1tD.dtype)
-    q_1nTH, k_1kTH, v_1kTH = _gqa_inputs(w, x_1tD, table, cfg)
+    q_1nTH, k_1kTH, v_1kTH, x_1TD = _gqa_inputs(w, x_1tD, table, cfg)
     rows, filled = visible_BS.shape[0], q_1nTH.shape[2]
     q_BnH, k_BkH, v_BkH = (_rows_first(y, rows) for y in (q_1nTH, k_1kTH, v_1kTH))
     q_BkGH = q_BnH.reshape(rows, k_BkH.shape[1], -1, cfg.head_dim)
     scale = attention_scale(cfg, cfg.head_dim)
-    out_BkGH = cached_attention(q_BkGH, (cache['k'], cache['v']), (k_BkH, v_BkH), visible_BS, scale)
-    partial_1TD = from_heads(_rows_last(out_BkGH.reshape(q_BnH.shape), filled), w['w_o'])
-    return reduce_scatter(partial_1TD, TP, 1), {'k': k_BkH, 'v': v_BkH}
+    sinks_kG = sinks_of(w, k_BkH.shape[1])
+    out_BkGH = cached_attention(
+        q_BkGH, (cache['k'], cache['v']), (k_BkH, v_BkH), visible_BS, scale, sinks_kG
+    )
+    out_1nTH = _rows_last(out_BkGH.reshape(q_BnH.shape), filled)
+    return to_residual(w, out_1nTH, x_1TD), {'k': k_BkH, 'v': v_BkH}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -518,6 +549,7 @@ ATTENTION: dict[str, Attention] = {
 }
 
 
-def attention_sizes(m: ModelConfig | ConfigDict) -> Sizes:
-    """Returns the numbers per position of the model's kind of attention."""
-    return ATTENTION[m.attention].sizes(m)
+@functools.cache
+def attention_sizes(cfg: ModelConfig) -> Sizes:
+    """Returns the numbers per position of the attention of a layer (`config.of_layer`)."""
+    return ATTENTION[cfg.attention].sizes(cfg)

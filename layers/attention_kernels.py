@@ -1,8 +1,9 @@
 """Causal attention for one device's heads: blockwise on any platform, and the kernels that ship in
 jax, splash attention on TPU and cuDNN's on GPU. ATTENTION_KERNELS lists them.
 
-All take (q_BkGTH, k_BkSH, v_BkSH, documents_BT or None, scale, cfg) and return [B, K, G, T, value
-head size]. What a query sees stands once, in `visible`.
+All take (q_BkGTH, k_BkSH, v_BkSH, documents_BT or None, scale, cfg, sinks_kG or None), with the
+config of the layer (`config.of_layer`), and return [B, K, G, T, value head size]. What a query sees
+stands once, in `visible`.
 """
 
 import functools
@@ -37,34 +38,54 @@ def visible(
     """Returns whether queries see keys: the one mask of training, prefill and decoding.
 
     Positions count from the start of a row; documents are numbers, or None where all is one. Shapes
-    are broadcast. An edit here, of a sliding window say, changes all three alike; a query must see
-    itself and nothing later. Kernels with a causal mask of their own are then refused, and 'auto'
-    takes blockwise (`own_mask_errors`).
+    are broadcast. In a layer with a window a query sees so many positions, its own and those right
+    before it. An edit here changes all three alike; a query must see itself and nothing later.
+    Kernels with a mask of their own are then refused, and 'auto' takes blockwise
+    (`own_mask_errors`). Blockwise skips what is later than a query or before its window.
     """
     seen = q_position >= k_position
+    if cfg.window:
+        seen &= q_position - k_position < cfg.window
     return seen if q_document is None else seen & (q_document == k_document)
 
 
 def cached_visible(positions_B: Array, starts_B: Array, S: int, cfg: ModelConfig) -> Array:
-    """Returns which positions of a cache of S the query at each row's position sees: bool [B, S].
+    """Returns which entries of a cache of S the query at each row's position sees: bool [B, S].
 
     Its document began at the position `starts`. Its own entry is not in the cache yet.
     """
-    k_S = jnp.arange(S)
-    before_BS = (k_S < starts_B[:, None]).astype(jnp.int32)  # 1: another document
-    seen_BS = visible(positions_B[:, None], k_S, 0, before_BS, cfg)
-    return seen_BS & (k_S < positions_B[:, None])
+    k_BS = cached_positions(positions_B, S)
+    before_BS = (k_BS < starts_B[:, None]).astype(jnp.int32)  # 1: another document
+    seen_BS = visible(positions_B[:, None], k_BS, 0, before_BS, cfg)
+    return seen_BS & (k_BS >= 0)
+
+
+def cached_positions(lengths_B: Array, S: int) -> Array:
+    """Returns the positions in a cache of S entries, after so many positions: int32 [B, S].
+
+    Position p is entry p modulo S, so the cache holds the last S positions. Entries that hold none
+    yet have negative numbers.
+    """
+    last_B1 = lengths_B[:, None] - 1
+    return last_B1 - (last_B1 - jnp.arange(S)) % S
+
+
+def cache_size(context: int, cfg: ModelConfig) -> int:
+    """Counts the positions that a layer's cache holds, of a context of so many."""
+    return min(cfg.window, context) if cfg.window else context
 
 
 def own_mask_errors(kernel: str, config: ConfigDict) -> Iterator[str]:
-    """Yields an error if `visible` is not the causal mask that the kernel computes by itself.
+    """Yields an error if `visible` is not the mask that the kernel computes by itself: causal, and
+    within the layer's window.
 
     Looks at the first query and the last one, which sees keys at all distances.
     """
     q, k = np.array([[0], [config.seq_len - 1]]), np.arange(config.seq_len)
     for documents in ((None, None), (0, k % 2)):
-        causal = (q >= k) & (True if documents[0] is None else documents[1] == 0)
-        if not np.array_equal(visible(q, k, *documents, config.model), causal):
+        own = (q >= k) & (True if documents[0] is None else documents[1] == 0)
+        own &= q - k < (config.model.window or config.seq_len)
+        if not np.array_equal(visible(q, k, *documents, config.model), own):
             yield (
                 f'model.attention_kernel={kernel!r} computes a causal mask of its own, and '
                 f"attention_kernels.visible another one; use the kernel 'blockwise'"
@@ -81,14 +102,28 @@ MASKED = -1e30  # finite, so that a row without a visible key in one block yield
 
 # A table of pairs has a row for each pair of blocks to compute, int32 [n, 4]: where the block of
 # queries and the block of keys lie in their arrays, and their numbers in the sequence, by which
-# they are masked.
+# they are masked. Tables of several devices are filled up with rows of -1, which cost nothing.
+
+
+def hidden_by_window(q_block: int, k_block: int, block: int, cfg: ModelConfig) -> bool:
+    """Returns whether the window of a layer hides a block of keys from all of a block of earlier
+    or later queries: also the first query is too far from the last key."""
+    nearest = (q_block - k_block) * block - (block - 1)
+    return 0 < cfg.window <= nearest
+
+
+def filled_up(tables: list[list[tuple[int, ...]]]) -> np.ndarray:
+    """Joins tables of pairs, each as long as the longest: int32 [tables, pairs, 4]."""
+    longest = max(map(len, tables))
+    filled = [[*t, *[(-1,) * 4] * (longest - len(t))] for t in tables]
+    return np.array(filled, np.int32).reshape(len(tables), longest, 4)
 
 
 def pairs_of_blocks(T: int, S: int, cfg: ModelConfig) -> tuple[int, Array | np.ndarray]:
     """Returns the size of the blocks and the table of pairs, for T queries of a sequence of S keys.
 
-    On and below the diagonal; where cp cuts the sequence, of the two parts that are this device's
-    (`zigzag`).
+    On and below the diagonal, and within the layer's window; where cp cuts the sequence, of the two
+    parts that are this device's (`zigzag`).
     """
     if T == S:
         block, devices = min(cfg.attention_block, T), 1
@@ -103,17 +138,17 @@ def pairs_of_blocks(T: int, S: int, cfg: ModelConfig) -> tuple[int, Array | np.n
             f'{cfg.attention_block}; use an attention_block that divides each of their parts'
         )
     n = T // block // len(parts[0])  # blocks of a part
-    tables = np.array(
+    tables = filled_up(
         [
             [
                 (here * n + a, j, part * n + a, j)
                 for here, part in own
                 for a in range(n)
                 for j in range(part * n + a + 1)
+                if not hidden_by_window(part * n + a, j, block, cfg)
             ]
             for own in parts
-        ],
-        np.int32,
+        ]
     )
     return block, tables[0] if devices == 1 else jnp.asarray(tables)[lax.axis_index(CP)]
 
@@ -162,20 +197,27 @@ def _over_pairs(
     pairs: Array,
     documents: Array | None,
     block: int,
+    cfg: ModelConfig,
 ) -> Tree:
     """Scans `step` over the pairs, but for those whose blocks share no document: in any row of the
     batch, the keys' last document comes before the queries' first one."""
+
+    def shared(pair: Array) -> Array:
+        if documents is None:
+            return True
+        first, last = pair[2] * block, pair[3] * block + block - 1
+        of_q, of_k = (lax.dynamic_index_in_dim(documents, n, 1) for n in (first, last))
+        return jnp.any(of_q <= of_k)
 
     def always(carry: Tree, pair: Array) -> tuple[Tree, None]:
         return step(carry, pair), None
 
     def if_shared(carry: Tree, pair: Array) -> tuple[Tree, None]:
-        first, last = pair[2] * block, pair[3] * block + block - 1
-        of_q, of_k = (lax.dynamic_index_in_dim(documents, n, 1) for n in (first, last))
-        shared = jnp.any(of_q <= of_k)
-        return lax.cond(shared, step, lambda carry, _: carry, carry, pair), None
+        seen = shared(pair) & (pair[0] >= 0) if filled else shared(pair)
+        return lax.cond(seen, step, lambda carry, _: carry, carry, pair), None
 
-    return lax.scan(always if documents is None else if_shared, carry, pairs)[0]
+    filled = cfg.window > 0 and cfg.cp > 1  # devices see unequally many blocks: `filled_up`
+    return lax.scan(if_shared if filled or documents is not None else always, carry, pairs)[0]
 
 
 class Sums(NamedTuple):
@@ -218,13 +260,20 @@ def add_keys(
         total = _put(total, i, _block(total, i, block) * shrink + jnp.sum(p, -1, keepdims=True))
         return Sums(out, _put(top, i, new_top), total)
 
-    return _over_pairs(step, sums, pairs, documents, block)
+    return _over_pairs(step, sums, pairs, documents, block, cfg)
 
 
-def softmax_of(sums: Sums, dtype: jnp.dtype) -> tuple[Array, Array]:
-    """Returns attention's output and the log-sum-exp of the scores, named for rematerialization."""
-    out = checkpoint_name((sums.out / sums.total).astype(dtype), ATTENTION_OUTPUT)
-    return out, checkpoint_name(sums.top + jnp.log(sums.total), ATTENTION_OUTPUT)
+def softmax_of(sums: Sums, sinks_kG: Array | None, dtype: jnp.dtype) -> tuple[Array, Array]:
+    """Returns attention's output and the log-sum-exp of the scores, named for rematerialization.
+
+    A sink is a score of its head without a value, for every query (Agarwal et al. 2025, "gpt-oss").
+    """
+    out, logsumexp = sums.out / sums.total, sums.top + jnp.log(sums.total)
+    if sinks_kG is not None:
+        of_keys, logsumexp = logsumexp, jnp.logaddexp(logsumexp, sinks_kG[:, :, None, None])
+        out *= jnp.exp(of_keys - logsumexp)
+    out = checkpoint_name(out.astype(dtype), ATTENTION_OUTPUT)
+    return out, checkpoint_name(logsumexp, ATTENTION_OUTPUT)
 
 
 def add_gradients(
@@ -257,13 +306,22 @@ def add_gradients(
         dv = _put(dv, j, _block(dv, j, block) + dv_j)
         return dq, dk, dv
 
-    return _over_pairs(step, grads, pairs, documents, block)
+    return _over_pairs(step, grads, pairs, documents, block, cfg)
 
 
 def output_gradients(out: Array, logsumexp: Array, d_out: Array) -> tuple[Array, Array, Array]:
     """Returns what `add_gradients` takes as `saved`."""
     delta = jnp.einsum('...h,...h->...', out, d_out, preferred_element_type=jnp.float32)
     return d_out, logsumexp, delta[..., None]
+
+
+def sink_gradients(sinks_kG: Array | None, saved: tuple[Array, Array, Array]) -> Array | None:
+    """Returns the gradients of sinks from the same: each query's share in one weighs no value."""
+    if sinks_kG is None:
+        return None
+    _, logsumexp, delta = saved
+    shares = jnp.exp(sinks_kG[:, :, None, None] - logsumexp)
+    return -jnp.sum(shares * delta, axis=(0, 3, 4))
 
 
 # Its derivative is written by hand, below: change both. tests/test_derivatives.py compares them.
@@ -275,32 +333,35 @@ def causal_attention(
     documents_BS: Array | None,
     scale: float,
     cfg: ModelConfig,
+    sinks_kG: Array | None = None,
 ) -> Array:
     """Computes softmax(scale · q kᵀ + mask) v: [B, K, G, T, value head size].
 
-    A query sees the keys that are `visible`. Blockwise with a running maximum and sum: one scan
-    over the pairs of blocks on and below the diagonal, so the program does not grow with T, blocks
-    above the diagonal and blocks that share no document cost nothing, and no score array exceeds
-    B·N·block². The backward pass recomputes the scores from the saved log-sum-exp. Scores and
-    softmax are float32 whatever the inputs are. Queries may be those of this device of cp alone.
+    A query sees the keys that are `visible`; `sinks_kG`, float32, join the softmax's denominator.
+    Blockwise with a running maximum and sum: one scan over the pairs of blocks on and below the
+    diagonal, so the program does not grow with T, blocks above the diagonal, before the window or
+    without a common document cost nothing, and no score array exceeds B·N·block². The backward pass
+    recomputes the scores from the saved log-sum-exp. Scores and softmax are float32 whatever the
+    inputs are. Queries may be those of this device of cp alone.
     """
-    return _attention_forward(q_BkGTH, k_BkSH, v_BkSH, documents_BS, scale, cfg)[0]
+    return _attention_forward(q_BkGTH, k_BkSH, v_BkSH, documents_BS, scale, cfg, sinks_kG)[0]
 
 
-def _attention_forward(q, k, v, documents: Array | None, scale: float, cfg: ModelConfig):
+def _attention_forward(q, k, v, documents, scale: float, cfg: ModelConfig, sinks):
     block, pairs = pairs_of_blocks(q.shape[-2], k.shape[-2], cfg)
     sums = add_keys(no_keys(q, v.shape[-1]), q, k, v, documents, pairs, block, scale, cfg)
-    out, logsumexp = softmax_of(sums, q.dtype)
-    return out, (q, k, v, documents, out, logsumexp)
+    out, logsumexp = softmax_of(sums, sinks, q.dtype)
+    return out, (q, k, v, documents, sinks, out, logsumexp)
 
 
 def _attention_backward(scale: float, cfg: ModelConfig, saved: tuple, d_out: Array):
-    q, k, v, documents, out, logsumexp = saved
+    q, k, v, documents, sinks, out, logsumexp = saved
     block, pairs = pairs_of_blocks(q.shape[-2], k.shape[-2], cfg)
     start = tuple(jnp.zeros_like(x, dtype=jnp.float32) for x in (q, k, v))
     of_output = output_gradients(out, logsumexp, d_out)
     dq, dk, dv = add_gradients(start, q, k, v, documents, of_output, pairs, block, scale, cfg)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+    d_sinks = sink_gradients(sinks, of_output)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, d_sinks
 
 
 causal_attention.defvjp(_attention_forward, _attention_backward)
@@ -335,16 +396,17 @@ def splash_attention(
     documents_BS: Array | None,
     scale: float,
     cfg: ModelConfig,
+    sinks_kG: Array | None = None,
     interpret: bool = False,
 ) -> Array:
     """Computes `causal_attention` by a Pallas kernel for TPU (jax's splash attention).
 
-    Skips the blocks above the diagonal. Backward is one kernel of five matmuls, which leaves
-    partial gradients of the queries to be added up (`splash_blocks`). Heads of 64 fill half of a
-    matrix unit's 128 lanes, so MLA's values of 64 cost as much as 128 would; queries and keys may
-    be wider than values. Output and log-sum-exp, which backward needs, are named ATTENTION_OUTPUT
-    for rematerialization. Where cp cuts the sequence, the mask is that of its zigzag, of which each
-    device takes its rows.
+    Skips the blocks above the diagonal and before the window. Backward is one kernel of five
+    matmuls, which leaves partial gradients of the queries to be added up (`splash_blocks`). Heads
+    of 64 fill half of a matrix unit's 128 lanes, so MLA's values of 64 cost as much as 128 would;
+    queries and keys may be wider than values. Output and log-sum-exp, which backward needs, are
+    named ATTENTION_OUTPUT for rematerialization. Where cp cuts the sequence, the mask is that of
+    its zigzag, of which each device takes its rows.
     """
     # Importing Pallas takes a second, which runs without it need not spend.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
@@ -354,7 +416,10 @@ def splash_attention(
     S = k_BkSH.shape[2]
     devices = S // T  # of cp
     size, keys = splash_blocks(T, S, cfg)
-    mask = masks.CausalMask((S, S), shard_count=devices)
+    if cfg.window:
+        mask = masks.LocalMask((S, S), (cfg.window - 1, 0), offset=0, shard_count=devices)
+    else:
+        mask = masks.CausalMask((S, S), shard_count=devices)
     mask.q_sequence = zigzag_order(S, devices)
     kernel = splash.make_splash_mha(
         masks.MultiHeadMask([mask] * (K * G)),
@@ -374,12 +439,13 @@ def splash_attention(
     if devices > 1:
         kernel = _own_queries(kernel, devices)
     q_BnTH = (q_BkGTH * scale).astype(q_BkGTH.dtype).reshape(B, K * G, T, H)
-    if documents_BS is None:
-        out_BnTH = jax.vmap(kernel)(q_BnTH, k_BkSH, v_BkSH)
-    else:
+    segments = None
+    if documents_BS is not None:
         own_BT = zigzag(documents_BS, CP, 1) if devices > 1 else documents_BS
         segments = splash.SegmentIds(own_BT, documents_BS)
-        out_BnTH = jax.vmap(kernel)(q_BnTH, k_BkSH, v_BkSH, segments)
+    sinks_n = None if sinks_kG is None else sinks_kG.reshape(-1)
+    attend = jax.vmap(kernel, in_axes=(0, 0, 0, 0, None))
+    out_BnTH = attend(q_BnTH, k_BkSH, v_BkSH, segments, sinks_n)
     return out_BnTH.reshape(B, K, G, T, v_BkSH.shape[-1])
 
 
@@ -428,7 +494,8 @@ def cudnn_attention(
     v_BkSH: Array,
     documents_BT: Array | None,
     scale: float,
-    cfg: ModelConfig | None = None,
+    cfg: ModelConfig,
+    sinks_kG: Array | None = None,
     implementation: str = 'cudnn',
 ) -> Array:
     """Computes `causal_attention` by cuDNN, in bfloat16 (`jax.nn.dot_product_attention`).
@@ -437,8 +504,9 @@ def cudnn_attention(
     zeros, which for MLA costs the matmuls with values as much as those with keys. Documents become
     a mask of [B, 1, T, T], which cuDNN reads as a bias: B·T² numbers more, where blockwise and
     splash hold none. jax names no result of it, so what backward needs is kept by its primitive.
+    Takes no sinks (`cudnn_rules`).
     """
-    del cfg
+    del sinks_kG
     B, K, G, T, H = q_BkGTH.shape
     v_dim, mask = v_BkSH.shape[-1], None
     v_BkSH = jnp.pad(v_BkSH, ((0, 0), (0, 0), (0, 0), (0, H - v_dim)))
@@ -451,6 +519,7 @@ def cudnn_attention(
         mask=mask,
         scale=scale,
         is_causal=True,
+        local_window_size=(cfg.window - 1, 0) if cfg.window else None,
         implementation=implementation,
     )
     return out_BTnH.swapaxes(1, 2)[..., :v_dim].reshape(B, K, G, T, v_dim)
@@ -464,6 +533,11 @@ def cudnn_rules(config: ConfigDict, head: int) -> Iterator[str]:
             f"{config.mesh.cp} gives a device later ones; use the kernel 'blockwise'"
         )
     yield from own_mask_errors('cudnn', config)
+    if config.model.attention_sinks:
+        yield (
+            "model.attention_kernel='cudnn' has no sinks, and model.attention_sinks=True; use the "
+            "kernel 'blockwise'"
+        )
     if config.compute_dtype != 'bfloat16':
         yield (
             f"model.attention_kernel='cudnn' does not take compute_dtype={config.compute_dtype!r}; "
@@ -515,13 +589,18 @@ ATTENTION_KERNELS: dict[str, Kernel] = {
 
 
 def attention(
-    q_BkGTH: Array, k_BkSH: Array, v_BkSH: Array, documents_BT: Array | None, cfg: ModelConfig
+    q_BkGTH: Array,
+    k_BkSH: Array,
+    v_BkSH: Array,
+    documents_BT: Array | None,
+    cfg: ModelConfig,
+    sinks_kG: Array | None = None,
 ) -> Array:
     """Computes `causal_attention` by the kernel that the config names."""
     q_BkGTH, k_BkSH, v_BkSH = checkpoint_name((q_BkGTH, k_BkSH, v_BkSH), QKV)
     scale = attention_scale(cfg, q_BkGTH.shape[-1])
     compute = ATTENTION_KERNELS[cfg.attention_kernel].compute
-    return compute(q_BkGTH, k_BkSH, v_BkSH, documents_BT, scale, cfg)
+    return compute(q_BkGTH, k_BkSH, v_BkSH, documents_BT, scale, cfg, sinks_kG)
 
 
 def cached_attention(
@@ -530,10 +609,11 @@ def cached_attention(
     own: tuple[Array, Array],
     visible_BS: Array,
     scale: float,
+    sinks_kG: Array | None = None,
 ) -> Array:
     """Computes the attention of one query per row: [B, K, G, value head size].
 
-    It sees the cached positions that are visible (`cached_visible`), and its own. `cache` is
+    It sees the cached entries that are visible (`cached_visible`), and its own. `cache` is
     (k_BkSH, v_BkSH), whose other entries may be anything finite; `own` is (k_BkH, v_BkH) of the
     query's position. All S positions are computed, so the time does not depend on how many are
     visible. Scores and softmax are float32.
@@ -544,8 +624,12 @@ def cached_attention(
     scores_BkGS = jnp.where(visible_BS[:, None, None], scores_BkGS, MASKED)
     own_BkG1 = (jnp.einsum('bkgh,bkh->bkg', q_BkGH, own_k_BkH, **f32) * scale)[..., None]
     top_BkG1 = jnp.maximum(jnp.max(scores_BkGS, axis=-1, keepdims=True), own_BkG1)
+    if sinks_kG is not None:
+        top_BkG1 = jnp.maximum(top_BkG1, sinks_kG[..., None])
     p_BkGS, own_p_BkG1 = jnp.exp(scores_BkGS - top_BkG1), jnp.exp(own_BkG1 - top_BkG1)
     out_BkGH = jnp.einsum('bkgs,bksh->bkgh', p_BkGS.astype(v_BkSH.dtype), v_BkSH, **f32)
     out_BkGH += own_p_BkG1 * own_v_BkH[:, :, None]
     total_BkG1 = jnp.sum(p_BkGS, axis=-1, keepdims=True) + own_p_BkG1
+    if sinks_kG is not None:
+        total_BkG1 += jnp.exp(sinks_kG[..., None] - top_BkG1)
     return (out_BkGH / total_BkG1).astype(q_BkGH.dtype)

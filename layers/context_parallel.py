@@ -24,8 +24,11 @@ from layers.attention_kernels import (
     add_gradients,
     add_keys,
     attention,
+    filled_up,
+    hidden_by_window,
     no_keys,
     output_gradients,
+    sink_gradients,
     softmax_of,
 )
 from layers.rope_scaling import attention_scale
@@ -43,18 +46,20 @@ def attention_over_cp(
     expand: Expand,
     documents_BS: Array | None,
     cfg: ModelConfig,
+    sinks_kG: Array | None = None,
 ) -> Array:
     """Computes attention of this device's queries over the whole sequence: [B, K, G, T, value head
     size], with T positions a device of cp.
 
-    `travels` are arrays of this device's positions, [..., T, size]; `documents_BS` those of all.
+    `travels` are arrays of this device's positions, [..., T, size]; `documents_BS` those of all;
+    `sinks_kG` a score of each head without a value.
     """
     if lax.axis_size(CP) > 1 and cfg.cp_style == 'ring':
         q_BkGTH, travels = checkpoint_name((q_BkGTH, travels), QKV)
         scale = attention_scale(cfg, q_BkGTH.shape[-1])
-        return ring_attention(q_BkGTH, travels, weights, documents_BS, expand, scale, cfg)
+        return ring_attention(q_BkGTH, travels, weights, documents_BS, expand, scale, cfg, sinks_kG)
     travels = jax.tree.map(lambda x: gather_zigzag(x, CP, -2), travels)
-    return attention(q_BkGTH, *expand(weights, travels), documents_BS, cfg)
+    return attention(q_BkGTH, *expand(weights, travels), documents_BS, cfg, sinks_kG)
 
 
 def ring_pairs(T: int, devices: int, cfg: ModelConfig) -> tuple[int, np.ndarray, np.ndarray]:
@@ -62,7 +67,9 @@ def ring_pairs(T: int, devices: int, cfg: ModelConfig) -> tuple[int, np.ndarray,
     [devices, pairs, 4], and of those that arrive, int32 [steps, devices, pairs, 4].
 
     In step s, device i has the keys of device i - s. Of its two parts and theirs, two pairs of
-    parts are visible, whichever s and i; its own have the blocks on the diagonal beside.
+    parts are visible, whichever s and i; its own have the blocks on the diagonal beside. A window
+    leaves those near the diagonal, in the first and the last step or a few more; then rows of -1
+    fill the tables up, which cost nothing.
     """
     block = min(cfg.attention_block, T // 2)
     n = T // 2 // block
@@ -76,12 +83,16 @@ def ring_pairs(T: int, devices: int, cfg: ModelConfig) -> tuple[int, np.ndarray,
             for k_here, k_part in of_k
             for b in range(n)
             if k_part * n + b <= q_part * n + a
+            and not hidden_by_window(q_part * n + a, k_part * n + b, block, cfg)
         ]
 
     every = range(devices)
     own = [table(i, i) for i in every]
-    others = [[table(i, (i - s) % devices) for i in every] for s in every[1:]]
-    return block, np.array(own, np.int32), np.array(others, np.int32)
+    others = np.array([])
+    if devices > 1:
+        others = filled_up([table(i, (i - s) % devices) for s in every[1:] for i in every])
+        others = others.reshape(devices - 1, devices, *others.shape[1:])
+    return block, filled_up(own), others
 
 
 # Its derivative is written by hand, below: change both. tests/test_derivatives.py compares them.
@@ -94,6 +105,7 @@ def ring_attention(
     expand: Expand,
     scale: float,
     cfg: ModelConfig,
+    sinks_kG: Array | None = None,
 ) -> Array:
     """Computes `attention_over_cp` around the ring, with the running softmax of blockwise.
 
@@ -101,7 +113,7 @@ def ring_attention(
     Backward: as often again, and n times its gradients, in float32: they go around with the
     positions that they belong to, and so end at home.
     """
-    return _ring_forward(q_BkGTH, travels, weights, documents_BS, expand, scale, cfg)[0]
+    return _ring_forward(q_BkGTH, travels, weights, documents_BS, expand, scale, cfg, sinks_kG)[0]
 
 
 def _tables(q: Array, cfg: ModelConfig) -> tuple[int, Array, Array]:
@@ -115,7 +127,9 @@ def _next(x: Tree) -> Tree:
     return jax.tree.map(lambda x: pass_on(x, CP), x)
 
 
-def _ring_forward(q, travels, weights, documents, expand: Expand, scale: float, cfg: ModelConfig):
+def _ring_forward(
+    q, travels, weights, documents, expand: Expand, scale: float, cfg: ModelConfig, sinks
+):
     block, own, others = _tables(q, cfg)
 
     def add(sums: Tree, here: Tree, pairs: Array) -> Tree:
@@ -134,12 +148,12 @@ def _ring_forward(q, travels, weights, documents, expand: Expand, scale: float, 
         arriving = _next(travels)
         (sums, here), _ = lax.scan(step, (add(sums, travels, own), arriving), others[:-1])
         sums = add(sums, here, others[-1])
-    out, logsumexp = softmax_of(sums, q.dtype)
-    return out, (q, travels, weights, documents, out, logsumexp)
+    out, logsumexp = softmax_of(sums, sinks, q.dtype)
+    return out, (q, travels, weights, documents, sinks, out, logsumexp)
 
 
 def _ring_backward(expand: Expand, scale: float, cfg: ModelConfig, saved: tuple, d_out: Array):
-    q, travels, weights, documents, out, logsumexp = saved
+    q, travels, weights, documents, sinks, out, logsumexp = saved
     block, own, others = _tables(q, cfg)
     of_output = output_gradients(out, logsumexp, d_out)
 
@@ -168,7 +182,8 @@ def _ring_backward(expand: Expand, scale: float, cfg: ModelConfig, saved: tuple,
         dq, d_weights, d_here = add((dq, d_weights, _next(d_before)), here, others[-1])
         d_travels = _next(d_here)
     like = functools.partial(jax.tree.map, lambda d, x: d.astype(x.dtype))
-    return dq.astype(q.dtype), like(d_travels, travels), like(d_weights, weights), None
+    d_sinks = sink_gradients(sinks, of_output)
+    return dq.astype(q.dtype), like(d_travels, travels), like(d_weights, weights), None, d_sinks
 
 
 ring_attention.defvjp(_ring_forward, _ring_backward)

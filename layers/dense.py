@@ -197,29 +197,45 @@ def dropout(x_BtD: Array, rate: float, key: Array) -> Array:
 # ---------------------------------------------------------------------------------------------
 
 
-def activation(x: Array) -> Array:
+def activation(x: Array, limit: float) -> Array:
     """Computes the activation of every feed-forward, dense or of experts, elementwise.
 
-    To change it, edit this function: its derivative follows.
+    silu; with a limit above 0 that of gpt-oss, min(x, limit) · σ(1.702 · min(x, limit)). To change
+    it, edit this function: its derivative follows.
     """
-    return jax.nn.silu(x)
+    if not limit:
+        return jax.nn.silu(x)
+    x = clipped(x, -jnp.inf, limit)
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+def factor(x: Array, limit: float) -> Array:
+    """Computes what the activation is multiplied by: x, or with a limit above 0 that of gpt-oss,
+    x clipped to ±limit, plus 1."""
+    return clipped(x, -limit, limit) + 1 if limit else x
+
+
+def clipped(x: Array, low: float, high: float) -> Array:
+    """Clips x, with the slope 1 at the limits too, as PyTorch has it; jnp.clip has a half."""
+    return jnp.where(x < low, low, jnp.where(x > high, high, x)).astype(x.dtype)
 
 
 # Its derivative is written by hand, below: change both. tests/test_derivatives.py compares them.
-@jax.custom_vjp
-def gated(gate: Array, up: Array) -> Array:
-    """Computes activation(gate) · up. Saves its inputs; autodiff would save three further
-    arrays."""
-    return activation(gate) * up
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def gated(gate: Array, up: Array, limit: float) -> Array:
+    """Computes activation(gate) · factor(up), both with model.swiglu_limit. Saves its inputs;
+    autodiff would save three further arrays."""
+    return activation(gate, limit) * factor(up, limit)
 
 
-def _gated_backward(saved: tuple[Array, Array], d_out: Array):
+def _gated_backward(limit: float, saved: tuple[Array, Array], d_out: Array):
     gate, up = saved
-    active, slope = jax.jvp(activation, (gate,), (jnp.ones_like(gate),))
-    return d_out * up * slope, d_out * active
+    active, slope = jax.jvp(lambda x: activation(x, limit), (gate,), (jnp.ones_like(gate),))
+    other, other_slope = jax.jvp(lambda x: factor(x, limit), (up,), (jnp.ones_like(up),))
+    return d_out * other * slope, d_out * active * other_slope
 
 
-gated.defvjp(lambda gate, up: (gated(gate, up), (gate, up)), _gated_backward)
+gated.defvjp(lambda gate, up, limit: (gated(gate, up, limit), (gate, up)), _gated_backward)
 
 
 def swiglu_params(cfg: ModelConfig, d_ff: int) -> Tree:
@@ -232,15 +248,19 @@ def swiglu_params(cfg: ModelConfig, d_ff: int) -> Tree:
     }
 
 
-def swiglu_shards(w: Tree, x_BTD: Array) -> Array:
+def swiglu_shards(w: Tree, x_BTD: Array, limit: float, weight_BT1: Array | None = None) -> Array:
     """Computes (activation(x W_gate) · x W_up) W_down (SwiGLU, Shazeer 2020) for this device's
     slice of F.
 
-    The results, [B, T, D], add up over tp.
+    The results, [B, T, D], add up over tp. A weight of each token multiplies what W_down takes, not
+    what it gives: so backward needs that product no more than without.
     """
     gate_BTf, up_BTf = linear(x_BTD, w['w_gate']), linear(x_BTD, w['w_up'])
     gate_BTf, up_BTf = checkpoint_name((gate_BTf, up_BTf), HIDDEN)
-    return linear(gated(gate_BTf, up_BTf), w['w_down'])
+    h_BTf = gated(gate_BTf, up_BTf, limit)
+    if weight_BT1 is not None:
+        h_BTf = (h_BTf * weight_BT1).astype(h_BTf.dtype)
+    return linear(h_BTf, w['w_down'])
 
 
 def dense_params(cfg: ModelConfig) -> Tree:
@@ -252,7 +272,7 @@ def swiglu(params: Tree, x_BtD: Array, cfg: ModelConfig) -> tuple[Array, dict[st
     """Runs the dense feed-forward: [B, T/tp, D] -> the same, and no statistics."""
     w = unshard(params, dense_params(cfg), x_BtD.dtype)
     x_BTD = all_gather(x_BtD, TP, 1)
-    return reduce_scatter(swiglu_shards(w, x_BTD), TP, 1), {}
+    return reduce_scatter(swiglu_shards(w, x_BTD, cfg.swiglu_limit), TP, 1), {}
 
 
 def dense_width(m: ModelConfig | ConfigDict) -> int:

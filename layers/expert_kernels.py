@@ -5,7 +5,8 @@ platform, since there a `lax.ragged_dot` is 14 times slower; on TPU `lax.ragged_
 matmuls in Pallas (Triton). On GPU `ragged_dot` has no kernel: XLA copies the rows once per expert,
 with zeros in place of the others', and multiplies them all, E times the matmuls.
 
-Matrices are one device's: w_gate and w_up [E/ep, D, F/tp], w_down [E/ep, F/tp, D].
+Matrices are one device's: w_gate and w_up [E/ep, D, F/tp], w_down [E/ep, F/tp, D]. With
+model.expert_bias each has a bias, b_gate, b_up [E/ep, F/tp] and b_down [E/ep, D], in float32.
 """
 
 import functools
@@ -22,14 +23,15 @@ from layers.dense import gated
 from layers.kernels import Kernel
 from parallel import Array, Tree
 
+BIASES = ('b_gate', 'b_up', 'b_down')
 BLOCK = 288  # the most rows of a block of the loop; rows of no expert that follow the grouped ones
 
 
 class Grouped(NamedTuple):
     """The two passes of a kernel.
 
-    forward: (x_XD, w, sizes_e) -> y_XD, gate_Xf, up_Xf.
-    backward: (x_XD, w, sizes_e, gate_Xf, up_Xf, dy_XD) -> dx_XD, dw.
+    forward: (x_XD, w, sizes_e, limit) -> y_XD, gate_Xf, up_Xf; `limit` as `dense.gated` takes it.
+    backward: (x_XD, w, sizes_e, gate_Xf, up_Xf, dy_XD, limit) -> dx_XD, dw.
     """
 
     forward: Callable[..., tuple[Array, Array, Array]]
@@ -38,24 +40,24 @@ class Grouped(NamedTuple):
 
 # Its derivative is the kernel's own backward: change both. tests/test_derivatives.py compares those
 # of 'blocks' with autodiff, tests/test_moe.py those of the other kernels with 'blocks'.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def grouped_swiglu(x_XD: Array, w: Tree, sizes_e: Array, kernel: str) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def grouped_swiglu(x_XD: Array, w: Tree, sizes_e: Array, kernel: str, limit: float = 0.0) -> Array:
     """Runs each row through the SwiGLU of its group: [X, D] -> the same, a partial sum over tp.
 
-    The first sizes[0] rows meet w_gate[0], w_up[0] and w_down[0], and so on. x_XD ends with at
-    least BLOCK rows of no group; results there are undefined.
+    The first sizes[0] rows meet w_gate[0], w_up[0] and w_down[0], and so on, and their biases if
+    there are any. x_XD ends with at least BLOCK rows of no group; results there are undefined.
     """
-    return _grouped_forward(x_XD, w, sizes_e, kernel)[0]
+    return _grouped_forward(x_XD, w, sizes_e, kernel, limit)[0]
 
 
-def _grouped_forward(x_XD: Array, w: Tree, sizes_e: Array, kernel: str):
-    y_XD, gate_Xf, up_Xf = EXPERT_KERNELS[kernel].compute.forward(x_XD, w, sizes_e)
+def _grouped_forward(x_XD: Array, w: Tree, sizes_e: Array, kernel: str, limit: float):
+    y_XD, gate_Xf, up_Xf = EXPERT_KERNELS[kernel].compute.forward(x_XD, w, sizes_e, limit)
     gate_Xf, up_Xf = checkpoint_name((gate_Xf, up_Xf), HIDDEN)
     return y_XD, (x_XD, w, sizes_e, gate_Xf, up_Xf)
 
 
-def _grouped_backward(kernel: str, saved: tuple, dy_XD: Array):
-    dx_XD, dw = EXPERT_KERNELS[kernel].compute.backward(*saved, dy_XD)
+def _grouped_backward(kernel: str, limit: float, saved: tuple, dy_XD: Array):
+    dx_XD, dw = EXPERT_KERNELS[kernel].compute.backward(*saved, dy_XD, limit)
     return dx_XD, dw, None
 
 
@@ -102,7 +104,14 @@ def _put_rows(arrays: Tree, start: Array, values: Tree) -> Tree:
     return jax.tree.map(put, arrays, values)
 
 
-def _blocked_forward(x_XD: Array, w: Tree, sizes_e: Array) -> tuple[Array, Array, Array]:
+def _plus(y: Array, w: Tree, name: str) -> Array:
+    """Adds a bias, if there is one, in float32."""
+    return (y + w[name]).astype(y.dtype) if name in w else y
+
+
+def _blocked_forward(
+    x_XD: Array, w: Tree, sizes_e: Array, limit: float
+) -> tuple[Array, Array, Array]:
     """Runs each expert over its blocks of rows: the result, and both factors of the product."""
     n_rows, n_groups = x_XD.shape[0] - BLOCK, len(sizes_e)
     rows, few = _block_rows(n_rows, n_groups), _few(n_rows, n_groups)
@@ -114,8 +123,8 @@ def _blocked_forward(x_XD: Array, w: Tree, sizes_e: Array) -> tuple[Array, Array
             # a copy either way: of what is used, or once per group
             m = jax.tree.map(lambda x: x[w_e], w) if few else w_e
             x = _rows_at(x_XD, start + i * rows, rows)
-            gate, up = x @ m['w_gate'], x @ m['w_up']
-            y = gated(gate, up) @ m['w_down']
+            gate, up = (_plus(x @ m[f'w_{name}'], m, f'b_{name}') for name in ('gate', 'up'))
+            y = _plus(gated(gate, up, limit) @ m['w_down'], m, 'b_down')
             return _put_rows(out, start + i * rows, (y, gate, up))
 
         return lax.fori_loop(0, _blocks_of(size, rows), block, out), None
@@ -126,7 +135,7 @@ def _blocked_forward(x_XD: Array, w: Tree, sizes_e: Array) -> tuple[Array, Array
 
 
 def _blocked_backward(
-    x_XD: Array, w: Tree, sizes_e: Array, gate_Xf: Array, up_Xf: Array, dy_XD: Array
+    x_XD: Array, w: Tree, sizes_e: Array, gate_Xf: Array, up_Xf: Array, dy_XD: Array, limit: float
 ) -> tuple[Array, Tree]:
     rows = _block_rows(x_XD.shape[0] - BLOCK, len(sizes_e))
     gradient = functools.partial(
@@ -140,11 +149,13 @@ def _blocked_backward(
             row = start + i * rows
             x, gate, up, dy = _rows_at((x_XD, gate_Xf, up_Xf, dy_XD), row, rows)
             dy = jnp.where(i * rows + jnp.arange(rows)[:, None] < size, dy, 0)
-            h, pull = jax.vjp(gated, gate, up)
+            h, pull = jax.vjp(lambda gate, up: gated(gate, up, limit), gate, up)
             dgate, dup = pull(dy @ m['w_down'].T)
             dx = dgate @ m['w_gate'].T + dup @ m['w_up'].T
-            dw = {'w_gate': gradient(x, dgate), 'w_up': gradient(x, dup)}
-            return _put_rows(dx_XD, row, dx), dw | {'w_down': gradient(h, dy)}
+            dw = {'w_gate': gradient(x, dgate), 'w_up': gradient(x, dup), 'w_down': gradient(h, dy)}
+            sides = dict(zip(BIASES, (dgate, dup, dy), strict=True))
+            db = {n: jnp.sum(d, axis=0, dtype=jnp.float32) for n, d in sides.items() if n in m}
+            return _put_rows(dx_XD, row, dx), dw | db
 
         def add_block(i: Array, carry: tuple[Array, Tree]) -> tuple[Array, Tree]:
             dx_XD, dw = block(i, carry[0])
@@ -166,14 +177,25 @@ def _blocked_backward(
 def by_matmuls(matmul: Callable[..., Array], gradient: Callable[..., Array]) -> Grouped:
     """Returns both passes, made of (rows, matrices, sizes, transposed=) and (rows, d, sizes)."""
 
-    def forward(x_XD: Array, w: Tree, sizes_e: Array) -> tuple[Array, Array, Array]:
-        gate_Xf, up_Xf = (matmul(x_XD, w[name], sizes_e) for name in ('w_gate', 'w_up'))
-        return matmul(gated(gate_Xf, up_Xf), w['w_down'], sizes_e), gate_Xf, up_Xf
+    def forward(x_XD: Array, w: Tree, sizes_e: Array, limit: float) -> tuple[Array, Array, Array]:
+        b_X = {name: b[_groups(x_XD, sizes_e)] for name, b in w.items() if name in BIASES}
+        gate_Xf, up_Xf = (
+            _plus(matmul(x_XD, w[f'w_{name}'], sizes_e), b_X, f'b_{name}')
+            for name in ('gate', 'up')
+        )
+        y_XD = matmul(gated(gate_Xf, up_Xf, limit), w['w_down'], sizes_e)
+        return _plus(y_XD, b_X, 'b_down'), gate_Xf, up_Xf
 
     def backward(
-        x_XD: Array, w: Tree, sizes_e: Array, gate_Xf: Array, up_Xf: Array, dy_XD: Array
+        x_XD: Array,
+        w: Tree,
+        sizes_e: Array,
+        gate_Xf: Array,
+        up_Xf: Array,
+        dy_XD: Array,
+        limit: float,
     ) -> tuple[Array, Tree]:
-        h_Xf, pull = jax.vjp(gated, gate_Xf, up_Xf)
+        h_Xf, pull = jax.vjp(lambda gate, up: gated(gate, up, limit), gate_Xf, up_Xf)
         dgate_Xf, dup_Xf = pull(matmul(dy_XD, w['w_down'], sizes_e, transposed=True))
         dx_XD = matmul(dgate_Xf, w['w_gate'], sizes_e, transposed=True)
         dx_XD += matmul(dup_Xf, w['w_up'], sizes_e, transposed=True)
@@ -182,9 +204,18 @@ def by_matmuls(matmul: Callable[..., Array], gradient: Callable[..., Array]) -> 
             'w_up': gradient(x_XD, dup_Xf, sizes_e),
             'w_down': gradient(h_Xf, dy_XD, sizes_e),
         }
-        return dx_XD, dw
+        sides = dict(zip(BIASES, (dgate_Xf, dup_Xf, dy_XD), strict=True))
+        ones_X1 = jnp.ones_like(x_XD[:, :1])  # a bias is a matrix for one number, which is 1
+        db = {name: gradient(ones_X1, d, sizes_e)[:, 0] for name, d in sides.items() if name in w}
+        return dx_XD, dw | {name: g.astype(w[name].dtype) for name, g in db.items()}
 
     return Grouped(forward, backward)
+
+
+def _groups(x_X: Array, sizes_e: Array) -> Array:
+    """Returns the group of each row, int32 [X]; the number of groups for rows of none."""
+    ends_e, rows = jnp.cumsum(sizes_e), jnp.arange(len(x_X))
+    return jnp.searchsorted(ends_e, rows, side='right', method='compare_all')
 
 
 def _ragged_matmul(x_XD: Array, w_eDf: Array, sizes_e: Array, transposed: bool = False) -> Array:

@@ -4,7 +4,7 @@ To add one, write its functions and add a line to the table: choice by platform,
 config, rematerialization and planning read the record.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -63,19 +63,25 @@ def names(table: Kernels) -> tuple[str, ...]:
     return (AUTO, *(name for name, kernel in table.items() if kernel.platforms))
 
 
-def choose(table: Kernels, name: str, config: ConfigDict, head: int, platform: str) -> str:
-    """Returns the name of the kernel that runs where the config names `name`.
+# The config of a layer (`config.config_of_layer`), and its head size of queries and keys.
+Layer = tuple[ConfigDict, int]
+
+
+def choose(table: Kernels, name: str, layers: Sequence[Layer], platform: str) -> str:
+    """Returns the name of the kernel that runs in these layers where their config names `name`.
 
     'auto' takes the first of the table that is made for the platform, passes the check of
-    replication types if the config asks for it, and finds no rule broken.
+    replication types if the config asks for it, and finds no rule broken in any layer.
     """
     if name != AUTO:
         stand_in = table[name].elsewhere
         return stand_in if stand_in and platform not in table[name].platforms else name
+    checked = any(config.check_vma for config, _ in layers)
     for candidate, kernel in table.items():
         written = platform in kernel.platforms or kernel.platforms == PLATFORMS
-        fits = written and (kernel.checked or not config.check_vma)
-        if fits and kernel.chosen(config, head) and not any(kernel.rules(config, head)):
+        if not written or (checked and not kernel.checked):
+            continue
+        if all(kernel.chosen(*layer) and not any(kernel.rules(*layer)) for layer in layers):
             return candidate
     raise ValueError(f'no kernel of {", ".join(table)} runs on {platform}')
 

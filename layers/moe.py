@@ -40,24 +40,39 @@ from parallel import (
     zigzag,
 )
 
+GROUP_SCORES = {'top2': 2, 'max': 1}  # how many of a group's best choices add up to its score
+
 
 def moe_params(cfg: ModelConfig) -> Tree:
-    """Declares the router, its biases, the routed experts and the shared ones."""
+    """Declares the router, its biases, the routed experts and the shared ones.
+
+    `bias` is moved by the load and enters the choice alone; `router_bias` is one of the logits,
+    learned like the experts' b_gate, b_up and b_down.
+    """
     D, E, F = cfg.d_model, cfg.n_experts, cfg.d_expert
     use = cfg.experts_per_token / E
     expert = functools.partial(Param, use=use, kept_by=HIDDEN, inputs=1, outputs=1)
     up, down = normal(D**-0.5), normal((2 * cfg.n_layers * F) ** -0.5)
-    shared = {}
+    bias = functools.partial(Param, init=zeros, matrix=False)
+    options, biases = {}, {}
     if cfg.n_shared_experts:
-        shared = {'shared': swiglu_params(cfg, cfg.n_shared_experts * F)}
-    return shared | {
+        options['shared'] = swiglu_params(cfg, cfg.n_shared_experts * F)
+    if cfg.shared_gate:
+        options['shared_gate'] = Param((D, 1), P(None, None), normal(D**-0.5))
+    if cfg.router_bias:
+        options['router_bias'] = bias((E,), P(None))
+    if cfg.expert_bias:
+        hidden = bias((E, F), P(EP, TP), use=use)
+        biases = {'b_gate': hidden, 'b_up': hidden, 'b_down': bias((E, D), P(EP, None), use=use)}
+    return options | {
         'router': Param((D, E), P(None, None), normal(D**-0.5)),
         'bias': Param((E,), P(None), zeros, matrix=False, trainable=False),
         'experts': {
             'w_gate': expert((E, D, F), P(EP, FSDP, TP), up),
             'w_up': expert((E, D, F), P(EP, FSDP, TP), up),
             'w_down': expert((E, F, D), P(EP, TP, FSDP), down),
-        },
+        }
+        | biases,
     }
 
 
@@ -69,6 +84,8 @@ def moe(params: Tree, x_BtD: Array, cfg: ModelConfig) -> tuple[Array, dict[str, 
     """
     declared = moe_params(cfg)
     w = unshard(params['experts'], declared['experts'], x_BtD.dtype)
+    if cfg.expert_bias:
+        w['b_down'] /= lax.axis_size(TP)  # each tp device adds an equal share
     expert_BtC, weight_BtC, stats = route(params, x_BtD, cfg)
     x_BTD, expert_BTC, weight_BTC = (all_gather(y, TP, 1) for y in (x_BtD, expert_BtC, weight_BtC))
     expert_BTC = keep_within_capacity(expert_BTC, cfg)
@@ -78,7 +95,7 @@ def moe(params: Tree, x_BtD: Array, cfg: ModelConfig) -> tuple[Array, dict[str, 
     with jax.named_scope('dispatch'):
         x_XD, sizes_e, return_rows = dispatch(x_TD, expert_BTC.reshape(-1), slots, cfg)
     with jax.named_scope('experts'):
-        y_XD = grouped_swiglu(x_XD, w, sizes_e, cfg.expert_kernel)
+        y_XD = grouped_swiglu(x_XD, w, sizes_e, cfg.expert_kernel, cfg.swiglu_limit)
     with jax.named_scope('combine'):
         # Named, since no policy saves the results of a loop or a branch, as all of these are.
         y_AD = checkpoint_name(return_rows(y_XD), HIDDEN)
@@ -86,12 +103,24 @@ def moe(params: Tree, x_BtD: Array, cfg: ModelConfig) -> tuple[Array, dict[str, 
         out_TD = combine(y_AD.reshape(*choices, -1), weight_BTC.reshape(choices))
     partial_BTD = out_TD.reshape(x_BTD.shape)
     if cfg.n_shared_experts:
-        shared = unshard(params['shared'], declared['shared'], x_BtD.dtype)
         with jax.named_scope('shared_experts'):
-            partial_BTD += swiglu_shards(shared, x_BTD)
+            partial_BTD += shared_experts(params, x_BtD, x_BTD, cfg)
     # every tp device counts the same drops
     stats['dropped'] = jnp.sum(expert_BTC == cfg.n_experts, dtype=jnp.float32) / lax.axis_size(TP)
     return reduce_scatter(partial_BTD, TP, 1), stats
+
+
+def shared_experts(params: Tree, x_BtD: Array, x_BTD: Array, cfg: ModelConfig) -> Array:
+    """Runs the experts that every token meets, as one SwiGLU: [B, T, D], a partial sum over tp.
+
+    With shared_gate times σ(x·w) of each token (Qwen1.5-MoE, as released), in float32, which each
+    device computes for its own positions.
+    """
+    w = unshard(params['shared'], moe_params(cfg)['shared'], x_BtD.dtype)
+    if not cfg.shared_gate:
+        return swiglu_shards(w, x_BTD, cfg.swiglu_limit)
+    gate_Bt1 = jax.nn.sigmoid(float32_product(x_BtD, params['shared_gate']))
+    return swiglu_shards(w, x_BTD, cfg.swiglu_limit, all_gather(gate_Bt1, TP, 1))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -99,20 +128,28 @@ def moe(params: Tree, x_BtD: Array, cfg: ModelConfig) -> tuple[Array, dict[str, 
 # ---------------------------------------------------------------------------------------------
 
 
+def float32_product(x_BtD: Array, w_DE: Array) -> Array:
+    """Multiplies in float32, whatever the type of x: [B, T/tp, E]."""
+    x_BtD = x_BtD.astype(jnp.float32)
+    return jnp.einsum('btd,de->bte', x_BtD, w_DE, precision='highest')
+
+
 @jax.named_scope('router')
 def route(params: Tree, x_BtD: Array, cfg: ModelConfig) -> tuple[Array, Array, dict[str, Array]]:
     """Chooses the experts of each token, int32 [B, T/tp, C], and their weights, float32.
 
     The bias enters the choice and not the weight (auxiliary-loss-free balancing, Wang et al.
-    2024). With groups, only experts of the best `n_top_groups` are eligible, a group's score
-    being the sum of its two best (DeepSeek-V3). All in float32, and weights and probabilities from
-    logarithms of the scores, so that they add up to 1 where the scores themselves underflow.
-    Statistics are sums over this device's tokens: `load` [E] assignments, `entropy` nats, `tokens`;
-    and `loss`, its share of the balance and z-losses' mean over the microbatch.
+    2024); a router_bias is one of the logits. Softmax scores that are normalized are a softmax over
+    the chosen logits (Mixtral, gpt-oss). With groups, only experts of the best `n_top_groups` are
+    eligible, a group's score being the sum of its two best (DeepSeek-V3) or its best (DeepSeek-V2).
+    All in float32, and weights and probabilities from logarithms of the scores, so that they add up
+    to 1 where the scores themselves underflow. Statistics are sums over this device's tokens:
+    `load` [E] assignments, `entropy` nats, `tokens`; and `loss`, its share of the balance and
+    z-losses' mean over the microbatch.
     """
-    logits_BtE = jnp.einsum(
-        'btd,de->bte', x_BtD.astype(jnp.float32), params['router'], precision='highest'
-    )
+    logits_BtE = float32_product(x_BtD, params['router'])
+    if cfg.router_bias:
+        logits_BtE += params['router_bias']
     if cfg.router == 'sigmoid':
         log_score_BtE = jax.nn.log_sigmoid(logits_BtE)
         log_prob_BtE = jax.nn.log_softmax(log_score_BtE, axis=-1)  # of scores over their sum
@@ -146,8 +183,8 @@ def count_choices(expert_BtC: Array, n_experts: int) -> Array:
 def mask_groups(choice_BtE: Array, cfg: ModelConfig) -> Array:
     """Sets experts outside of each token's best groups to -inf (DeepSeek-V3, section 2.1.2)."""
     groups = choice_BtE.reshape(*choice_BtE.shape[:-1], cfg.n_expert_groups, -1)
-    best_two = lax.top_k(groups, min(2, groups.shape[-1]))[0]
-    top = lax.top_k(jnp.sum(best_two, axis=-1), cfg.n_top_groups)[1]
+    best = lax.top_k(groups, min(GROUP_SCORES[cfg.group_score], groups.shape[-1]))[0]
+    top = lax.top_k(jnp.sum(best, axis=-1), cfg.n_top_groups)[1]
     kept = jnp.any(top[..., None] == jnp.arange(cfg.n_expert_groups), axis=-2)
     return jnp.where(kept[..., None], groups, -jnp.inf).reshape(choice_BtE.shape)
 
@@ -413,6 +450,11 @@ def moe_rules(config: ConfigDict) -> Iterator[str]:
         yield (
             f'model.n_top_groups={m.n_top_groups} of {m.n_experts // m.n_expert_groups} experts '
             f'cannot offer model.experts_per_token={m.experts_per_token}; use more groups'
+        )
+    if m.shared_gate and not m.n_shared_experts:
+        yield (
+            'model.shared_gate=True weighs shared experts, and model.n_shared_experts=0; use one '
+            'or more, or shared_gate=False'
         )
     if ep > 1 and m.buffer_factor and m.buffer_factor < 1:
         yield (

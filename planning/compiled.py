@@ -260,7 +260,8 @@ def tpu_price(i: Instruction, _: Program, chip: Chip) -> Cost:
 
 def splash_flops(i: Instruction) -> float:
     """Returns the FLOPs of a kernel of splash attention, causal, from its name and its largest
-    bfloat16 array of heads [(B,) N, T, H]; 0 for any other kernel."""
+    bfloat16 array of heads [(B,) N, T, H]; 0 for any other kernel. Its text does not tell a window,
+    so layers that have one count as if they saw all."""
     matmuls = {'mha_fwd': 2, 'mha_dkv': 4, 'mha_dq': 3}
     n = next((n for part, n in matmuls.items() if part in i.name), 0)
     if 'mha_dkv' in i.name and re.search(r'fused_bwd_kernel\\*": true', i.text):
@@ -305,13 +306,15 @@ def matmul_flops(i: Instruction, program: Program) -> float:
 
 
 def cudnn_flops(i: Instruction) -> float:
-    """Returns the FLOPs of cuDNN's attention, causal, from its queries [B, T, N, H]; 0 for another
-    call."""
+    """Returns the FLOPs of cuDNN's attention, causal and within its window, from its queries
+    [B, T, N, H]; 0 for another call."""
     if '"__cudnn$fmha' not in i.text:
         return 0.0
     B, T, N, H = dimensions(i.text.partition('operand_layout_constraints=')[2])
     matmuls = 5 if 'Backward' in i.text else 2
-    return matmuls * 2 * B * N * T * T * H / 2
+    window = re.search(r'sliding_window_length\\*": *\\*"?(\d+)', i.text)
+    W = min(int(window[1]) if window else 0, T) or T
+    return matmuls * 2 * B * N * (T * W - W * W / 2) * H
 
 
 def expert_flops(i: Instruction, program: Program) -> float:

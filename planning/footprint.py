@@ -10,15 +10,24 @@ once. tests/test_plan.py compares the sum with what XLA says of the compiled ste
 import dataclasses
 import functools
 import math
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from config import ATTENTION_OUTPUT, HIDDEN, QKV, RESIDUAL, ModelConfig, OptimizerConfig
-from layers.attention import attention_sizes
+from config import (
+    ATTENTION_OUTPUT,
+    HIDDEN,
+    QKV,
+    RESIDUAL,
+    ModelConfig,
+    OptimizerConfig,
+    of_layer,
+)
+from layers.attention import Sizes, attention_sizes
 from layers.attention_kernels import ATTENTION_KERNELS
-from model import FEED_FORWARD, layer_params, model_for, model_params
+from model import keys_seen, layer_kinds, layer_params, model_for, model_params
 from optimizer import optimizer_for, slots_of
 from parallel import BATCH, CP, EP, FSDP, PP, TP, Param, Tree, is_param, spec_axes
 from pipeline.tables import Schedule
@@ -90,10 +99,25 @@ class Part:
         """Whether keys and values go from device to device."""
         return self.mesh['cp'] > 1 and self.cfg.cp_style == 'ring'
 
+    def of_layer(self, kind: str) -> Sizes:
+        """The numbers per position of the attention of a layer of this kind."""
+        return attention_sizes(of_layer(self.cfg, kind))
+
+    def keys_seen(self, kind: str) -> float:
+        """Keys that a query of a layer of this kind sees, on average."""
+        return keys_seen(of_layer(self.cfg, kind), self.T)
+
     @property
-    def travels(self) -> int:
+    def layers(self) -> dict[str, int]:
+        """The kinds of layers of a device, and how many it has of each."""
+        found = Counter(self.cfg.block * self.blocks)
+        if self.cfg.first_dense:
+            found[self.cfg.first_kind] += self.cfg.first_dense
+        return dict(found)
+
+    def travels(self, kind: str) -> int:
         """Numbers of a cp device's positions that travel, for a layer and microbatch."""
-        sizes = attention_sizes(self.cfg)
+        sizes = self.of_layer(kind)
         return self.tokens * sizes.travels // (self.mesh['tp'] if sizes.travels_cut else 1)
 
     @property
@@ -227,14 +251,16 @@ class Value:
 
 
 @functools.lru_cache(maxsize=64)
-def attention_values(s: Part) -> list[Value]:
+def attention_values(s: Part, kind: str) -> list[Value]:
     """Lists the arrays of a layer's attention, and the residual stream after it."""
     cfg, c, tp, t = s.cfg, s.width, s.mesh[TP], s.tokens
-    D, N, sizes = cfg.d_model, cfg.n_heads // tp, attention_sizes(cfg)
+    D, N, sizes = cfg.d_model, cfg.n_heads // tp, s.of_layer(kind)
     kv = max(sizes.kv_heads // tp, 1)
     # Gathered keys and values are those of all positions; a ring keeps what travels.
     keys = kv * (sizes.key + sizes.value) * (1 if s.in_ring else s.mesh[CP])
-    qkv = N * sizes.key + (s.travels // t if s.in_ring else keys)
+    qkv = N * sizes.key + (s.travels(kind) // t if s.in_ring else keys)
+    if cfg.attention_gate:
+        qkv += N * sizes.value
     return [
         Value(s.local * D * c),  # normed
         Value(s.local * sizes.latents * c),  # before their norm
@@ -242,6 +268,7 @@ def attention_values(s: Part) -> list[Value]:
         Value(t * qkv * c, QKV),
         Value(t * N * (sizes.value * c + FLOAT32), ATTENTION_OUTPUT),
         Value(t * N * sizes.value * c),  # heads last
+        *([Value(t * N * sizes.value * FLOAT32)] if cfg.attention_gate else []),  # its sigmoid
         Value(s.local * D * c, RESIDUAL),
     ]
 
@@ -249,7 +276,7 @@ def attention_values(s: Part) -> list[Value]:
 def feed_forward_values(s: Part, kind: str) -> list[Value]:
     """Lists the arrays of a layer's feed-forward."""
     cfg, c, tp, t = s.cfg, s.width, s.mesh[TP], s.tokens
-    D, feed_forward = cfg.d_model, FEED_FORWARD[kind]
+    D, (_, feed_forward) = cfg.d_model, layer_kinds(cfg, kind)
     width = feed_forward.width(cfg)
     values = [Value(s.local * D * c), Value(t * D * c)]  # normed, gathered
     if not feed_forward.routed:
@@ -260,7 +287,9 @@ def feed_forward_values(s: Part, kind: str) -> list[Value]:
         Value(t * cfg.experts_per_token * D * c, HIDDEN),  # the output of each choice
         Value(s.local * (D + 2 * cfg.n_experts) * FLOAT32),  # the router's
     ]
-    return values + swiglu_values(t, cfg.n_shared_experts * width // tp, c)
+    shared = cfg.n_shared_experts * width // tp
+    gated = [Value(t * shared * c)] if cfg.shared_gate else []  # the product times the gate
+    return values + swiglu_values(t, shared, c) + gated
 
 
 def swiglu_values(rows: int, width: int, c: int) -> list[Value]:
@@ -272,7 +301,7 @@ def swiglu_values(rows: int, width: int, c: int) -> list[Value]:
 def layer_values(s: Part, kind: str) -> list[Value]:
     """Lists all arrays that a layer keeps from forward to backward without rematerialization."""
     x = Value(s.local * s.cfg.d_model * s.width, RESIDUAL)
-    return [x, *attention_values(s), *feed_forward_values(s, kind)]
+    return [x, *attention_values(s, kind), *feed_forward_values(s, kind)]
 
 
 def kept_of_layer(s: Part, kind: str) -> float:
@@ -294,8 +323,9 @@ def recomputed_of_layer(s: Part, kind: str) -> float:
 def gradients_of_layer(s: Part, kind: str) -> float:
     """Returns the bytes of the gradients of activations at once in a layer's backward pass."""
     cfg, c, tp, t = s.cfg, s.width, s.mesh[TP], s.tokens
-    width = FEED_FORWARD[kind].width(cfg)
-    if not FEED_FORWARD[kind].routed:
+    _, part = layer_kinds(cfg, kind)
+    width = part.width(cfg)
+    if not part.routed:
         feed_forward = t * (2 * width // tp + 2 * cfg.d_model) * c
     else:
         rows, width = s.assignments, width // tp
@@ -303,19 +333,19 @@ def gradients_of_layer(s: Part, kind: str) -> float:
         feed_forward = rows * (3 * width * FLOAT32 + cfg.d_model * (FLOAT32 + c))
         if s.mesh[EP] > 1:
             feed_forward += 2 * rows * cfg.d_model * c  # as they come, and go back
-    qkv = next(v.bytes for v in attention_values(s) if v.group == QKV)
+    qkv = next(v.bytes for v in attention_values(s, kind) if v.group == QKV)
     attention = qkv  # their gradients
     kernel = ATTENTION_KERNELS[cfg.attention_kernel]
-    partial = t * cfg.n_heads // tp * attention_sizes(cfg).key * c
+    partial = t * cfg.n_heads // tp * s.of_layer(kind).key * c
     attention += kernel.partials(t // s.rows, s.T, cfg) * partial
     if kernel.scores:
         block = min(cfg.attention_block, s.T if s.mesh[CP] == 1 else s.T // (2 * s.mesh[CP]))
         scores = s.rows * cfg.n_heads // tp * block**2
         attention = qkv * FLOAT32 / c + 3 * scores * FLOAT32 + scores * c
         if s.in_ring:  # of one step: keys and values, and their gradients; what travels, twice
-            sizes = attention_sizes(cfg)
+            sizes = s.of_layer(kind)
             heads = max(sizes.kv_heads // tp, 1) * (sizes.key + sizes.value)
-            attention += t * heads * (c + FLOAT32) + 2 * s.travels * (c + FLOAT32)
+            attention += t * heads * (c + FLOAT32) + 2 * s.travels(kind) * (c + FLOAT32)
     return max(feed_forward, attention)
 
 
@@ -426,7 +456,7 @@ def memory(s: Part) -> Memory:
         summed += in_blocks
     kept = s.blocks // s.chunks * sum(kept_of_layer(s, kind) for kind in kinds)
     if s.schedule is None:
-        kept += s.cfg.first_dense * kept_of_layer(s, 'dense')
+        kept += s.cfg.first_dense * kept_of_layer(s, s.cfg.first_kind)
     layers = max(gathered(layer(s.cfg, kind), s) for kind in kinds)
     logits, head = head_parts(s)
     return Memory(

@@ -18,11 +18,10 @@ import math
 from ml_collections import ConfigDict
 
 from config import ATTENTION_OUTPUT, HIDDEN, RESIDUAL, ModelConfig
-from layers.attention import attention_sizes
 from layers.attention_kernels import ATTENTION_KERNELS
 from layers.dense import NEVER
 from machine.chips import Chip
-from model import FEED_FORWARD, flops_per_token
+from model import flops_per_token, layer_kinds
 from parallel import AXES, CP, EP, FSDP, PP, TP, count, free_axes
 from pipeline.schedules import ideal, lock_step
 from planning.footprint import (
@@ -91,18 +90,18 @@ def forward_passes(s: Part) -> int:
     return 1 if s.schedule is None else 2
 
 
-def attention_flops(s: Part) -> tuple[float, float]:
+def attention_flops(s: Part, kind: str) -> tuple[float, float]:
     """Returns the FLOPs of one layer's attention for a microbatch, forward and backward: two
     matmuls and five."""
-    sizes = attention_sizes(s.cfg)
-    each = s.tokens * s.T * s.cfg.n_heads / s.mesh[TP]  # 2·T²/2
+    sizes = s.of_layer(kind)
+    each = 2 * s.tokens * s.keys_seen(kind) * s.cfg.n_heads / s.mesh[TP]
     return each * (sizes.key + sizes.value), each * (3 * sizes.key + 2 * sizes.value)
 
 
-def expansion_flops(s: Part) -> float:
+def expansion_flops(s: Part, kind: str) -> float:
     """Returns the FLOPs of one pass that makes keys and values of the other cp devices' positions,
     which each device does for itself."""
-    return 2.0 * (s.mesh[CP] - 1) * s.tokens * attention_sizes(s.cfg).expansion / s.mesh[TP]
+    return 2.0 * (s.mesh[CP] - 1) * s.tokens * s.of_layer(kind).expansion / s.mesh[TP]
 
 
 def matmul_flops(s: Part, kind: str, again: bool = False) -> float:
@@ -126,31 +125,31 @@ def flops_of(params: Group, tokens: int, without: tuple[str, ...]) -> float:
 def layers_work(s: Part, part: str, kinds: tuple[str, ...], n: int) -> Work:
     """Returns the work of `n` times layers of these kinds, for all microbatches of a step."""
     passes, remat = forward_passes(s), s.cfg.remat != 'none'
-    attend, attend_back = attention_flops(s)
     flops = moved = 0.0
     for kind in kinds:
+        attend, attend_back = attention_flops(s, kind)
         flops += (passes + 2) * matmul_flops(s, kind) + passes * attend + attend_back
         expanded = passes + 2 + s.in_ring  # backward makes them again
         if remat:
             flops += matmul_flops(s, kind, again=True)
             flops += attend * (ATTENTION_OUTPUT not in s.cfg.kept_names)
             expanded += not s.in_ring or ATTENTION_OUTPUT not in s.cfg.kept_names
-        flops += expanded * expansion_flops(s)
+        flops += expanded * expansion_flops(s, kind)
         values = sum(v.bytes for v in layer_values(s, kind))
         weights = gathered(layer(s.cfg, kind), s)
         # Forward writes and reads each array once, backward twice that.
         moved += (passes + remat + 2) * 2 * (values + weights)
         moved += STACKING * kept_of_layer(s, kind)
         if ATTENTION_KERNELS[s.cfg.attention_kernel].scores:
-            moved += (passes + remat + 2) * score_bytes(s)
+            moved += (passes + remat + 2) * score_bytes(s, kind)
         # Each gradient is written, and added to a sum that is read and written.
         moved += 4 * FLOAT32 * shards(layer(s.cfg, kind), s.sizes)
     return Work(part, s.microbatches * n * flops, s.microbatches * n * moved)
 
 
-def score_bytes(s: Part) -> float:
+def score_bytes(s: Part, kind: str) -> float:
     """Returns the bytes of attention scores, written and read in float32 and the compute type."""
-    scores = s.tokens * s.T / 2 * s.cfg.n_heads / s.mesh[TP]
+    scores = s.tokens * s.keys_seen(kind) * s.cfg.n_heads / s.mesh[TP]
     return 2 * scores * (FLOAT32 + s.width)
 
 
@@ -183,7 +182,7 @@ def all_work(s: Part) -> list[Work]:
     cfg = s.cfg
     parts = [layers_work(s, 'blocks', tuple(cfg.block), s.blocks)]
     if cfg.first_dense:
-        parts.append(layers_work(s, 'first layers', ('dense',), cfg.first_dense))
+        parts.append(layers_work(s, 'first layers', (cfg.first_kind,), cfg.first_dense))
     parts += [head_work(s), optimizer_work(s)]
     return [*parts, newton_schulz_work(s)] if s.of_muon else parts
 
@@ -214,13 +213,18 @@ def weight_transfers(s: Part) -> list[Transfer]:
     ]
 
 
+def routed(cfg: ModelConfig, kind: str) -> bool:
+    """Returns whether a layer of this kind has experts."""
+    return layer_kinds(cfg, kind)[1].routed
+
+
 def activations_sent(s: Part, kind: str) -> tuple[list[float], list[float]]:
     """Returns the bytes that a layer gathers and scatters over tp in forward, each for attention
     and feed-forward."""
     cfg, c, t = s.cfg, s.width, s.tokens
     x = t * cfg.d_model * c
-    attention = t * attention_sizes(cfg).gathered * c
-    choices = t * cfg.experts_per_token * 8 if FEED_FORWARD[kind].routed else 0
+    attention = t * s.of_layer(kind).gathered * c
+    choices = t * cfg.experts_per_token * 8 if routed(cfg, kind) else 0
     return [attention, x + choices], [x, x]
 
 
@@ -230,17 +234,16 @@ def activation_transfers(s: Part) -> list[Transfer]:
     cfg, passes, remat = s.cfg, forward_passes(s), s.cfg.remat != 'none'
     x = s.tokens * cfg.d_model * s.width
 
-    def of_layer(kind: str) -> float:
+    def of_kind(kind: str) -> float:
         gathers, scatters = activations_sent(s, kind)
         sent = (passes + 1) * sum(gathers + scatters)
-        if FEED_FORWARD[kind].routed:
+        if routed(cfg, kind):
             sent -= 4 * s.tokens * cfg.experts_per_token  # numbers of experts: no gradient
         if remat:  # what the feed-forward scatters is not needed again
             sent += sum(gathers) + scatters[0] * (RESIDUAL not in cfg.kept_names)
         return sent
 
-    sent = s.blocks * sum(of_layer(kind) for kind in cfg.block)
-    sent += cfg.first_dense * of_layer('dense')
+    sent = sum(n * of_kind(kind) for kind, n in s.layers.items())
     sent += 2 * x  # the embedding's
     sent += s.head_tokens * s.mesh[TP] * (2 * cfg.d_model * s.width + 28)  # and loss statistics
     sent *= part_sent(s.mesh[TP]) * s.microbatches
@@ -255,14 +258,13 @@ def context_transfers(s: Part) -> list[Transfer]:
     which backward shares, and not at all where its results are kept.
     """
     n, cfg = s.mesh[CP], s.cfg
-    hop = s.travels * s.width
-    once, again = (n - 1) * hop, 0
+    hop = sum(layers * s.travels(kind) for kind, layers in s.layers.items())
+    once, again = (n - 1) * hop * s.width, 0
     if cfg.remat != 'none' and not (s.in_ring and ATTENTION_OUTPUT in cfg.kept_names):
-        again = once - hop if s.in_ring else once
+        again = once - hop * s.width if s.in_ring else once
     forward = forward_passes(s) * once + again
-    backward = once + n * s.travels * FLOAT32 if s.in_ring else once
-    layers = s.microbatches * (s.blocks * len(cfg.block) + cfg.first_dense)
-    sent = layers * (forward + backward) if n > 1 else 0
+    backward = once + n * hop * FLOAT32 if s.in_ring else once
+    sent = s.microbatches * (forward + backward) if n > 1 else 0
     return [Transfer(CP, f'keys and values, by {cfg.cp_style}', sent)]
 
 
@@ -270,7 +272,7 @@ def expert_transfers(s: Part) -> list[Transfer]:
     """Lists what moves over ep: rows to their experts and back, and their gradients; again, by
     remat, those that are not kept."""
     cfg = s.cfg
-    layers = s.blocks * sum(FEED_FORWARD[kind].routed for kind in cfg.block)
+    layers = s.blocks * sum(routed(cfg, kind) for kind in cfg.block)
     rows = s.tokens * cfg.experts_per_token * cfg.d_model * s.width
     times = 2 * (forward_passes(s) + 1)
     if cfg.remat != 'none':

@@ -9,11 +9,10 @@ from ml_collections import ConfigDict
 from config import ConfigError, ModelConfig
 from layers.context_parallel import STYLES
 from machine.chips import Chip
-from model import FEED_FORWARD
 from parallel import AXES
 from planning.footprint import part_of
 from planning.roofline import Estimate, estimate_part
-from runtime.config_checks import validate
+from runtime.config_checks import is_routed, validate
 
 # (model.remat, model.remat_keep), from the least memory to the most.
 REMAT_CHOICES = (
@@ -73,7 +72,7 @@ def candidates(config: ConfigDict, devices: int) -> Iterator[ConfigDict]:
     m = config.model
     blocks = (m.n_layers - m.first_dense) // len(m.block)
     for mesh in meshes(devices):
-        if mesh['ep'] > 1 and not any(FEED_FORWARD[kind].routed for kind in m.block):
+        if mesh['ep'] > 1 and not is_routed(config):
             continue  # without experts, ep is fsdp without its shards
         if blocks % mesh['pp']:
             continue  # seen before a schedule is made, which takes long for many stages

@@ -11,7 +11,17 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from config import REMAT_NAMES, ConfigError, divisors, flat, indivisible
+from config import (
+    NOPE,
+    REMAT_NAMES,
+    WINDOW,
+    ConfigError,
+    divisors,
+    flat,
+    indivisible,
+    layer_kind,
+    model_kinds,
+)
 from configs import default
 from data import source_errors
 from layers.attention import ATTENTION, attention_sizes
@@ -19,9 +29,11 @@ from layers.attention_kernels import ATTENTION_KERNELS
 from layers.context_parallel import STYLES
 from layers.expert_kernels import EXPERT_KERNELS
 from layers.kernels import kernel_errors, names
+from layers.moe import GROUP_SCORES
+from layers.rope_scaling import REFUSED, SCALINGS
 from machine.chips import CHIPS
 from machine.config_flag import RECORDS
-from model import FEED_FORWARD, REMAT
+from model import FEED_FORWARD, REMAT, kernel_layers
 from optimizer import COEFFICIENTS, OPTIMIZERS, SCALES
 from parallel import AXES, CP, DP, EP, FSDP, PP, TP
 from pipeline.schedules import NAMES
@@ -60,7 +72,7 @@ RANGES: dict[str, tuple[float, float]] = {
         ('optimizer.warmup_steps', 'optimizer.decay_steps', 'eval.every', 'eval.batches',
          'log.every', 'log.loads_every', 'log.sample_every', 'checkpoint.every', 'checkpoint.keep',
          'checkpoint.keep_every', 'guard.max_skips', 'model.first_dense', 'model.n_shared_experts',
-         'model.q_rank'),
+         'model.q_rank', 'model.window', 'model.rotary_dim'),
         (0, INT32),
     ),
     'model.document_end': (-1, INT32),
@@ -68,7 +80,8 @@ RANGES: dict[str, tuple[float, float]] = {
         ('optimizer.peak_lr', 'optimizer.final_lr', 'optimizer.weight_decay', 'optimizer.clip_norm',
          'optimizer.muon.adamw_lr',
          'model.routed_scale', 'model.balance_loss', 'model.router_z_loss', 'model.z_loss',
-         'model.capacity_factor', 'model.buffer_factor', 'log.sample_temperature',
+         'model.capacity_factor', 'model.buffer_factor', 'model.swiglu_limit',
+         'log.sample_temperature',
          'guard.spike_factor', 'peak_flops'),
         (0, FLOAT32),
     ),
@@ -79,9 +92,13 @@ RANGES: dict[str, tuple[float, float]] = {
     ),
     'optimizer.muon.steps': (1, 100),
     **dict.fromkeys(('optimizer.eps', 'model.norm_eps'), (TINY, 1)),
-    'model.bias_rate': (0, 1),
+    **dict.fromkeys(('model.bias_rate', 'model.latent_norm_eps'), (0, 1)),
     'model.rope_base': (1, FLOAT32),
-    **dict.fromkeys(('model.rope_beta_fast', 'model.rope_beta_slow'), (TINY, FLOAT32)),
+    **dict.fromkeys(
+        ('model.rope_beta_fast', 'model.rope_beta_slow', 'model.rope_low_freq_factor',
+         'model.rope_high_freq_factor'),
+        (TINY, FLOAT32),
+    ),
     **dict.fromkeys(
         ('model.rope_mscale', 'model.rope_mscale_all_dim', 'model.rope_attention_factor'),
         (0, FLOAT32),
@@ -155,6 +172,9 @@ def choice_errors(fields: dict[str, Any]) -> Iterator[str]:
     choices = {
         'compute_dtype': ('float32', 'bfloat16'),
         'model.attention': ATTENTION,
+        'model.attention_bias': ('none', 'qkv', 'qkvo'),
+        'model.norms': ('before', 'after'),
+        'model.qk_norm_over': ('head', 'heads'),
         'model.attention_kernel': names(ATTENTION_KERNELS),
         'model.expert_kernel': names(EXPERT_KERNELS),
         'model.remat': REMAT,
@@ -162,7 +182,8 @@ def choice_errors(fields: dict[str, Any]) -> Iterator[str]:
         'fsdp_gather': ('layer', 'step'),
         'cp_style': STYLES,
         'pipeline.schedule': NAMES,
-        'model.rope_scaling': ('none', 'linear', 'yarn'),
+        'model.rope_scaling': SCALINGS,
+        'model.group_score': GROUP_SCORES,
         'optimizer.name': OPTIMIZERS,
         'optimizer.lr_schedule': ('cosine', 'wsd'),
         'optimizer.muon.coefficients': COEFFICIENTS,
@@ -172,18 +193,23 @@ def choice_errors(fields: dict[str, Any]) -> Iterator[str]:
         'chip': ('cpu', *CHIPS),
     }
     for name, allowed in choices.items():
-        if fields[name] not in allowed:
+        if name == 'model.rope_scaling' and fields[name] in REFUSED:
+            yield f'{name}={fields[name]!r} {REFUSED[fields[name]]}; use yarn, linear or llama3'
+        elif fields[name] not in allowed:
             yield f'{name}={fields[name]!r} is unknown; use one of {", ".join(allowed)}'
-    lists = {
-        'model.remat_keep': REMAT_NAMES,
-        'model.remat_offload': REMAT_NAMES,
-        'model.block': FEED_FORWARD,
-    }
-    for name, allowed in lists.items():
+    for name in ('model.remat_keep', 'model.remat_offload'):
         for entry in fields[name]:
-            if entry not in allowed:
-                kind = ' kind' if name == 'model.block' else ''
-                yield f'{name} has the unknown{kind} {entry!r}; use {", ".join(allowed)}'
+            if entry not in REMAT_NAMES:
+                yield f'{name} has the unknown {entry!r}; use {", ".join(REMAT_NAMES)}'
+    for entry in fields['model.block']:
+        kind = layer_kind(entry)
+        own = kind.attention in ATTENTION or entry == kind.feed_forward
+        if not own or kind.feed_forward not in FEED_FORWARD:
+            yield (
+                f'model.block has the unknown kind {entry!r}; use {", ".join(FEED_FORWARD)}, or '
+                f'one of them after an attention, {", ".join(ATTENTION)}, with {WINDOW} and then '
+                f"{NOPE} or without, as in 'gqa_window+dense'"
+            )
     for entry in fields['log.writers']:
         if entry not in WRITERS:
             yield (
@@ -284,20 +310,48 @@ def sequence_errors(config: ConfigDict) -> Iterator[str]:
 
 
 def kind_errors(config: ConfigDict) -> Iterator[str]:
-    """Yields the errors of the kinds of layers and kernels that the config names."""
+    """Yields the errors of the kinds of layers and kernels that the config names, each once."""
+    kinds = model_kinds(config.model)
+    layers, found = kernel_layers(config), [*attention_errors(config)]
+    for own, head in layers:
+        name, cp = own.model.attention, config.mesh.cp
+        if cp > 1 and not attention_sizes(own.model).travels:
+            found.append(
+                f'attention {name!r} takes whole sequences, and mesh.cp={cp}; use a cp of 1'
+            )
+        found += ATTENTION[name].rules(own)
+        found += kernel_errors(ATTENTION_KERNELS, 'attention_kernel', own, head)
+    feed_forwards = dict.fromkeys(layer_kind(kind).feed_forward for kind in kinds)
+    for name in feed_forwards:
+        found += FEED_FORWARD[name].rules(config)
+    if any(FEED_FORWARD[name].routed for name in feed_forwards):
+        found += kernel_errors(EXPERT_KERNELS, 'expert_kernel', *layers[0])
+    yield from dict.fromkeys(found)
+
+
+def attention_errors(config: ConfigDict) -> Iterator[str]:
+    """Yields errors for choices that no layer of the model would read."""
     m = config.model
-    sizes, cp = attention_sizes(m), config.mesh.cp
-    head = sizes.key
-    if cp > 1 and not sizes.travels:
-        kind = f'model.attention={m.attention!r}'
-        yield f'{kind} takes whole sequences, and mesh.cp={cp}; use a cp of 1'
-    yield from ATTENTION[m.attention].rules(config)
-    yield from kernel_errors(ATTENTION_KERNELS, 'attention_kernel', config, head)
-    kinds = dict.fromkeys((*m.block, *(('dense',) if m.first_dense else ())))
-    for kind in kinds:
-        yield from FEED_FORWARD[kind].rules(config)
-    if any(FEED_FORWARD[kind].routed for kind in kinds):
-        yield from kernel_errors(EXPERT_KERNELS, 'expert_kernel', config, head)
+    kinds = [layer_kind(kind) for kind in model_kinds(m)]
+    windows = any(kind.window for kind in kinds)
+    if windows and not m.window:
+        yield (
+            f'model.block={tuple(m.block)} has layers with a window, and model.window=0; give the '
+            f'positions that a query sees, its own included'
+        )
+    if m.window and not windows:
+        yield (
+            f'model.window={m.window} is for layers that end in {WINDOW}, and model.block='
+            f"{tuple(m.block)} has none; name them, as in '{m.attention}{WINDOW}+dense', or use 0"
+        )
+    of_gqa = {'rotary_dim': 0, 'qk_norm_over': 'head'}
+    if all((kind.attention or m.attention) != 'gqa' for kind in kinds):
+        for field, default_value in of_gqa.items():
+            if m[field] != default_value:
+                yield (
+                    f"model.{field}={m[field]!r} is for 'gqa', which is not among the layers of "
+                    f'model.block={tuple(m.block)}; use {default_value!r}'
+                )
 
 
 def remat_errors(config: ConfigDict) -> Iterator[str]:
@@ -380,7 +434,7 @@ def check_all_devices(config: ConfigDict, n_devices: int, n_processes: int = 1) 
 
 def is_routed(config: ConfigDict) -> bool:
     """Returns whether the model's blocks have experts."""
-    return any(FEED_FORWARD[kind].routed for kind in config.model.block)
+    return any(FEED_FORWARD[layer_kind(kind).feed_forward].routed for kind in config.model.block)
 
 
 def larger(config: ConfigDict, axis: str, n_devices: int) -> str:

@@ -14,7 +14,8 @@ from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
 from checkpoint import Checkpointer
-from config import FIXED, ConfigError, check_alike, differences, saved_config
+from config import FIXED, FREE, ConfigError, check_alike, differences, model_config, saved_config
+from model import model_params
 from optimizer import AVERAGE
 from parallel import P, Tree
 from runtime.data_record import changed_data, check_vocabulary, saved_record
@@ -29,8 +30,13 @@ def first_step(config: ConfigDict, workdir: str, checkpoints: Checkpointer) -> t
     another model or order of the data, CheckpointError if its newest checkpoint is damaged. All
     processes have to call this.
     """
-    step = checkpoints.latest_step() or 0
-    if not step:
+    step = checkpoints.latest_step()
+    if step == 0:
+        raise ConfigError(
+            f'{workdir} holds released weights, which convert.py brought in, and no run: start one '
+            f'from them, with another --workdir and --init_from={workdir}'
+        )
+    if step is None:
         begun = exists(os.path.join(workdir, CONFIG))
         return 0, f'starting again: {workdir} holds no checkpoint' if begun else ''
     old = checkpoints.metadata(step)['config']
@@ -61,6 +67,34 @@ def check_optimizer(old: dict[str, Any], config: ConfigDict, workdir: str) -> No
         f'on with them, or start a new run from its parameters: another --workdir, and '
         f'--init_from={workdir}'
     )
+
+
+def compared_model(init_from: str, config: ConfigDict) -> str:
+    """Compares the model with the one that a new run takes its parameters from.
+
+    Returns a line about fields that differ, '' for none. Raises ConfigError, with those fields, if
+    the parameters do not fit. All processes have to call this.
+    """
+    path, step, _ = init_step(init_from)
+    with Checkpointer(path) as source:
+        old = source.metadata(step)['config']
+    changed = [
+        f'{name}: {a!r} there, {b!r} here'
+        for name, a, b in differences(old, config.to_dict())
+        if name.startswith('model.') and name not in FREE
+    ]
+    there, here = (
+        {name: p.shape for name, p in leaf_names(model_params(model_config(c))).items()}
+        for c in (saved_config(old), config)
+    )
+    if there != here:
+        raise ConfigError(
+            f'the config cannot run: the parameters of {init_from} are those of another model\n'
+            + '\n'.join(f'  - {line}' for line in changed)
+            + '\nuse the values there, or start without --init_from'
+        )
+    listed = ', '.join(changed)
+    return f'the model differs from that of {init_from}: {listed}' if changed else ''
 
 
 def compared_data(

@@ -12,7 +12,8 @@ from config import ConfigError
 from decoding import Sampling, check_prompts, stream
 from parallel import Tree
 from runtime.workdir import TOKENIZER, read_json
-from tokenizer import END_OF_TEXT, fingerprint, get_encoding, token_bytes
+from tokenizer import end_of_text as name_of_end
+from tokenizer import fingerprint, get_encoding, in_text, token_bytes
 from train_step import Setup
 
 
@@ -42,8 +43,8 @@ def run_encoding(workdir: str, name: str = '') -> tiktoken.Encoding:
 
 def end_of_text(encoding: tiktoken.Encoding) -> int:
     """Returns the id of end of text, or -1 if the vocabulary has none."""
-    has_one = END_OF_TEXT in encoding.special_tokens_set
-    return encoding.encode_single_token(END_OF_TEXT) if has_one else -1
+    name = name_of_end(encoding)
+    return -1 if name is None else encoding.encode_single_token(name)
 
 
 def allowed_tokens(encoding: tiktoken.Encoding, vocab_size: int) -> np.ndarray:
@@ -61,11 +62,12 @@ def allowed_tokens(encoding: tiktoken.Encoding, vocab_size: int) -> np.ndarray:
 
 
 def encode(encoding: tiktoken.Encoding, prompt: str) -> list[int]:
-    """Encodes a prompt; <|endoftext|> in it stands for the token of that name."""
+    """Encodes a prompt; the name of the end-of-text token in it stands for that token."""
+    end = name_of_end(encoding)
     try:
         return encoding.encode(
             prompt,
-            allowed_special={END_OF_TEXT} & encoding.special_tokens_set,
+            allowed_special=in_text(encoding) | ({end} if end else set()),
             disallowed_special=(),
         )
     except ValueError as error:  # such as a million spaces

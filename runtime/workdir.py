@@ -56,7 +56,9 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # of the pro
 RUNS = 'runs'  # the folder of runs that were given no workdir
 RECENT = 20  # of them that are looked at for an unfinished one
 
-PACKAGES = ('jax', 'jaxlib', 'libtpu', 'numpy', 'tensorstore', 'tiktoken', 'ml_collections')
+PACKAGES = (
+    'jax', 'jaxlib', 'libtpu', 'numpy', 'tensorstore', 'tiktoken', 'tokenizers', 'ml_collections',
+)  # fmt: skip
 # Variables that change the compiled program, or its numbers.
 VARIABLES = (
     'XLA_FLAGS', 'LIBTPU_INIT_ARGS', 'NVIDIA_TF32_OVERRIDE', 'JAX_DEFAULT_MATMUL_PRECISION',

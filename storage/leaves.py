@@ -19,6 +19,7 @@ from config import ConfigError
 
 CHUNK_BYTES = 16 << 20  # about the largest file: chunks are copied, checked and sent one by one
 CRC_BYTES = 4  # of the crc32c behind a chunk's elements
+WIDENED = {'float32': ('bfloat16', 'float16')}  # types that restore as another one, exactly
 COPY_THREADS = 8
 
 Tree = Any
@@ -138,7 +139,16 @@ class HostLeaf:
 
     name: str
     entry: dict[str, Any]  # in metadata.json
-    chunks: list[tuple[Box, np.ndarray]]
+    chunks: list[tuple[Box, np.ndarray]] | Iterator[tuple[Box, np.ndarray]]  # made as they go
+
+    def taken(self) -> Iterator[tuple[Box, np.ndarray]]:
+        """Yields the chunks and drops them, so that the memory of each is free once it is
+        written."""
+        if not isinstance(self.chunks, list):
+            yield from self.chunks
+            return
+        while self.chunks:
+            yield self.chunks.pop()
 
 
 def copy_to_host(tree: Tree) -> list[HostLeaf]:
@@ -214,7 +224,8 @@ def check_leaves(wanted: Mapping[str, Any], entries: Mapping[str, Any], where: s
         if 'key' in entries[name]:
             key = jax.random.key(0, impl=entries[name]['key'])
             shape, dtype = shape[: len(shape) - jax.random.key_data(key).ndim], key.dtype
-        if (list(want.shape), str(want.dtype)) != (shape, str(dtype)):
+        same = str(want.dtype) == str(dtype) or str(dtype) in WIDENED.get(str(want.dtype), ())
+        if list(want.shape) != shape or not same:
             errors.append(f'{name} is {dtype} {shape}, asked for {want.dtype} {list(want.shape)}')
     if errors:
         raise ConfigError(

@@ -31,17 +31,17 @@ class DamagedError(Exception):
     """A file of a committed step is missing or damaged; the message names it."""
 
 
-def windowed(items: Iterable[tuple[T, int]]) -> Iterator[T]:
+def windowed(items: Iterable[tuple[T, int]], window: int = 0) -> Iterator[T]:
     """Yields the things of (thing, its bytes) in order, but starts later ones first.
 
-    Takes items ahead until they hold more than WINDOW_BYTES together.
+    Takes items ahead until they hold more than `window` bytes together; 0 stands for WINDOW_BYTES.
     """
     ahead: deque[tuple[T, int]] = deque()
     size = 0
     for item in items:
         ahead.append(item)
         size += item[1]
-        while size > WINDOW_BYTES:
+        while size > (window or WINDOW_BYTES):
             thing, nbytes = ahead.popleft()
             yield thing
             size -= nbytes
@@ -98,12 +98,16 @@ class Reader:
     def read(self, wanted: Mapping[str, Any], entries: Mapping[str, Any]) -> list[Any]:
         """Returns the wanted leaves, in order, by their entries in metadata.json.
 
-        A leaf that is wanted with a sharding becomes a jax array, one without a numpy array.
+        A leaf that is wanted with a sharding becomes a jax array, one without a numpy array, of the
+        type that is wanted.
         Raises DamagedError if a chunk is missing, damaged or another one's.
         """
         leaves = []
         for reads in windowed(self._reads(wanted, entries)):
             data = self._result(reads)
+            if 'key' not in entries[reads.name]:
+                dtype = wanted[reads.name].dtype
+                data = {box: x.astype(dtype, copy=False) for box, x in data.items()}
             if None in reads.boxes:
                 leaf = data[reads.boxes[None]]
             else:
@@ -143,6 +147,11 @@ class Reader:
         size = sum(math.prod(stop - start for start, stop in box) for box in data)
         nbytes = size * array.dtype.numpy_dtype.itemsize
         return Reads(name, array.shape, boxes, data, checksums), nbytes
+
+    def read_box(self, name: str, entry: Mapping[str, Any], box: Box) -> np.ndarray:
+        """Returns the elements of a leaf in the box. Raises DamagedError as `read`."""
+        array = open_leaf(self.store, self.context, name, entry)
+        return self._result(self._start(array, name, entry, {None: box})[0])[box]
 
     def verify(self, entries: Mapping[str, Any]) -> None:
         """Reads all leaves that metadata.json has entries of.

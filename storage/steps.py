@@ -35,7 +35,13 @@ from storage.leaves import (
     zarr_metadata,
 )
 from storage.metadata import METADATA, READABLE, Checksums, checksum
-from storage.reading import DamagedError, Reader, open_leaf, read_end, windowed
+from storage.reading import (
+    DamagedError,
+    Reader,
+    open_leaf,
+    read_end,
+    windowed,
+)
 from storage.stores import expanded, local_folder, open_store, store_errors
 
 COMMIT = 'COMMIT'
@@ -89,14 +95,15 @@ class StepFiles:
     # Writing
     # -----------------------------------------------------------------------------------------
 
-    def write(self, leaves: list[HostLeaf], save_id: bytes) -> Checksums:
+    def write(self, leaves: list[HostLeaf], save_id: bytes, window: int = 0) -> Checksums:
         """Writes the chunks of this process, reads the end of each and returns the checksums there.
 
-        Empties `leaves` as it goes. `save_id` is the same on all processes, and new for each save.
+        Empties `leaves` as it goes, with up to `window` bytes under way as in `windowed`.
+        `save_id` is the same on all processes, and new for each save.
         """
         self.check_owner()
         ends: dict[tuple[str, int], ts.Future] = {}
-        for write, chunk in windowed(self._writes(leaves)):
+        for write, chunk in windowed(self._writes(leaves), window):
             write.result()
             if chunk:
                 name, place, entry = chunk
@@ -128,8 +135,7 @@ class StepFiles:
         while leaves:
             leaf = leaves.pop()  # so that its memory is free as soon as it is written
             array = self.open_leaf(leaf.name, leaf.entry)
-            while leaf.chunks:
-                box, x = leaf.chunks.pop()
+            for box, x in leaf.taken():
                 (place,) = chunks_across([box], leaf.entry['chunk'])
                 write = part(array, box).write(x, can_reference_source_data_indefinitely=True)
                 yield (write, (leaf.name, place, leaf.entry)), x.nbytes

@@ -194,6 +194,7 @@ data.py --input={binary} --tokenizer=bytes --output={new}
 data.py --input={text} --tokenizer=nothing --output={new}
 data.py --input={text} --tokenizer={text} --output={new}
 data.py --input={text} --tokenizer={broken_vocabulary} --output={new}
+data.py --input={text} --tokenizer={broken_tokenizer} --output={new}
 data.py --input={text} --tokenizer=bytes --output={text}
 data.py --input={text} --tokenizer=bytes --output=/proc/nothing
 data.py --input={text} --tokenizer=bytes --output={tokens}
@@ -218,6 +219,11 @@ tokenizer.py --input={text} --vocab_size=1 --output={new}.tiktoken
 tokenizer.py --input={text} --vocab_size=x --output={new}.tiktoken
 tokenizer.py --input={text} --vocab_size=300 --output=/proc/nothing.tiktoken
 tokenizer.py --input={text} --vocab_size=300 --output={new}
+tokenizer.py --from_hf={missing} --output={new}.tiktoken
+tokenizer.py --from_hf={text} --output={new}.tiktoken
+tokenizer.py --from_hf={broken_tokenizer} --output={new}.tiktoken
+tokenizer.py --from_hf={broken_tokenizer} --output={new}.json
+tokenizer.py --end_of_text=a --input={text} --output={new}.tiktoken
 generate.py
 generate.py --workdir={missing} --prompt=a
 generate.py --workdir={empty} --prompt=a
@@ -281,6 +287,7 @@ class Commands(Family):
             'lines.jsonl': as_lines(texts),
             'broken_config.py': b'def get_config(:\n',
             'broken_vocabulary.tiktoken': b'IQ== 0\nIg==\n',
+            'broken_tokenizer.json': b'{"model": {"type": "BPE"}, "added_tokens": [3]}',
             'broken_parquet.parquet': b'PAR1' + rng.randbytes(200) + b'PAR1',
         }.items():
             files[name.partition('.')[0]] = folder / name

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -53,6 +54,37 @@ def small_config(
     return c
 
 
+# Models of layers of several kinds: `small_config` with these fields.
+KINDS: dict[str, dict[str, Any]] = {
+    'gqa': {  # everything that it can have, with the norms behind
+        'block': ('gqa_window_nope+dense', 'gqa_window+dense'), 'window': 5, 'rotary_dim': 4,
+        'n_kv_heads': 4, 'qk_norm_over': 'heads', 'attention_bias': 'qkvo', 'norms': 'after',
+        'attention_sinks': True, 'attention_gate': True,
+    },
+    'mla': {
+        'block': ('mla_window+dense', 'mla_nope+dense'), 'window': 5, 'attention_sinks': True,
+        'attention_gate': True,
+    },
+    'both': {  # both kinds of attention, with one head of keys and values for gqa
+        'block': ('mla_nope+dense', 'gqa_window+dense'), 'window': 7, 'n_kv_heads': 1,
+        'attention_sinks': True,
+    },
+}  # fmt: skip
+
+
+def kinds_config(name: str, microbatches: int = 1, moe: bool = False) -> ConfigDict:
+    """Returns a small config of layers of several kinds; `moe` gives the last of a block experts,
+    and a layer comes before the blocks."""
+    config = small_config(microbatches=microbatches, moe=moe)
+    config.model.update(KINDS[name])
+    if moe:
+        *others, last = config.model.block
+        config.model.block = (*others, last.replace('+dense', '+moe'))
+    else:
+        config.model.n_layers = 2
+    return config
+
+
 def on_mesh(config: ConfigDict, sizes: tuple[int, ...]) -> ConfigDict:
     """Returns the config on a mesh of (dp, fsdp, tp), ep, pp and cp if given."""
     config = config.copy_and_resolve_references()
@@ -79,18 +111,28 @@ def cpu_model(config: ConfigDict) -> ModelConfig:
 ANY = {
     'remat': 'none', 'remat_keep': (), 'compute_dtype': 'float32', 'dropout': 0.0,
     'capacity_factor': 0.0, 'attention_kernel': 'blockwise', 'expert_kernel': 'blocks',
-    'document_end': -1, 'cp': 1, 'cp_style': 'ring',
+    'document_end': -1, 'cp': 1, 'cp_style': 'ring', 'window': 0, 'rotary_dim': 0,
+    'norms': 'before',
 }  # fmt: skip
 
 
 @functools.cache
 def _initial_values(cfg: ModelConfig, seed: int, chunks: int) -> Tree:
     declared = model_params(cfg, chunks)
-    return jax.device_get(init_params(jax.random.key(seed), declared, make_mesh({})))
+    values = jax.device_get(init_params(jax.random.key(seed), declared, make_mesh({})))
+    return jax.tree_util.tree_map_with_path(_told_apart, values)
+
+
+def _told_apart(path: tuple, x: np.ndarray) -> np.ndarray:
+    """Draws sinks and biases of attention, which all start as zeros: so their order shows."""
+    if path[-1].key not in ('sinks', 'b_q', 'b_k', 'b_v', 'b_o'):
+        return x
+    rng = np.random.default_rng(zlib.crc32(path[-1].key.encode()))
+    return 0.3 * rng.standard_normal(x.shape).astype(x.dtype)
 
 
 def initial_params(cfg: ModelConfig, mesh: Mesh, seed: int = 0, chunks: int = 1) -> Tree:
-    """Returns the parameters that `init_params` makes."""
+    """Returns the parameters that `init_params` makes, but for zeros: `_told_apart`."""
     values = _initial_values(dataclasses.replace(cfg, **ANY), seed, chunks)
     return jax.tree.map(jax.device_put, values, shardings(model_params(cfg, chunks), mesh))
 

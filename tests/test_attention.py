@@ -14,13 +14,14 @@ from common import cpu_model, on_one_device, set_up, small_config
 
 from config import ModelConfig
 from layers import attention_kernels, kernels
-from layers.attention import ATTENTION, attention_sizes, positions, rope, rope_table
+from layers.attention import ATTENTION, attention_sizes, positions, rope_table
 from layers.attention_kernels import (
     ATTENTION_KERNELS,
     causal_attention,
     cudnn_attention,
     splash_attention,
 )
+from layers.rope import rope
 from layers.rope_scaling import (
     attention_scale,
     rope_attention_factor,
@@ -123,7 +124,7 @@ def test_auto_is_the_kernel_of_the_platform():
         config = small_config()
         config.model.attention_block = config.seq_len = 128
         config.update({'check_vma': False, 'compute_dtype': 'bfloat16'} | changes)
-        return kernels.choose(ATTENTION_KERNELS, name, config, head, platform)
+        return kernels.choose(ATTENTION_KERNELS, name, [(config, head)], platform)
 
     assert choose('auto', 'tpu') == 'splash'
     assert choose('auto', 'gpu') == 'cudnn'
@@ -185,7 +186,7 @@ def test_kernels_with_a_causal_mask_of_their_own_refuse_another(
     assert len(errors) == 1
     assert f"attention_kernel='{kernel}'" in errors[0]
     assert "use the kernel 'blockwise'" in errors[0]
-    assert kernels.choose(ATTENTION_KERNELS, 'auto', config, 128, platform) == 'blockwise'
+    assert kernels.choose(ATTENTION_KERNELS, 'auto', [(config, 128)], platform) == 'blockwise'
 
 
 def test_attention_block_must_divide():
@@ -207,7 +208,7 @@ def test_attention_memory_grows_linearly():
     assert temp_bytes(2048) < 2.2 * temp_bytes(1024)
 
 
-@pytest.mark.parametrize('scaling', ['none', 'linear', 'yarn'])
+@pytest.mark.parametrize('scaling', ['none', 'linear', 'llama3', 'yarn'])
 def test_rope_depends_on_relative_position_only(scaling):
     config = small_config('gqa')
     config.model.update(rope_scaling=scaling, rope_factor=4.0, head_dim=16)
@@ -222,6 +223,21 @@ def test_rope_depends_on_relative_position_only(scaling):
 
     assert score(7, 3) == pytest.approx(score(107, 103), abs=1e-4)
     assert abs(score(7, 3) - score(7, 4)) > 1e-3
+
+
+def test_latents_have_an_eps_of_their_own():
+    """Both fields are one in latent attention, which has no other norms; 0 means norm_eps."""
+    config, outputs = small_config('mla'), []
+    for eps, latent in ((0.5, 0.0), (1e-6, 0.5), (1e-6, 0.0)):
+        config.model.update(norm_eps=eps, latent_norm_eps=latent)
+        cfg = cpu_model(config)
+        params = init_params(jax.random.key(0), ATTENTION['mla'].params(cfg), make_mesh({}))
+        x = jax.random.normal(jax.random.key(1), (2, 16, cfg.d_model))
+        table = rope_table(cfg, jnp.arange(16))
+        f = on_one_device(lambda p, x, t=table, c=cfg: ATTENTION['mla'].forward(p, x, t, c)[0])
+        outputs.append(np.asarray(f(params, x)))
+    np.testing.assert_array_equal(outputs[0], outputs[1])
+    assert np.abs(outputs[1] - outputs[2]).max() > 1e-3
 
 
 @pytest.mark.parametrize('kind', ['mla', 'gqa'])
@@ -267,23 +283,28 @@ def test_rope_scaling_keeps_fast_and_slows_slow_pairs():
     assert np.all(np.diff(yarn) < 0)
 
 
-GOLDEN = json.loads((pathlib.Path(__file__).parent / 'golden' / 'yarn.json').read_text())['cases']
+GOLDEN = json.loads((pathlib.Path(__file__).parent / 'golden' / 'rope.json').read_text())['cases']
 
 
 def golden_config(name: str):
     """Returns the config that a golden case's fields mean here."""
     case, config = GOLDEN[name], small_config(GOLDEN[name]['attention'])
-    sizes = {'mla': {'rope_dim': 64, 'nope_dim': 128}, 'gqa': {'head_dim': 128}}
-    config.model.update(sizes[case['attention']], rope_scaling='yarn')
-    names = {'rope_theta': 'rope_base', 'original_max_position_embeddings': 'rope_original_len'}
+    sizes = {'mla': {'rope_dim': 64, 'nope_dim': 128}, 'gqa': {'head_dim': case['head']}}
+    config.model.update(sizes[case['attention']])
+    names = {
+        'rope_theta': 'rope_base',
+        'rope_type': 'rope_scaling',
+        'original_max_position_embeddings': 'rope_original_len',
+    }
     for field, value in case['rope'].items():
         config.model[names.get(field, f'rope_{field}')] = value
     return config
 
 
 @pytest.mark.parametrize('name', GOLDEN)
-def test_yarn_is_that_of_released_models(name):
-    """By the code of transformers: tests/golden/make_yarn.py."""
+def test_scaled_rotations_are_those_of_released_models(name):
+    """By the code of transformers: tests/golden/make_rope.py."""
+    assert not list(rope_rules(golden_config(name)))
     case, cfg = GOLDEN[name], cpu_model(golden_config(name))
     sizes = attention_sizes(cfg)
     np.testing.assert_allclose(rope_frequencies(cfg, sizes.rotary), case['frequencies'], rtol=2e-6)
@@ -308,12 +329,15 @@ def test_yarn_of_all_of_a_head_is_a_factor_on_its_scores():
     np.testing.assert_allclose(*map(scores, cfgs), rtol=1e-5, atol=1e-5)
 
 
-def test_yarn_has_rules():
+def test_scaled_rotations_have_rules():
+    config = golden_config('llama_3_1')
+    config.model.rope_low_freq_factor = 4.0
+    (low,) = rope_rules(config)
+    assert low.startswith('model.rope_low_freq_factor=4.0 and model.rope_high_freq_factor=4.0')
     config = golden_config('qwen')
-    assert not list(rope_rules(config))
-    config.model.update(rope_beta_slow=32.0, rope_base=1.0)
+    config.model.update(rope_beta_slow=33.0, rope_base=1.0)
     slow, base = rope_rules(config)
-    assert slow.startswith('model.rope_beta_slow=32.0 and model.rope_beta_fast=32.0')
+    assert slow.startswith('model.rope_beta_slow=33.0 and model.rope_beta_fast=32.0')
     assert base.startswith('model.rope_base=1.0')
     config.model.rope_scaling = 'linear'
     assert not list(rope_rules(config))

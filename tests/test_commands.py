@@ -12,6 +12,7 @@ import pytest
 from absl import flags
 from common_commands import command_line
 
+import convert
 import data
 import generate
 import plan
@@ -31,6 +32,7 @@ COMMANDS = {
     'tokenizer.py': tokenizer,
     'generate.py': generate,
     'plan.py': plan,
+    'convert.py': convert,
     'parallel.py': schedules,
 }
 WITH_WORDS = ('train.py', 'data.py', 'tokenizer.py')
@@ -146,6 +148,17 @@ MISTAKES = [
     ('plan.py --config=tiny --chip=v9', "the chip 'v9' is unknown"),
     ('plan.py --config=tiny word', 'word belongs to no flag'),
     ('plan.py --config=tiny --config.mesh.tp=3 --chip=v4', 'use a tp of 1, 2 or 4'),
+    ('convert.py', 'give --from_hf=FOLDER and --workdir=NEW to bring weights in'),
+    ('convert.py --from_hf=a --to_hf=b --workdir=c', 'give --from_hf=FOLDER and --workdir=NEW'),
+    ('convert.py --from_hf={}/none --workdir={}/w', 'is no local folder; fetch the model'),
+    ('convert.py --from_hf={} --workdir={}/w', 'config.json: name the folder of a model'),
+    ('convert.py --workdir={} --to_hf={}/o', 'holds no checkpoint'),
+    ('convert.py --workdir={} --to_hf={}', 'is there already: name a new folder'),
+    ('convert.py --workdir={} --to_hf={}/o --dtype=int8', 'flag --dtype=int8'),
+    (
+        'convert.py --workdir={} --to_hf={}/o --family=gpt2',
+        '--family=gpt2 is no family: use one of llama, mistral',
+    ),
     ('parallel.py --stages=0', 'flag --stages=0'),
     ('parallel.py --schedule=fifo', 'use one of gpipe, 1f1b'),
     ('parallel.py --cost_f=nan', 'use numbers above 0'),
@@ -171,7 +184,8 @@ def run(line: str) -> None:
 
 @pytest.mark.parametrize(('line', 'message'), MISTAKES, ids=[line for line, _ in MISTAKES])
 def test_a_mistake_is_one_message_and_exit_code_1(line, message, folder, monkeypatch):
-    monkeypatch.setattr(train, 'keep_freed_memory', lambda: None)
+    for module in (train, convert):
+        monkeypatch.setattr(module, 'keep_freed_memory', lambda: None)
     monkeypatch.setenv('TMPDIR', str(folder))
     before = sorted(folder.iterdir())
     with pytest.raises(SystemExit) as caught:

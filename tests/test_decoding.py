@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import cpu_model, initial_params, small_config
+from common import cpu_model, initial_params, kinds_config, small_config
 from jax import lax
 
 import decoding
@@ -35,8 +35,19 @@ def config_of(name: str) -> ModelConfig:
         config.model.n_kv_heads = 1
     if 'whole query' in name:
         config.model.update(q_rank=0, rope_scaling='yarn', rope_factor=4.0)
+    if 'biases' in name:
+        config.model.update(router_bias=True, expert_bias=True, swiglu_limit=0.5)
+    if 'gate' in name:
+        config.model.update(
+            shared_gate=True, group_score='max', router='softmax', rope_scaling='llama3',
+            rope_factor=4.0, latent_norm_eps=0.01,
+        )  # fmt: skip
     if 'capacity' in name:
         config.model.update(capacity_factor=0.5, dropout=0.5)
+    if 'kinds' in name:
+        moe = 'moe' in name
+        config = kinds_config(name.split()[0], moe=moe)
+        config.model.n_layers = 5 if moe else 4
     if 'documents' in name:
         config.model.document_end = 7  # occurs in the prompts
     return cpu_model(config)
@@ -44,7 +55,17 @@ def config_of(name: str) -> ModelConfig:
 
 @functools.cache
 def params_of(cfg: ModelConfig, sizes: tuple = (), chunks: int = 1):
-    return initial_params(cfg, make_mesh(dict(sizes)), chunks=chunks)
+    """Returns initial parameters, but for learned biases, which are random too."""
+
+    def draw(path: tuple, x: jax.Array) -> jax.Array:
+        name = path[-1].key
+        if name not in ('router_bias', 'b_gate', 'b_up', 'b_down'):
+            return x
+        values = np.random.default_rng(len(name)).normal(0, 0.5, x.shape)
+        return jax.device_put(values.astype(np.float32), x.sharding)
+
+    params = initial_params(cfg, make_mesh(dict(sizes)), chunks=chunks)
+    return jax.tree_util.tree_map_with_path(draw, params)
 
 
 @functools.cache
@@ -97,7 +118,12 @@ def test_kernels_that_cannot_be_checked_are_for_training():
         pytest.param('gqa moe', {'fsdp': 2, 'ep': 2}, marks=pytest.mark.slow),
         pytest.param('gqa documents tied', {'fsdp': 2, 'tp': 4}, marks=pytest.mark.slow),
         ('mla documents', {}),
+        ('mla moe gate biases', {'tp': 2, 'ep': 2, 'pp': 2}),
         pytest.param('gqa multi-query', {'fsdp': 2, 'tp': 2}, marks=pytest.mark.slow),
+        ('gqa kinds documents', {'fsdp': 2, 'tp': 2}),
+        ('mla kinds', {'tp': 4}),
+        pytest.param('both kinds moe', {'pp': 2, 'tp': 2, 'ep': 2}, marks=pytest.mark.slow),
+        pytest.param('mla kinds moe documents', {'dp': 2, 'ep': 2}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -172,6 +198,8 @@ def without_cache(cfg: ModelConfig, prompts: list[list[int]], n: int) -> list[li
         pytest.param('gqa documents', [{}, {'dp': 2, 'pp': 2, 'tp': 2}], marks=pytest.mark.slow),
         pytest.param('mla moe', MESHES, marks=pytest.mark.slow),
         pytest.param('gqa moe', MESHES, marks=pytest.mark.slow),
+        pytest.param('gqa kinds moe', MESHES, marks=pytest.mark.slow),
+        pytest.param('both kinds', [MESHES[0], MESHES[3]], marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -256,6 +284,22 @@ def test_the_cache_holds_what_attention_needs_and_is_updated_in_place():
         assert cached == CONTEXT * cfg.n_layers * numbers
         memory = decode.lower(params_of(cfg), state, rules).compile().memory_analysis()
         assert memory.alias_size_in_bytes >= 4 * cached
+
+
+def test_the_cache_of_a_window_layer_holds_its_window():
+    cfg = decoding_config(config_of('gqa kinds'))
+    rows = jax.ShapeDtypeStruct((2,), np.int32)
+    ids = jax.ShapeDtypeStruct((2, 16), np.int32)
+    run = jax.shard_map(
+        functools.partial(prefill_logits, cfg=cfg, context=CONTEXT),
+        mesh=make_mesh({}),
+        in_specs=(specs(model_params(cfg)), P(ROWS), P(ROWS)),
+        out_specs=(P(AXES), P(None, AXES)),
+    )
+    declared = map_params(lambda p: jax.ShapeDtypeStruct(p.shape, np.float32), model_params(cfg))
+    _, cache = jax.eval_shape(run, declared, ids, rows)
+    shapes = {x.shape for x in jax.tree.leaves(cache)}
+    assert shapes == {(cfg.n_blocks, 2, cfg.n_kv_heads, cfg.window, cfg.head_dim)}
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,8 @@ def experts() -> Example:
     """An expert without rows, and rows without an expert, whose results mean nothing."""
     w = {'w_gate': draw(3, 3, 2), 'w_up': draw(3, 3, 2, seed=1), 'w_down': draw(3, 2, 3, seed=2)}
     sizes = jnp.array([3, 0, 9])
-    return Example((draw(14 + BLOCK, 3), w, sizes, 'blocks'), 2, lambda y_XD: y_XD[:12])
+    w |= {'b_gate': draw(3, 2, seed=3), 'b_up': draw(3, 2, seed=4), 'b_down': draw(3, 3, seed=5)}
+    return Example((draw(14 + BLOCK, 3), w, sizes, 'blocks', 0.0), 2, lambda y_XD: y_XD[:12])
 
 
 def moved_rows() -> Example:
@@ -93,12 +94,12 @@ def deferred() -> Example:
 
 
 EXAMPLES: dict[str, Callable[[], Example]] = {
-    'layers.attention._rotate': rotation,
+    'layers.rope._rotate': rotation,
     'layers.attention_kernels.causal_attention': attention,
     'layers.context_parallel.ring_attention': ring,
     'layers.dense._deferred_matmul': deferred,
     'layers.dense._matmul': lambda: Example((draw(2, 5, 3), draw(3, 2, 4)), 2),
-    'layers.dense.gated': lambda: Example((3 * draw(4, 5), draw(4, 5, seed=1)), 2),
+    'layers.dense.gated': lambda: Example((3 * draw(4, 5), draw(4, 5, seed=1), 0.0), 2),
     'layers.dense.rms_norm': lambda: Example((draw(2, 3, 5), draw(5, seed=1), 0.1), 2),
     'layers.expert_kernels.grouped_swiglu': experts,
     'layers.moe.combine': lambda: Example((draw(4, 3, 5), draw(4, 3, seed=1)), 2),

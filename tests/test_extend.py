@@ -164,7 +164,7 @@ def test_toys_are_planned_and_refused_by_their_own_rules(toys):
         validate(config, 8)
     config.data.isolate_documents, config.mesh.cp = False, 2
     with pytest.raises(
-        ConfigError, match=r"'mean' takes whole sequences, and mesh\.cp=2; use a cp"
+        ConfigError, match=r"'mean' takes whole sequences, and mesh\.cp=2; use a cp of 1"
     ):
         validate(config, 8)
 

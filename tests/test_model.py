@@ -222,6 +222,16 @@ def test_yarn_of_an_older_run_is_another_model():
     assert saved_config(saved).model.rope_beta_fast == 32.0
 
 
+def test_a_field_that_came_later_is_compared_with_its_default():
+    config = default.get_config()
+    saved = json.loads(config.to_json())
+    del saved['model']['swiglu_limit']
+    check_alike(saved, config, FIXED, 'the folder')
+    config.model.swiglu_limit = 7.0
+    with pytest.raises(ConfigError, match=r'model\.swiglu_limit: 0\.0 there, 7\.0 here'):
+        check_alike(saved, config, FIXED, 'the folder')
+
+
 def test_fields_of_rope_scaling_count_where_it_is_on():
     saved, config = (default.get_config().to_dict() for _ in range(2))
     config['model']['rope_factor'] = 40.0

@@ -8,7 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import batch_at, cpu_model, initial_state, on_mesh, on_one_device, set_up, small_config
+from common import (
+    assert_trees_close,
+    batch_at,
+    cpu_model,
+    initial_state,
+    on_mesh,
+    on_one_device,
+    set_up,
+    small_config,
+)
 
 import train_step
 from layers.expert_kernels import BLOCK, grouped_swiglu
@@ -23,7 +32,7 @@ from layers.moe import (
     route,
     update_biases,
 )
-from parallel import AXES, P, global_sum, init_params, make_mesh, varying
+from parallel import AXES, P, count, global_sum, init_params, make_mesh, varying
 from train_step import setup
 
 
@@ -34,19 +43,35 @@ def layer_config(**changes):
 
 
 def layer_params(cfg):
+    """Returns initial parameters, but for biases, which are random too."""
     params = init_params(jax.random.key(0), moe_params(cfg), make_mesh({}))
-    bias = 0.05 * jax.random.normal(jax.random.key(5), (cfg.n_experts,))
-    return params | {'bias': bias, 'router': 3 * params['router']}
+
+    def draw(path, x):
+        name = path[-1].key
+        if name not in ('bias', 'router_bias', 'b_gate', 'b_up', 'b_down'):
+            return x
+        key = jax.random.fold_in(jax.random.key(5), len(name))
+        return (0.05 if name == 'bias' else 1.0) * jax.random.normal(key, x.shape)
+
+    params = jax.tree_util.tree_map_with_path(draw, params)
+    return params | {'router': 3 * params['router']}
 
 
-def swiglu(x, w_gate, w_up, w_down):
-    gate = x @ w_gate
-    return (gate / (1 + np.exp(-gate)) * (x @ w_up)) @ w_down
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def swiglu(x, w_gate, w_up, w_down, b_gate=0, b_up=0, b_down=0, limit=0):
+    gate, up = x @ w_gate + b_gate, x @ w_up + b_up
+    if limit:
+        gate = np.minimum(gate, limit)
+        return (gate * sigmoid(1.702 * gate) * (np.clip(up, -limit, limit) + 1)) @ w_down + b_down
+    return (gate * sigmoid(gate) * up) @ w_down + b_down
 
 
 def plain_choice(scores, bias, cfg):
     groups = (scores + bias).reshape(cfg.n_expert_groups, -1)
-    best = np.sort(groups, axis=1)[:, -2:].sum(axis=1)
+    best = np.sort(groups, axis=1)[:, -2 if cfg.group_score == 'top2' else -1 :].sum(axis=1)
     out = np.argsort(-best)[cfg.n_top_groups :]
     groups[out] = -np.inf
     return np.argsort(-groups.reshape(-1), kind='stable')[: cfg.experts_per_token]
@@ -64,7 +89,7 @@ def plain_moe(params, x_BTD, cfg):
         taken = np.zeros(cfg.n_experts)
         for t in range(T):
             x = x_BTD[b, t]
-            logits = x @ params['router']
+            logits = x @ params['router'] + params.get('router_bias', 0)
             if cfg.router == 'sigmoid':
                 scores = 1 / (1 + np.exp(-logits))
             else:
@@ -80,9 +105,10 @@ def plain_moe(params, x_BTD, cfg):
                     dropped += 1
                     continue
                 w = {name: m[e] for name, m in params['experts'].items()}
-                out[b, t] += weight * swiglu(x, **w)
+                out[b, t] += weight * swiglu(x, **w, limit=cfg.swiglu_limit)
             if cfg.n_shared_experts:
-                out[b, t] += swiglu(x, **params['shared'])
+                gate = sigmoid(x @ params['shared_gate']) if cfg.shared_gate else 1
+                out[b, t] += gate * swiglu(x, **params['shared'], limit=cfg.swiglu_limit)
     return out, load, dropped
 
 
@@ -94,6 +120,8 @@ def plain_moe(params, x_BTD, cfg):
         {'n_expert_groups': 1, 'n_top_groups': 1, 'n_shared_experts': 0},
         {'n_shared_experts': 2, 'experts_per_token': 1},
         {'capacity_factor': 0.5},
+        {'shared_gate': True, 'router': 'softmax', 'group_score': 'max'},
+        {'router_bias': True, 'expert_bias': True, 'swiglu_limit': 0.5, 'capacity_factor': 0.5},
     ],
     ids=str,
 )
@@ -167,26 +195,68 @@ def test_drops_are_causal(changes):
 @pytest.mark.parametrize('kernel', ['blocks', 'ragged_dot', 'pallas_interpreted'])
 @pytest.mark.parametrize('sizes', [(0, 0, 0), (300, 0, 5), (128, 256, 1), (1, 2, 3)], ids=str)
 def test_grouped_swiglu_and_its_gradients(sizes, kernel):
+    check_grouped_swiglu(sizes, kernel, {}, 0.0)
+
+
+BIASES = {'b_gate': (3, 5), 'b_up': (3, 5), 'b_down': (3, 6)}
+
+
+@pytest.mark.parametrize('kernel', ['blocks', 'ragged_dot', 'pallas_interpreted'])
+@pytest.mark.parametrize(
+    ('sizes', 'biases', 'limit'), [((130, 0, 5), BIASES, 1.5), ((1, 2, 3), BIASES, 0.0)], ids=str
+)
+def test_grouped_swiglu_with_biases_and_a_limit(sizes, biases, limit, kernel):
+    check_grouped_swiglu(sizes, kernel, biases, limit)
+
+
+def check_grouped_swiglu(sizes, kernel, biases, limit):
+    """Compares with a SwiGLU of each row by the matrices of its group, and its autodiff."""
     rows = sum(sizes) + 7  # of no group
     keys = jax.random.split(jax.random.key(0), 5)
     x = jnp.pad(jax.random.normal(keys[0], (rows, 6)), ((0, BLOCK), (0, 0)))
     shapes = {'w_gate': (3, 6, 5), 'w_up': (3, 6, 5), 'w_down': (3, 5, 6)}
     w = {n: jax.random.normal(k, s) for (n, s), k in zip(shapes.items(), keys[1:], strict=False)}
+    keys_b = jax.random.split(jax.random.key(1), 3)
+    w |= {n: jax.random.normal(k, s) for (n, s), k in zip(biases.items(), keys_b, strict=False)}
     group = np.repeat(np.arange(4), [*sizes, 7 + BLOCK])
     d = jnp.where((group < 3)[:, None], jax.random.normal(keys[4], (len(group), 6)), 0)
 
     def plain(x, w):
-        w = jax.tree.map(lambda w: jnp.pad(w, ((0, 1), (0, 0), (0, 0)))[group], w)
-        gate, up = (jnp.einsum('gd,gdf->gf', x, w[name]) for name in ('w_gate', 'w_up'))
-        return jnp.einsum('gf,gfd->gd', jax.nn.silu(gate) * up, w['w_down'])
+        w = jax.tree.map(lambda w: jnp.concatenate((w, jnp.zeros_like(w[:1])))[group], w)
+        gate, up = (
+            jnp.einsum('gd,gdf->gf', x, w[f'w_{name}']) + w.get(f'b_{name}', 0)
+            for name in ('gate', 'up')
+        )
+        if limit:
+            gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+            h = gate * jax.nn.sigmoid(1.702 * gate) * (up + 1)
+        else:
+            h = jax.nn.silu(gate) * up
+        return jnp.einsum('gf,gfd->gd', h, w['w_down']) + w.get('b_down', 0)
 
-    got, got_vjp = jax.vjp(lambda x, w: grouped_swiglu(x, w, jnp.array(sizes), kernel), x, w)
+    def grouped(x, w):
+        return grouped_swiglu(x, w, jnp.array(sizes), kernel, limit)
+
+    got, got_vjp = jax.vjp(grouped, x, w)
     want, want_vjp = jax.vjp(plain, x, w)
     np.testing.assert_allclose(got[group < 3], want[group < 3], rtol=1e-5, atol=1e-4)
     (dx, dw), (want_dx, want_dw) = got_vjp(d), want_vjp(d)
     np.testing.assert_allclose(dx[group < 3], want_dx[group < 3], rtol=1e-5, atol=1e-4)
+    assert dw.keys() == want_dw.keys()
     for name, g in dw.items():
         np.testing.assert_allclose(g, want_dw[name], rtol=1e-4, atol=1e-3, err_msg=name)
+
+
+def test_parameters_are_those_counted_by_hand():
+    cfg = layer_config(
+        d_model=7, n_experts=8, experts_per_token=2, d_expert=5, n_shared_experts=3,
+        router_bias=True, expert_bias=True, shared_gate=True,
+    )  # fmt: skip
+    router, gate, correction = 7 * 8 + 8, 7, 8
+    expert, shared = 3 * 7 * 5 + 5 + 5 + 7, 3 * 7 * 15
+    assert count(moe_params(cfg)) == router + gate + correction + shared + 8 * expert
+    active = count(moe_params(cfg), active=True)
+    assert active == router + gate + correction + shared + 2 * expert
 
 
 def test_permute_is_a_gather_both_ways():
@@ -309,6 +379,38 @@ def test_balance_loss_is_that_of_another_trainer(case):
     f, loss = route_logits(logits_BTE, cfg, lambda found: found[2]['loss'])
     assert float(loss) == pytest.approx(case['loss'], rel=1e-5)
     np.testing.assert_allclose(jax.grad(f)(logits_BTE), case['gradient'], rtol=1e-4, atol=1e-7)
+
+
+RELEASED = json.loads((pathlib.Path(__file__).parent / 'golden' / 'experts.json').read_text())
+
+
+def arrays(tree):
+    """Returns the arrays of a golden file."""
+    if 'numbers' in tree:
+        return jnp.float32(tree['numbers']).reshape(tree['shape'])
+    return {name: arrays(x) for name, x in tree.items()}
+
+
+@pytest.mark.parametrize('name', RELEASED['cases'])
+def test_layer_is_that_of_released_models(name):
+    """Output, load and gradients by the code of transformers: tests/golden/make_experts.py."""
+    case = RELEASED['cases'][name]
+    alone = {'n_expert_groups': 1, 'n_top_groups': 1, 'routed_scale': 1.0}
+    cfg = layer_config(**RELEASED['sizes'] | alone | case['fields'])
+    params, x_BTD, d_BTD = (arrays(case[part]) for part in ('params', 'x', 'cotangent'))
+    bias = {} if 'bias' in params else {'bias': jnp.zeros(cfg.n_experts)}
+    f = on_one_device(lambda p, x: moe(p, x, cfg))
+
+    def total(params, x_BTD):
+        out_BTD, stats = f(params | bias, x_BTD)
+        return jnp.vdot(out_BTD, d_BTD), (out_BTD, stats['load'])
+
+    (dw, dx), (out_BTD, load) = jax.grad(total, (0, 1), has_aux=True)(params, x_BTD)
+    np.testing.assert_array_equal(load, case['load'])
+    np.testing.assert_allclose(out_BTD, arrays(case['output']), rtol=1e-4, atol=1e-5)
+    bias_gradient = {'bias': 0 * params['bias']} if 'bias' in params else {}
+    want = arrays(case['gradients']) | bias_gradient  # it enters the choice and no weight
+    assert_trees_close(dw | {'x': dx}, want, 1e-5)
 
 
 @pytest.mark.parametrize('normalize', [True, False])

@@ -386,8 +386,10 @@ LATENT = {'w_q_down', 'w_q_up', 'w_kv_down', 'w_k_up', 'w_v_up', 'w_o'}
 GROUPED = {'w_q', 'w_k', 'w_v', 'w_o'}
 GATED = {'w_gate', 'w_up', 'w_down'}
 NORMS = {'attention_norm', 'ffn_norm', 'final_norm', 'q_norm'}
+ROUTING = {'ffn/router', 'ffn/bias', 'ffn/router_bias', 'ffn/shared_gate'}
+BIASES = {'experts/b_gate', 'experts/b_up', 'experts/b_down'}
 TAKEN = [
-    ('mla', True, LATENT | GATED, NORMS | {'kv_norm', 'embed/w_VD', 'ffn/router', 'ffn/bias'}),
+    ('mla', True, LATENT | GATED, NORMS | ROUTING | BIASES | {'kv_norm', 'embed/w_VD'}),
     ('gqa', False, GROUPED | GATED, NORMS | {'k_norm', 'embed/w_VD', 'head/w_VD'}),
 ]
 
@@ -397,6 +399,7 @@ def test_which_parameters(attention, moe, by_muon, by_adamw):
     """Muon takes what multiplies activations inside layers, each once; AdamW all the rest."""
     config = small_config(attention, tied=moe, moe=moe)
     config.model.n_shared_experts = int(moe)
+    config.model.update(router_bias=True, expert_bias=True, shared_gate=True)
     declared = setup_of(config).declared
     slots = muon_slots(declared)
     taken, rest = leaves(slots['momentum']), leaves(slots['m'])

@@ -9,11 +9,13 @@ import jax
 import numpy as np
 import pytest
 from common import (
+    KINDS,
     TOLERANCE,
     assert_replicas_identical,
     assert_trees_close,
     batch_at,
     initial_state,
+    kinds_config,
     on_mesh,
     set_up,
     small_config,
@@ -255,6 +257,69 @@ def test_muon_matches_by_interleaved_stages():
 
 
 # ---------------------------------------------------------------------------------------------
+# Experts and rotations of released models
+# ---------------------------------------------------------------------------------------------
+
+RELEASED = {
+    'gpt_oss': {
+        'router': 'softmax', 'router_bias': True, 'expert_bias': True, 'swiglu_limit': 0.5,
+        'n_shared_experts': 0, 'rope_scaling': 'yarn', 'rope_factor': 4.0, 'rope_truncate': False,
+    },
+    'gated': {
+        'router': 'softmax', 'normalize_weights': False, 'group_score': 'max', 'shared_gate': True,
+        'n_shared_experts': 2, 'rope_scaling': 'llama3', 'rope_factor': 8.0,
+        'rope_original_len': 64, 'latent_norm_eps': 0.01,
+    },
+}  # fmt: skip
+
+
+def check_released(
+    name: str, sizes: tuple[int, ...], check_vma: bool = True, kernel: str = 'blocks', **changes
+) -> None:
+    """Of one device: no schedule, no check, and the loop over blocks."""
+    config = small_config('gqa' if name == 'gpt_oss' else 'mla', moe=True, microbatches=2)
+    config.optimizer.name = 'muon'
+    config.model.update(RELEASED[name], attention_block=2, expert_kernel='blocks', **changes)
+    want = reference(config)
+    config.check_vma, config.model.expert_kernel = check_vma, kernel
+    config.pipeline.schedule = 'zero_bubble'
+    _reference[config.to_json()] = want
+    check(config, sizes)
+
+
+@pytest.mark.parametrize(
+    ('name', 'sizes', 'check_vma', 'kernel'),
+    [
+        ('gpt_oss', (1, 1, 2, 2, 2), True, 'blocks'),
+        ('gated', (1, 2, 2, 1, 1, 2), False, 'ragged_dot'),
+    ],
+    ids=str,
+)
+def test_experts_of_released_models_match(name, sizes, check_vma, kernel):
+    check_released(name, sizes, check_vma, kernel)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', RELEASED)
+@pytest.mark.parametrize(
+    ('sizes', 'check_vma', 'kernel'),
+    [
+        ((1, 2, 2, 2), True, 'blocks'),
+        ((2, 1, 1, 4), True, 'ragged_dot'),
+        ((1, 1, 2, 2, 2), True, 'ragged_dot'),
+        ((1, 1, 2, 2, 1, 2), False, 'pallas'),
+        ((1, 2, 1, 1, 2, 2), True, 'blocks'),
+        ((1, 1, 8), False, 'blocks'),
+    ],
+    ids=str,
+)
+def test_complete_grid_of_released_experts(name, sizes, check_vma, kernel):
+    """With and without a capacity and remat, if not each with each."""
+    changes = {'remat': 'full'} if check_vma else {'capacity_factor': 0.8}
+    check_released(name, sizes, check_vma, kernel, **changes)
+
+
+# ---------------------------------------------------------------------------------------------
 # Context parallelism
 # ---------------------------------------------------------------------------------------------
 
@@ -335,6 +400,88 @@ def test_cut_sequences_match_by_muon(style):
 @pytest.mark.slow
 def test_cut_sequences_match_with_a_head_that_all_share():
     check_cut(cut('gqa', 'ring', documents=True, n_kv_heads=1), (1, 1, 2, 1, 1, 4))
+
+
+# ---------------------------------------------------------------------------------------------
+# Kinds of layers
+# ---------------------------------------------------------------------------------------------
+
+
+def check_kinds(
+    name: str,
+    sizes: tuple[int, ...],
+    check_vma: bool,
+    style: str = 'ring',
+    moe: bool = False,
+    **model,
+) -> None:
+    config = kinds_config(name, microbatches=2, moe=moe)
+    config.cp_style = style
+    config.model.update({'attention_block': 2, 'document_end': 3} | model)
+    check_cut(config, sizes, check_vma)
+
+
+@pytest.mark.parametrize(
+    ('name', 'sizes', 'check_vma', 'style'),
+    [
+        ('gqa', (1, 1, 2, 1, 1, 4), True, 'ring'),
+        ('mla', (1, 2, 2, 1, 1, 2), False, 'gather'),
+    ],
+    ids=str,
+)
+def test_kinds_of_layers_match(name, sizes, check_vma, style):
+    check_kinds(name, sizes, check_vma, style)
+
+
+# (dp, fsdp, tp, ep, pp, cp)
+KIND_MESHES = [
+    (2, 1, 1, 1, 1, 4), (1, 2, 1, 1, 2, 2), (1, 1, 4, 2, 1, 1), (1, 2, 2, 1, 1, 2),
+    (1, 1, 4, 1, 2, 1), (2, 2, 1, 2, 1, 1),
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('sizes', KIND_MESHES, ids=str)
+@pytest.mark.parametrize('name', ['gqa', 'mla', 'both'])
+def test_complete_grid_of_kinds(name, sizes):
+    """Every mesh is seen with both styles and with and without the check."""
+    k = KIND_MESHES.index(sizes) + ('gqa', 'mla', 'both').index(name)
+    check_kinds(name, sizes, check_vma=k % 2 > 0, style=('ring', 'gather')[k // 2 % 2], moe=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'model',
+    [
+        {'dropout': 0.3}, {'remat': 'full'}, {'remat': 'full', 'remat_keep': ('attention', 'qkv')},
+        {'remat': 'dots'}, {'document_end': -1, 'window': 1}, {'document_end': -1, 'window': 100},
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize('name', ['gqa', 'mla'])
+def test_kinds_of_layers_match_with_dropout_remat_and_other_windows(name, model):
+    check_kinds(name, (1, 1, 2, 1, 1, 2), check_vma=True, **model)
+
+
+@pytest.mark.slow
+def test_kinds_of_layers_match_by_muon():
+    config = muon_config(replicas='split')
+    config.model.update(KINDS['gqa'], n_layers=4, first_dense=0)
+    check_muon(config, (1, 2, 2, 1, 2), check_vma=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('sizes', [(1, 1, 2, 1, 1, 2), (1, 2, 2)], ids=str)
+def test_splash_matches_with_windows_and_sinks(sizes):
+    """The interpreted kernel, and documents."""
+    config = kinds_config('gqa')
+    config.batch_size, config.seq_len = 4, 512
+    config.check_vma, config.cp_style = False, 'gather'
+    config.model.update(attention_block=128, document_end=3, window=150)
+    want = reference(config)
+    config.model.attention_kernel = 'splash'
+    _reference[config.to_json()] = want
+    check(config, sizes)
 
 
 def test_accumulation_matches_one_large_batch():

@@ -6,7 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import TOLERANCE, assert_trees_close, batch_at, initial_params, set_up, small_config
+from common import (
+    TOLERANCE,
+    assert_trees_close,
+    batch_at,
+    initial_params,
+    kinds_config,
+    set_up,
+    small_config,
+)
 
 from layers.dense import gain, linear, linear_weight_gradient, weight
 from parallel import (
@@ -273,6 +281,25 @@ def test_cut_sequences(mesh, name, chunks, style, attention, documents):
     c = config(4, attention, attention_block=2, document_end=3 if documents else -1)
     c.cp_style = style
     check(c, mesh, name, chunks=chunks, check_vma=style == 'ring')
+
+
+@pytest.mark.parametrize(
+    ('kinds', 'mesh', 'name', 'chunks'),
+    [
+        ('both', 'pp2-tp2-cp2', 'zero_bubble', 1),
+        *(
+            pytest.param(kinds, mesh, *schedule, marks=pytest.mark.slow)
+            for kinds, mesh in (
+                ('gqa', 'pp2-tp2-cp2'), ('mla', 'pp2-fsdp2-tp2'), ('both', 'pp2-ep2-tp2'),
+            )
+            for schedule in SCHEDULES
+        ),
+    ],
+)  # fmt: skip
+def test_kinds_of_layers(kinds, mesh, name, chunks):
+    c = kinds_config(kinds, microbatches=2, moe='ep' in mesh)
+    c.model.update(n_layers=4 * chunks + c.model.first_dense, attention_block=2)
+    check(c, mesh, name, chunks=chunks, check_vma=kinds != 'mla')
 
 
 @pytest.mark.slow

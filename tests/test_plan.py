@@ -11,12 +11,13 @@ from collections import Counter
 import jax
 import jax.numpy as jnp
 import pytest
-from common import small_config
+from common import KINDS, small_config
 from common_commands import run_command
 from jax.sharding import Mesh
 
 import optimizer
 import plan
+from config import model_config, model_kinds, of_layer
 from layers.attention import attention_sizes
 from layers.context_parallel import STYLES
 from machine.chips import CHIPS, Chip, chip_of
@@ -86,6 +87,44 @@ def test_state_and_network_are_those_of_the_compiled_step(name):
     assert_muon_agrees(e, step.as_text(), s.mesh, {'dp': 'all-gather', 'fsdp': A2A, 'tp': A2A})
 
 
+def test_kinds_of_layers_are_those_of_the_compiled_step():
+    """The state to the byte, and what tp gathers and scatters: with a gate D numbers more."""
+    config = small_config(tied=False, microbatches=2)
+    config.model.update(KINDS['mla'], n_layers=4, remat='full')
+    config.mesh.update(tp=2)
+    validate(config, 8)
+    s, e = setup(config, make_mesh(config.mesh)), estimate(config, CPU)
+    step, state = lower_train_step(s).compile(), abstract_state(s)
+    scalars = {k: v for k, v in state.items() if k not in ('params', 'moments')}
+    others = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(scalars)) + 16 * 17 * 4
+    assert step.memory_analysis().argument_size_in_bytes == e.memory.state + others
+    traffic = read_cost(step.as_text(), s.mesh, CPU).traffic
+    sent = sum(t.bytes for (_, axes), t in traffic.items() if axes == 'tp')
+    assert e.axis_bytes['tp'] == pytest.approx(sent, rel=0.005)
+
+
+def matmul_price(i: Instruction, program: Program, _: Chip) -> Cost:
+    """Returns the FLOPs of a matmul."""
+    return Cost(flops=matmul_flops(i, program))
+
+
+def test_a_window_saves_the_flops_that_the_compiled_step_saves():
+    """Two windows of many blocks: their difference, in which nothing else takes part."""
+    found = {}
+    for window in (32, 96):
+        config = small_config('gqa', tied=False)
+        config.seq_len, config.batch_size = 256, 2
+        config.model.update(
+            block=('gqa_window+dense',), n_layers=1, window=window, attention_block=4
+        )
+        s, e = setup(config, make_mesh({})), estimate(config, CPU)
+        program = parse(lower_train_step(s).compile().as_text())
+        compiled = Walk(program, s.mesh, CPU, matmul_price).cost(program.entry)
+        found[window] = (compiled.flops, e.computed * e.tokens)
+    saved, said = (b - a for a, b in zip(found[32], found[96], strict=True))
+    assert saved == pytest.approx(said, rel=0.02)
+
+
 @pytest.mark.parametrize('cp', [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('style', STYLES)
 @pytest.mark.parametrize(
@@ -111,8 +150,10 @@ def test_what_travels_over_cp_is_that_of_the_compiled_step(attention, remat, kee
 
 def test_latents_are_a_sixth_of_the_heads_at_most():
     for name in ('tpu_v4', 'long_context', 'deepseek_v3'):
-        sizes = attention_sizes(load(name).model)
-        assert 6 * sizes.travels <= sizes.kv_heads * (sizes.key + sizes.value)
+        cfg = model_config(load(name))
+        for kind in model_kinds(cfg):
+            sizes = attention_sizes(of_layer(cfg, kind))
+            assert 6 * sizes.travels <= sizes.kv_heads * (sizes.key + sizes.value)
 
 
 def assert_muon_agrees(e: Estimate, text: str, mesh: Mesh, kinds: dict[str, str]):
@@ -203,7 +244,8 @@ MUON = {
 }  # fmt: skip
 
 # Few programs, since each takes a minute to compile. Between them: one microbatch and several, a
-# pipeline, experts, both attentions, an untied head, no, full and partial rematerialization, Muon.
+# pipeline, experts, both attentions, an untied head, no, full and partial rematerialization, Muon,
+# windows, sinks, gates and biases.
 SPREAD = {
     'stages': ('tpu_v4', 'v4:2x4x4', {}, {}, {'block': ('dense',)}),
     'experts': (
@@ -215,6 +257,13 @@ SPREAD = {
         {'remat': 'full', 'remat_keep': ('attention', 'qkv'), 'tie_embeddings': False},
     ),
     'muon': ('gpu_h100', 'v5p:2x2x2', {'chip': 'v5p', **MUON}, {}, {}),
+    'kinds': (
+        'gpu_h100', 'v5p:2x2x2', {'chip': 'v5p'}, {},
+        {
+            'block': ('gqa_window+dense', 'gqa_nope+dense'), 'window': 1024, 'remat': 'full',
+            'attention_sinks': True, 'attention_gate': True, 'attention_bias': 'qkvo',
+        },
+    ),
 }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -273,13 +274,19 @@ def cloudpickle():
         return pytest.importorskip('cloudpickle', reason='neither Ray nor cloudpickle is installed')
 
 
-def test_code_that_ray_ships_needs_no_files_of_ours(tmp_path):
-    pickle = cloudpickle()
+@pytest.mark.parametrize('is_hub', [False, True])
+def test_code_that_ray_ships_needs_no_files_of_ours(tmp_path, is_hub):
+    pickle, name = cloudpickle(), SHIPPED
+    if is_hub:
+        pytest.importorskip('tokenizers')
+        golden = json.loads(pathlib.Path(ROOT, 'tests/golden/tokenizers.json').read_text())
+        name = str(tmp_path / 'tokenizer.json')
+        pathlib.Path(name).write_text(json.dumps(golden['styles']['qwen2']['file']))
     (tmp_path / 'a.txt').write_text('text')
-    job = Job(str(tmp_path / 'out'), SHIPPED, 0.0)
+    job = Job(str(tmp_path / 'out'), name, 0.0)
     part = cut_into_parts(find_files([f'{tmp_path}/*.txt']), 1000)[0]
     workers.ship_code(pickle)
-    shipped = pickle.dumps((module._retry_part, get_encoding(SHIPPED), job, 0, 'key', part))
+    shipped = pickle.dumps((module._retry_part, get_encoding(name), job, 0, 'key', part))
     code = f'import sys, {pickle.__name__} as c; f, *a = c.load(sys.stdin.buffer); f(*a)'
     subprocess.run([sys.executable, '-c', code], input=shipped, cwd=tmp_path, check=True)
     assert 'parts/00000.json' in contents(tmp_path / 'out')

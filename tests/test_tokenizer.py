@@ -20,6 +20,7 @@ from common_data import ROOT, SHIPPED
 
 import tokenizer
 from config import ConfigError
+from corpus import hub_tokenizer
 from tokenizer import (
     END_OF_TEXT,
     encode,
@@ -192,7 +193,7 @@ def test_training_on_an_unbroken_run(letters):
     started = time.perf_counter()
     trainer = learn_merges([*corpus(), run], 400)
     assert time.perf_counter() - started < 10  # by the square of the length it were a minute
-    byte_of = tokenizer._byte_of_character()
+    byte_of = hub_tokenizer.byte_of_character()
     enc = tiktoken.Encoding(
         'run',
         pat_str=tokenizer.PATTERN,
@@ -282,8 +283,9 @@ def test_command_ends_with_the_message_of_an_error(tmp_path, monkeypatch, inputs
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'a.txt').write_bytes(content)
     given = types.SimpleNamespace(
-        input=inputs[:1], vocab_size=300, output='out.tiktoken', text_field='text', extensions=[]
-    )
+        input=inputs[:1], vocab_size=300, output='out.tiktoken', text_field='text', extensions=[],
+        from_hf=None, end_of_text='',
+    )  # fmt: skip
     monkeypatch.setattr(tokenizer, 'flags', types.SimpleNamespace(FLAGS=given))
     with pytest.raises(SystemExit, match=message):
         tokenizer.main(inputs[1:])
