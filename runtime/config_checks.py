@@ -24,7 +24,7 @@ from config import (
 )
 from configs import default
 from data import source_errors
-from layers.attention import ATTENTION, attention_sizes
+from layers.attention import ATTENTION
 from layers.attention_kernels import ATTENTION_KERNELS
 from layers.context_parallel import STYLES
 from layers.expert_kernels import EXPERT_KERNELS
@@ -315,7 +315,7 @@ def kind_errors(config: ConfigDict) -> Iterator[str]:
     layers, found = kernel_layers(config), [*attention_errors(config)]
     for own, head in layers:
         name, cp = own.model.attention, config.mesh.cp
-        if cp > 1 and not attention_sizes(own.model).travels:
+        if cp > 1 and not ATTENTION[name].sizes(own.model).travels:
             found.append(
                 f'attention {name!r} takes whole sequences, and mesh.cp={cp}; use a cp of 1'
             )

@@ -388,3 +388,17 @@ def test_step_compiles_for_tpu(tpu_devices):
     text = lowered.compile().as_text()
     assert 'conditional' in text  # idle slots are skipped, not computed and thrown away
     assert 'collective-permute' in text
+
+
+@pytest.mark.tpu
+def test_a_ring_within_stages_compiles_for_tpu(tpu_devices):
+    """By ragged all-to-alls, which the CPU does not have: idle stages of other rings skip them."""
+    c = config(4, 'mla', document_end=3, attention_block=4)
+    c.compute_dtype = 'bfloat16'
+    c.mesh.update(pp=2, cp=2, tp=2)
+    c.pipeline.schedule = 'zero_bubble'
+    validate(c, 8)
+    compiled = lower_train_step(setup(c, make_mesh(c.mesh, tpu_devices('v5e:2x4')))).compile()
+    text = compiled.as_text()
+    assert 'ragged-all-to-all' in text
+    assert 'conditional' in text
