@@ -10,6 +10,7 @@ that transformers and inference engines load. Either holds a few tensors in memo
 what is cut short does not look finished.
 """
 
+import json
 import os
 import shutil
 import tempfile
@@ -21,7 +22,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from checkpoint import Checkpointer, CheckpointError
-from config import ConfigError, ModelConfig, model_config, saved_config
+from config import ConfigError, model_config, saved_config
 from configs import default
 from families import files
 from families.exporting import Saved, check_zeros, write_weights
@@ -45,6 +46,9 @@ from tokenizer import get_encoding
 
 FLAGS = flags.FLAGS
 WRITING = 512 << 20  # bytes of a checkpoint that are under way at a time
+# The flags that count in one direction alone.
+ONLY_IN = ('write_config', 'coordinator', 'num_processes', 'process_id')
+ONLY_OUT = ('step', 'averaged', 'dtype', 'shard_gigabytes', 'family', 'like')
 
 # ---------------------------------------------------------------------------------------------
 # In
@@ -190,7 +194,7 @@ def export_model(
         config = saved_config(metadata['config'])
         m = model_config(config)
         small = release_files(like or workdir, bool(like))
-        family = family_for(m, family_name or released_name(small, m))
+        family = family_for(m, family_name or released_name(small))
         leaves = family.model_leaves(m)
         at = f'moments.{AVERAGE}.' if averaged else 'params.'
         saved = Saved(checkpoints.reader(step), at, metadata['leaves'])
@@ -230,16 +234,19 @@ def release_files(where: str, must: bool) -> dict[str, bytes]:
     found = files.kept(os.path.join(where, files.RELEASE))
     if must and not found:
         found = files.kept(where)
-        if CONFIG not in found:
-            raise ConfigError(f'--like={where} holds no {CONFIG}: name a release or a workdir')
+        if 'model_type' not in json.loads(found.get(files.CONFIG, '{}')):
+            raise ConfigError(
+                f'--like={where} holds no {files.CONFIG} of a release: name a release, or a '
+                f'workdir that --from_hf made'
+            )
     return found
 
 
-def released_name(small: dict[str, bytes], m: ModelConfig) -> str:
+def released_name(small: dict[str, bytes]) -> str:
     """Returns the family of the release that a run came from, '' for none."""
     if files.CONFIG not in small:
         return ''
-    return family_of(Released(files.json.loads(small[files.CONFIG]), files.CONFIG)).name
+    return family_of(Released(json.loads(small[files.CONFIG]), files.CONFIG)).name
 
 
 def end_of(workdir: str) -> int:
@@ -255,17 +262,30 @@ def end_of(workdir: str) -> int:
 # ---------------------------------------------------------------------------------------------
 
 
+def check_flags(f: flags.FlagValues) -> None:
+    """Raises ConfigError unless the flags say one direction, and nothing of the other one."""
+    if bool(f.from_hf) == bool(f.to_hf) or not f.workdir:
+        raise ConfigError(
+            'give --from_hf=FOLDER and --workdir=NEW to bring weights in, or --workdir=RUN and '
+            '--to_hf=NEW to bring them out'
+        )
+    given = '--from_hf' if f.from_hf else '--to_hf'
+    for name in ONLY_OUT if f.from_hf else ONLY_IN:
+        if f[name].value != f[name].default:
+            raise ConfigError(f'--{name} does not go with {given}: leave it out')
+    if f.write_config and os.path.exists(f.write_config):
+        raise ConfigError(
+            f'--write_config={f.write_config} exists: remove it or choose another name'
+        )
+
+
 def main(_: list[str]) -> None:
     keep_freed_memory()
     processes.choose_platform(0)
     jax.config.update('jax_platforms', 'cpu')  # weights pass through the host's memory alone
     f = FLAGS
     with command.messages(CheckpointError, DamagedError):
-        if bool(f.from_hf) == bool(f.to_hf) or not f.workdir:
-            raise ConfigError(
-                'give --from_hf=FOLDER and --workdir=NEW to bring weights in, or --workdir=RUN and '
-                '--to_hf=NEW to bring them out'
-            )
+        check_flags(f)
         if f.from_hf:
             processes.start(
                 f.coordinator, f.num_processes, f.process_id, processes.HEARTBEAT_SECONDS

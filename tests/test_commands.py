@@ -155,6 +155,9 @@ MISTAKES = [
     ('convert.py --workdir={} --to_hf={}/o', 'holds no checkpoint'),
     ('convert.py --workdir={} --to_hf={}', 'is there already: name a new folder'),
     ('convert.py --workdir={} --to_hf={}/o --dtype=int8', 'flag --dtype=int8'),
+    ('convert.py --from_hf={} --workdir={}/w --dtype=float32', '--dtype does not go with --from_'),
+    ('convert.py --workdir={} --to_hf={}/o --num_processes=2', '--num_processes does not go with'),
+    ('convert.py --from_hf={} --workdir={}/w --write_config={}', 'exists: remove it or choose an'),
     (
         'convert.py --workdir={} --to_hf={}/o --family=gpt2',
         '--family=gpt2 is no family: use one of llama, mistral',

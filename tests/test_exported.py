@@ -169,8 +169,9 @@ def test_the_vocabulary_and_the_release_go_with_the_weights(release, tmp_path):
         assert (out / name).read_bytes() == (release / name).read_bytes()
     # Another run of the same weights names the release whose files it takes.
     shutil.rmtree(run / 'release')
-    with pytest.raises(ConfigError, match=r'holds no config.json'):
-        convert.export_model(str(run), str(tmp_path / 'more'), like=str(tmp_path / 'none'))
+    for other in ('none', 'run'):  # whose config.json is that of a run
+        with pytest.raises(ConfigError, match=r'holds no config.json of a release'):
+            convert.export_model(str(run), str(tmp_path / 'more'), like=str(tmp_path / other))
     convert.export_model(str(run), str(tmp_path / 'more'), like=str(release))
     assert (tmp_path / 'more/tokenizer.json').read_text() == json.dumps(style['file'])
 
