@@ -58,6 +58,7 @@ def read_file(path: str) -> tuple[str, dict[str, Any]]:
     for token in content.get('added_tokens') or ():
         if not isinstance(token, dict) or not (
             isinstance(token.get('content'), str)
+            and token['content']
             and isinstance(token.get('id'), int)
             and token['id'] >= 0
         ):

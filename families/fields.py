@@ -181,7 +181,8 @@ def rope_fields(r: Released, base: float = 10000.0) -> dict[str, Any]:
     fields['rope_scaling'] = ROPE_KINDS[kind]
     if kind == 'default':
         return fields
-    fields['rope_factor'] = float(given['factor'])
+    scaling = Released(given, f'the rotation of {r.where}')
+    fields['rope_factor'] = float(scaling.need('factor'))
     if kind == 'linear':
         return fields
     original = given.get('original_max_position_embeddings')
@@ -190,8 +191,8 @@ def rope_fields(r: Released, base: float = 10000.0) -> dict[str, Any]:
     if kind == 'yarn':
         return fields | yarn_fields(given, fields['rope_factor'])
     return fields | {
-        'rope_low_freq_factor': float(given['low_freq_factor']),
-        'rope_high_freq_factor': float(given['high_freq_factor']),
+        'rope_low_freq_factor': float(scaling.need('low_freq_factor')),
+        'rope_high_freq_factor': float(scaling.need('high_freq_factor')),
     }
 
 

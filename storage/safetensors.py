@@ -4,7 +4,7 @@ A file is eight bytes, the length of a JSON header as little endian; the header,
 'shape', 'data_offsets'}}; and the tensors, rows first, without gaps. Several files make a model:
 model.safetensors.index.json says which one holds a tensor. The reader is this project's own: it
 takes plain reads, so that host memory holds what was asked for, and no mapped pages beside it; and
-it knows all types, where the library's NumPy interface cannot load bfloat16 or float8.
+it reads bfloat16 and float8, which the library's NumPy interface cannot load.
 """
 
 import dataclasses
@@ -35,6 +35,9 @@ DTYPES = {
     'I32': np.dtype(np.int32),
     'I16': np.dtype(np.int16),
     'I8': np.dtype(np.int8),
+    'U64': np.dtype(np.uint64),
+    'U32': np.dtype(np.uint32),
+    'U16': np.dtype(np.uint16),
     'U8': np.dtype(np.uint8),
     'BOOL': np.dtype(np.bool_),
 }
