@@ -77,15 +77,15 @@ def compared_model(init_from: str, config: ConfigDict) -> str:
     """
     path, step, _ = init_step(init_from)
     with Checkpointer(path) as source:
-        old = source.metadata(step)['config']
+        old = saved_config(source.metadata(step)['config'])
     changed = [
         f'{name}: {a!r} there, {b!r} here'
-        for name, a, b in differences(old, config.to_dict())
+        for name, a, b in differences(old.to_dict(), config.to_dict())
         if name.startswith('model.') and name not in FREE
     ]
     there, here = (
         {name: p.shape for name, p in leaf_names(model_params(model_config(c))).items()}
-        for c in (saved_config(old), config)
+        for c in (old, config)
     )
     if there != here:
         raise ConfigError(
