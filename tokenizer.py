@@ -183,6 +183,21 @@ def fingerprint(enc: tiktoken.Encoding) -> str:
     return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
 
+def same_ids(a: tiktoken.Encoding, b: tiktoken.Encoding) -> bool:
+    """Returns True if ids mean the same in both: if the fingerprints are equal, or if one is a
+    tokenizer.json and the other a tiktoken encoding with the same tokens, as of a conversion."""
+    if fingerprint(a) == fingerprint(b):
+        return True
+    kinds = {isinstance(enc, hub_tokenizer.HubEncoding) for enc in (a, b)}
+    return len(kinds) == 2 and _meaning(a) == _meaning(b)
+
+
+def _meaning(enc: tiktoken.Encoding) -> tuple:
+    """Returns the tokens by id, and what is said of the special ones."""
+    special = {enc.encode_single_token(name): name.encode() for name in enc.special_tokens_set}
+    return dict(_tokens(enc)) | special, set(special), end_of_text(enc), in_text(enc)
+
+
 def _tokens(enc: tiktoken.Encoding) -> list[tuple[int, bytes]]:
     """Returns (id, bytes) of each token that is not special, ordered by id; ids may have gaps."""
     if isinstance(enc, hub_tokenizer.HubEncoding):
@@ -502,6 +517,8 @@ def main(words: list[str]) -> None:
                 'give --input, the text to train on, and --output=NAME.tiktoken; or '
                 '--from_hf=tokenizer.json and --output'
             )
+        if args.from_hf and args['vocab_size'].present:
+            raise ConfigError('--vocab_size does not go with --from_hf: leave it out')
         _check_output(args.output, ('.tiktoken', '.json') if args.from_hf else ('.tiktoken',))
         found, bad = _read_texts(inputs, args.text_field, args.extensions) if inputs else ([], [])
         names, texts = [name for name, _ in found], [text for _, text in found]
@@ -527,6 +544,8 @@ def _converted(path: str, output: str, end: str, texts: list[str]) -> str:
     from corpus import hub_convert
 
     if output.endswith('.json'):
+        if texts:
+            raise ConfigError('--input is not looked at where a tokenizer.json is copied: leave it')
         enc, what = hub_convert.copy(path, output, end), 'copied, as it is'
     else:
         enc = hub_convert.convert(path, output, end, texts)

@@ -13,7 +13,7 @@ import tiktoken
 
 from config import ConfigError
 from data import Source
-from runtime.workdir import TOKENIZER, read_json
+from runtime.workdir import TOKENIZER, read_json, same_vocabulary
 from tokenizer import fingerprint
 
 
@@ -45,7 +45,7 @@ def saved_record(metadata: Mapping[str, Any], workdir: str) -> dict[str, Any]:
 def check_vocabulary(old: Mapping[str, Any], new: Mapping[str, Any], holder: str) -> None:
     """Raises ConfigError if `holder` was trained with another vocabulary than that of the data."""
     there, here = old.get('tokenizer'), new['tokenizer']
-    if there and there['fingerprint'] != here['fingerprint']:
+    if there and not same_vocabulary(there, here):
         raise ConfigError(
             f'{holder} was trained with the vocabulary {described(there)}, and the data has '
             f'{described(here)}: prepare the data with that one, or start a new run in another '

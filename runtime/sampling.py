@@ -11,7 +11,7 @@ import tiktoken
 from config import ConfigError
 from decoding import Sampling, check_prompts, stream
 from parallel import Tree
-from runtime.workdir import TOKENIZER, read_json
+from runtime.workdir import TOKENIZER, read_json, same_vocabulary
 from tokenizer import end_of_text as name_of_end
 from tokenizer import fingerprint, get_encoding, in_text, token_bytes
 from train_step import Setup
@@ -33,7 +33,8 @@ def run_encoding(workdir: str, name: str = '') -> tiktoken.Encoding:
             f'the one of its data with --tokenizer'
         )
     encoding = get_encoding(name or record['name'])
-    if record and fingerprint(encoding) != record['fingerprint']:
+    here = {'name': encoding.name, 'fingerprint': fingerprint(encoding)}
+    if record and not same_vocabulary(record, here):
         raise ConfigError(
             f'{encoding.name} is another vocabulary than {record["name"]!r} was when {workdir} was '
             f'trained: name a copy of that one with --tokenizer'

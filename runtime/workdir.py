@@ -27,7 +27,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -38,7 +38,7 @@ from ml_collections import ConfigDict
 from config import ConfigError
 from machine.processes import all_processes, from_process_0
 from storage.stores import Lines, local_folder, open_store, store_errors, write_text
-from tokenizer import fingerprint
+from tokenizer import fingerprint, get_encoding, same_ids
 
 CHECKPOINTS = 'checkpoints'
 CONFIG = 'config.json'
@@ -424,6 +424,24 @@ def add_entry(workdir: str, entry: dict[str, Any]) -> None:
 def tokenizer_record(encoding: tiktoken.Encoding) -> str:
     """Returns the content of tokenizer.json: a name, and the fingerprint to check it by."""
     return json.dumps({'name': encoding.name, 'fingerprint': fingerprint(encoding)}) + '\n'
+
+
+def same_vocabulary(a: Mapping[str, str], b: Mapping[str, str]) -> bool:
+    """Returns True if ids mean the same by two records {'name', 'fingerprint'}.
+
+    So they do in a tokenizer.json and the .tiktoken file that it was converted to. These are read,
+    and count if both are there and are what they were.
+    """
+    if a['fingerprint'] == b['fingerprint']:
+        return True
+    if sum(record['name'].endswith('.json') for record in (a, b)) != 1:
+        return False
+    try:
+        encodings = [get_encoding(record['name']) for record in (a, b)]
+    except ConfigError:
+        return False
+    found = [fingerprint(encoding) for encoding in encodings]
+    return found == [a['fingerprint'], b['fingerprint']] and same_ids(*encodings)
 
 
 def append_evaluation(

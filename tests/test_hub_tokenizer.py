@@ -22,8 +22,10 @@ from corpus import hub_convert, hub_tokenizer
 from corpus.hub_convert import parts_of, pattern_reasons, reasons
 from corpus.shards import Split
 from corpus.vocabulary_files import write_vocabulary
-from runtime.sampling import Completion, allowed_tokens
+from runtime.data_record import check_vocabulary
+from runtime.sampling import Completion, allowed_tokens, run_encoding
 from runtime.sampling import encode as encode_prompt
+from runtime.workdir import same_vocabulary, tokenizer_record
 from tokenizer import (
     checked_encoding,
     encode,
@@ -515,6 +517,32 @@ def test_conversion(tmp_path, monkeypatch):
         hub_convert.convert(path, str(tmp_path / 'other.tiktoken'))
 
 
+def test_a_file_and_its_conversion_are_one_vocabulary(tmp_path):
+    def record(enc: tiktoken.Encoding) -> dict[str, str]:
+        return json.loads(tokenizer_record(enc))
+
+    path, own = written(tmp_path, file_of('olmo2')), str(tmp_path / 'own.tiktoken')
+    there, parts = hub(path), parts_of(path)
+    write_vocabulary(own, parts.sidecar(), parts.ranks)
+    here = get_encoding(own)
+    check_vocabulary({'tokenizer': record(there)}, {'tokenizer': record(here)}, 'it')
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'run/tokenizer.json').write_text(tokenizer_record(there))
+    assert run_encoding(str(tmp_path / 'run'), own).name == own
+    # Other tokens, another end, or a file that has changed since.
+    tokens = dict(zip(parts.ranks, reversed(parts.ranks.values()), strict=True))
+    for other in (parts._replace(ranks=tokens), parts._replace(in_text=frozenset())):
+        write_vocabulary(own, other.sidecar(), other.ranks)
+        assert not same_vocabulary(record(there), record(get_encoding(own)))
+        assert not same_vocabulary(record(there), record(here))
+        with pytest.raises(ConfigError, match='was trained with the vocabulary'):
+            check_vocabulary(
+                {'tokenizer': record(there)}, {'tokenizer': record(get_encoding(own))}, 'it'
+            )
+        with pytest.raises(ConfigError, match='is another vocabulary than'):
+            run_encoding(str(tmp_path / 'run'), own)
+
+
 def test_command_copies_with_another_end(tmp_path):
     path = written(tmp_path, file_of('qwen2'), '<|im_end|>')
     hub(path)
@@ -530,6 +558,12 @@ def test_command_copies_with_another_end(tmp_path):
     assert 'tokenizer_config.json exists' in again.stderr
     lone = command('--end_of_text=x', f'--output={output}')
     assert 'goes with --from_hf' in lone.stderr
+    output = f'{tmp_path}/other/tokenizer.json'
+    sized = command(f'--from_hf={path}', f'--output={output}', '--vocab_size=300')
+    assert '--vocab_size does not go with --from_hf' in sized.stderr
+    tried = command(f'--from_hf={path}', f'--output={output}', f'--input={ROOT}/README.md')
+    assert '--input is not looked at' in tried.stderr
+    assert not os.path.exists(output)
 
 
 @pytest.mark.parametrize('style', ['qwen2', 'deepseek_v3'])
