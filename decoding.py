@@ -136,7 +136,7 @@ def decoding_config(cfg: ModelConfig) -> ModelConfig:
 
     Experts take all choices: a capacity is a share of a whole sequence, and decoding does not know
     the rest of it. Kernels that shard_map cannot check, as it does here, make way for those that it
-    can.
+    can. Sequences are whole, whatever cp trained the model (`stream` refuses a mesh with cp).
     """
     attention, experts = cfg.attention_kernel, cfg.expert_kernel
     if not ATTENTION_KERNELS[attention].checked:

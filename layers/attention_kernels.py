@@ -106,8 +106,8 @@ MASKED = -1e30  # finite, so that a row without a visible key in one block yield
 
 
 def hidden_by_window(q_block: int, k_block: int, block: int, cfg: ModelConfig) -> bool:
-    """Returns whether the window of a layer hides a block of keys from all of a block of earlier
-    or later queries: also the first query is too far from the last key."""
+    """Returns whether a block of keys lies before the windows of all queries of a block: the first
+    query, whose window begins first, does not see the last key."""
     nearest = (q_block - k_block) * block - (block - 1)
     return 0 < cfg.window <= nearest
 
@@ -119,24 +119,31 @@ def filled_up(tables: list[list[tuple[int, ...]]]) -> np.ndarray:
     return np.array(filled, np.int32).reshape(len(tables), longest, 4)
 
 
+def block_of_parts(T: int, parts: int, cfg: ModelConfig) -> int:
+    """Returns the size of the blocks of T positions that are so many parts of a sequence.
+
+    Raises ValueError if a part is no whole number of blocks.
+    """
+    block = min(cfg.attention_block, T // parts)
+    if not block or T % (block * parts):
+        raise ValueError(
+            f'{T} positions in {parts} parts are not cut evenly by model.attention_block='
+            f'{cfg.attention_block}; use an attention_block that divides each of the parts'
+        )
+    return block
+
+
 def pairs_of_blocks(T: int, S: int, cfg: ModelConfig) -> tuple[int, Array | np.ndarray]:
     """Returns the size of the blocks and the table of pairs, for T queries of a sequence of S keys.
 
     On and below the diagonal, and within the layer's window; where cp cuts the sequence, of the two
     parts that are this device's (`zigzag`).
     """
-    if T == S:
-        block, devices = min(cfg.attention_block, T), 1
+    devices = S // T
+    parts = [[(0, i), (1, 2 * devices - 1 - i)] for i in range(devices)]
+    if devices == 1:
         parts = [[(0, 0)]]
-    else:
-        devices = S // T
-        block = min(cfg.attention_block, T // 2)
-        parts = [[(0, i), (1, 2 * devices - 1 - i)] for i in range(devices)]
-    if T % (block * len(parts[0])):
-        raise ValueError(
-            f'{T} positions of a sequence of {S} are not cut evenly by model.attention_block='
-            f'{cfg.attention_block}; use an attention_block that divides each of their parts'
-        )
+    block = block_of_parts(T, len(parts[0]), cfg)
     n = T // block // len(parts[0])  # blocks of a part
     tables = filled_up(
         [

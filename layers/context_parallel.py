@@ -24,6 +24,7 @@ from layers.attention_kernels import (
     add_gradients,
     add_keys,
     attention,
+    block_of_parts,
     filled_up,
     hidden_by_window,
     no_keys,
@@ -71,7 +72,7 @@ def ring_pairs(T: int, devices: int, cfg: ModelConfig) -> tuple[int, np.ndarray,
     leaves those near the diagonal, in the first and the last step or a few more; then rows of -1
     fill the tables up, which cost nothing.
     """
-    block = min(cfg.attention_block, T // 2)
+    block = block_of_parts(T, 2, cfg)
     n = T // 2 // block
 
     def table(i: int, source: int) -> list[tuple[int, int, int, int]]:

@@ -29,6 +29,7 @@ from parallel import (
     own_positions,
     specs,
     zigzag,
+    zigzag_order,
 )
 from runtime.config_checks import validate
 
@@ -82,10 +83,9 @@ def test_positions_are_spread_over_cp_and_tp():
 @pytest.mark.parametrize('cp', [2, 4, 8])
 def test_each_device_computes_as_much(cp):
     """Pairs of a query and a key that it sees, counted one by one."""
-    T, size = 256, 128 // cp
-    part_of, place = np.arange(T) // size, np.arange(T)
-    device_of = np.minimum(part_of, 2 * cp - 1 - part_of)
-    seen = [np.sum(place[device_of == i][:, None] >= place) for i in range(cp)]
+    T = 256
+    held = zigzag_order(T, cp).reshape(cp, -1, 1)
+    seen = np.sum(held >= np.arange(T), axis=(1, 2))
     assert max(seen) <= 1.05 * min(seen)
     assert sum(seen) == T * (T + 1) // 2
 
@@ -101,6 +101,13 @@ def test_the_ring_computes_each_visible_pair_of_blocks_once(cp):
     lower = {(i, j) for i in range(16 * cp) for j in range(i + 1)}
     assert len(pairs) == len(lower)
     assert {(i, j) for _, _, i, j in pairs} == lower
+
+
+def test_the_ring_refuses_parts_that_are_no_whole_blocks():
+    cfg = set_up(cut_config()).model
+    for T in (6, 33):
+        with pytest.raises(ValueError, match=r'not cut evenly by model.attention_block=2'):
+            ring_pairs(T, 2, cfg)
 
 
 # ---------------------------------------------------------------------------------------------
