@@ -56,6 +56,13 @@ TYPES: dict[type, tuple[tuple[type, ...], str]] = {
     tuple: ((tuple,), "a tuple, as in ('a', 'b')"),
 }
 
+# Fields that are off by default, by the one kind of attention or feed-forward that reads them.
+OF_KIND = {
+    'gqa': ('rotary_dim', 'qk_norm_over'),
+    'mla': ('latent_norm_eps',),
+    'moe': ('router_bias', 'expert_bias', 'shared_gate'),
+}
+
 # The least and the largest value of each numeric field; further rules may narrow them.
 RANGES: dict[str, tuple[float, float]] = {
     'seed': (0, 2**32 - 1),  # jax would take it modulo 2**32
@@ -344,13 +351,14 @@ def attention_errors(config: ConfigDict) -> Iterator[str]:
             f'model.window={m.window} is for layers that end in {WINDOW}, and model.block='
             f"{tuple(m.block)} has none; name them, as in '{m.attention}{WINDOW}+dense', or use 0"
         )
-    of_gqa = {'rotary_dim': 0, 'qk_norm_over': 'head'}
-    if all((kind.attention or m.attention) != 'gqa' for kind in kinds):
-        for field, default_value in of_gqa.items():
-            if m[field] != default_value:
+    present = {part for k in kinds for part in (k.attention or m.attention, k.feed_forward)}
+    for kind, fields in OF_KIND.items():
+        for field in fields if kind not in present else ():
+            off = DEFAULTS[f'model.{field}']
+            if m[field] != off:
                 yield (
-                    f"model.{field}={m[field]!r} is for 'gqa', which is not among the layers of "
-                    f'model.block={tuple(m.block)}; use {default_value!r}'
+                    f'model.{field}={m[field]!r} is for {kind!r}, which is not among the layers of '
+                    f'model.block={tuple(m.block)}; use {off!r}'
                 )
 
 

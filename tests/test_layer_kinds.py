@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import cpu_model, on_one_device, set_up, small_config
+from common import cpu_model, on_one_device, small_config
 from ml_collections import ConfigDict
 
 from config import ConfigError, ModelConfig, first_kind, layer_kind, of_layer
@@ -33,6 +33,7 @@ from model import (
     keys_seen,
     layer,
     layer_params,
+    model_for,
     model_params,
     position_tables,
 )
@@ -413,6 +414,8 @@ def test_layers_without_a_rotary_part_feel_no_position():
         ('mla+dense', {'attention_bias': 'qkv'}, "use 'none', or 'gqa' in every layer"),
         ('mla+dense', {'rotary_dim': 4}, "model.rotary_dim=4 is for 'gqa'"),
         ('mla+dense', {'qk_norm_over': 'heads'}, "model.qk_norm_over='heads' is for 'gqa'"),
+        ('gqa+dense', {'latent_norm_eps': 0.1}, "model.latent_norm_eps=0.1 is for 'mla'"),
+        ('gqa+dense', {'expert_bias': True}, "model.expert_bias=True is for 'moe'"),
         ('gqa+dense', {'qk_norm_over': 'heads'}, 'model.qk_norm=False; use True'),
         ('gqa+dense', {'rotary_dim': 10}, 'model.rotary_dim=10 is above model.head_dim=8'),
         ('gqa+dense', {'rotary_dim': 3}, 'model.rotary_dim=3 is odd'),
@@ -428,5 +431,12 @@ def test_rules(kind, model, message):
 
 
 def test_the_setup_of_a_kind_has_the_kernel_of_all_its_layers():
-    config = kind_config('gqa+dense', block=('gqa_window+dense', 'gqa+dense'), window=4)
-    assert set_up(config).model.attention_kernel == 'blockwise'
+    """cuDNN takes gqa's heads of 64 on any GPU, and not mla's of 192."""
+    config = kind_config('gqa+dense', head_dim=64, nope_dim=128, rope_dim=64)
+    config.update({'check_vma': False, 'compute_dtype': 'bfloat16'})
+    for block, kernel in (
+        (('gqa+dense', 'gqa_nope+dense'), 'cudnn'),
+        (('gqa+dense', 'mla+dense'), 'blockwise'),
+    ):
+        config.model.block = block
+        assert model_for(config, 'gpu').attention_kernel == kernel
