@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from config import ConfigError, ModelConfig
-from families.fields import ALWAYS, OF_EXPERTS, PLAIN, ROPE, Released
+from families.fields import ALWAYS, OF_EXPERTS, PLAIN, ROPE, Released, shortest_block
 from families.rules import Leaf, Rule, leaves
 
 
@@ -55,6 +55,7 @@ class Family(NamedTuple):
         }
         config = dict(sorted(config.items()))
         there = self.model_fields(Released(config, 'the config.json of the export'))
+        m = shortest_block(m)  # of several ways to name the same layers
         wrong = [
             f'model.{name}={value(m, name)!r}, and a {self.name} model has {there[name]!r}'
             for name in counting(m, there)

@@ -6,6 +6,7 @@ rope_theta with rope_scaling, dtype as well as torch_dtype. The older ones are w
 programs that load models read them.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -264,6 +265,14 @@ def blocks(attention: list[str], feed_forward: list[str]) -> dict[str, Any]:
     base = attention[0].split('_')[0]
     names = [f if a == base else f'{a}+{f}' for a, f in kinds[first : first + n]]
     return {'first_dense': first, 'block': tuple(names)}
+
+
+def shortest_block(m: ModelConfig) -> ModelConfig:
+    """Returns a config of the same layers with model.block as `blocks` names them."""
+    attention, feed_forward = map(list, zip(*layer_list(m), strict=True))
+    if attention[0].split('_')[0] != m.attention:
+        return m
+    return dataclasses.replace(m, **blocks(attention, feed_forward))
 
 
 def window_fields(r: Released, window: int | None, feed_forward: list[str]) -> dict[str, Any]:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from config import ConfigError, ModelConfig
-from families.family import Family, counting
-from families.fields import CONFIG, Released, dtype_of
+from families.family import Family, counting, value
+from families.fields import CONFIG, Released, dtype_of, shortest_block
 from storage.stores import open_store, store_errors
 
 RELEASE = 'release'  # the folder of a workdir that holds them
@@ -60,10 +60,8 @@ def exported_config(
     config = family.released_config(m)
     source = json.loads(files[CONFIG]) if CONFIG in files else {}
     if source.get('model_type') in family.model_types:
-        there = family.model_fields(Released(source, CONFIG))
-        if all(
-            getattr(m, name) == there.get(name, getattr(m, name)) for name in counting(m, there)
-        ):
+        there, m = family.model_fields(Released(source, CONFIG)), shortest_block(m)
+        if all(value(m, name) == there.get(name, value(m, name)) for name in counting(m, there)):
             config = source
     if 'num_nextn_predict_layers' in config:
         config['num_nextn_predict_layers'] = 0  # their weights are left out

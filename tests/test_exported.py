@@ -1,5 +1,6 @@
 """Runs of one's own brought out, beside transformers; meshes, processes and memory of an import."""
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -20,7 +21,7 @@ import convert
 import train
 from checkpoint import Checkpointer
 from config import ConfigError, model_config
-from families import exporting, fields, llama
+from families import exporting, fields, files, llama
 from families.rules import tensor_shape
 from families.table import FAMILIES, family_for
 from machine.config_flag import load_config
@@ -112,6 +113,28 @@ def test_a_run_that_no_family_computes_is_refused_with_what_differs(run):
     c.model.attention_sinks = True
     with pytest.raises(ConfigError, match=r'model.attention_sinks=True, and a qwen3 model has F'):
         family_for(model_config(c), 'qwen3')
+
+
+@pytest.mark.parametrize(
+    ('kind', 'first', 'block'),
+    [('dense', 0, ('dense', 'gqa+dense')), ('dense', 1, ('dense',)), ('moe', 1, ('moe',) * 2)],
+)
+def test_the_way_to_name_layers_makes_no_difference(kind, first, block):
+    name = {'dense': 'qwen3', 'moe': 'qwen3_moe'}[kind]
+    released = fields.read_config(str(RELEASED / name))
+    released.config |= {'num_hidden_layers': first + 4, 'mlp_only_layers': [*range(first)]}
+    plain = model_config(convert.imported_config(FAMILIES[name], released))
+    own = dataclasses.replace(plain, first_dense=first, block=block)
+    assert (own.first_dense, own.block) != (plain.first_dense, plain.block)
+    assert FAMILIES[name].released_config(own) == FAMILIES[name].released_config(plain)
+    small = {'config.json': json.dumps(released.config).encode()}
+    got = files.exported_config(own, FAMILIES[name], small, 64, -1)
+    assert got == released.config
+    names = [
+        {x for leaf in FAMILIES[name].model_leaves(m) for x in leaf.names.values()}
+        for m in (own, plain)
+    ]
+    assert names[0] == names[1]
 
 
 def test_biases_without_a_tensor_are_refused(tmp_path):
