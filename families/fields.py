@@ -161,7 +161,9 @@ def gqa_config(m: ModelConfig) -> dict[str, Any]:
 
 def rope_fields(r: Released, base: float = 10000.0) -> dict[str, Any]:
     """Returns the fields of the rotation; `base` is the family's own default."""
-    given = dict(r.get('rope_parameters') or r.get('rope_scaling') or {})
+    given = r.get('rope_parameters') or r.get('rope_scaling') or {}
+    if not isinstance(given, dict):
+        raise ConfigError(f'{r.where} says of the rotation {given!r}: fetch the file again')
     nested = [value for value in given.values() if isinstance(value, dict)]
     if nested:
         if any(value != nested[0] for value in nested):
