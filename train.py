@@ -386,7 +386,7 @@ def evaluate_only(
     terminal = Terminal(config.steps, jax.process_index() == 0)
     with Checkpointer(os.path.dirname(path)) as checkpoints:
         record = data_record(sources, encoding)
-        for line in compared_data(checkpoints, step, workdir, '', record):
+        for line in compared_data(checkpoints, 0, workdir, path, record):  # released weights too
             terminal.say(line)
     s = setup(config, make_mesh(config.mesh), encoding.eot_token)
     params = load_params(path, abstract_state(s)['params'], averaged)

@@ -92,6 +92,12 @@ def test_a_run_goes_out_and_in_again_with_the_same_numbers(
         train.train(other, str(tmp_path / 'other'), str(back))
     with pytest.raises(ConfigError, match=rf'released weights.*--init_from={back}'):
         train.train(own_config(tokens), str(back))
+    # They are evaluated where they are, by their own vocabulary.
+    found = [train.evaluate_only(own_config(tokens), str(x), i) for x, i in ((run, 2), (back, 0))]
+    assert found[0] == found[1]
+    (back / 'tokenizer.json').write_text(json.dumps({'name': 'bytes', 'fingerprint': '0' * 32}))
+    with pytest.raises(ConfigError, match=f'step 0 of {back} was trained with the vocabulary'):
+        train.evaluate_only(own_config(tokens), str(back), 0)
 
 
 def test_a_config_is_written_for_the_user(release, tmp_path):
