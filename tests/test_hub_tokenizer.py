@@ -434,6 +434,7 @@ def test_ids_are_those_of_the_file_where_it_has_gaps(tmp_path):
         ({'normalizer': {'type': 'Lowercase'}, 'pre_tokenizer': {'type': 'Sequence',
           'pretokenizers': [{'type': 'WhitespaceSplit'}, BYTE_LEVEL]}}, 'does not give text back'),
         ({'added_tokens': [added('<|endoftext|>', 'x')]}, 'which has no content or no id'),
+        ({'added_tokens': [added('')]}, 'which has no content or no id'),
         ({'added_tokens': [3]}, 'is damaged: it adds the token 3'),
         ({'pre_tokenizer': 3}, 'refuses it'),
     ],
