@@ -198,7 +198,7 @@ def without_cache(cfg: ModelConfig, prompts: list[list[int]], n: int) -> list[li
         pytest.param('gqa documents', [{}, {'dp': 2, 'pp': 2, 'tp': 2}], marks=pytest.mark.slow),
         pytest.param('mla moe', MESHES, marks=pytest.mark.slow),
         pytest.param('gqa moe', MESHES, marks=pytest.mark.slow),
-        pytest.param('gqa kinds moe', MESHES, marks=pytest.mark.slow),
+        pytest.param('mla kinds moe', MESHES, marks=pytest.mark.slow),
         pytest.param('both kinds', [MESHES[0], MESHES[3]], marks=pytest.mark.slow),
     ],
     ids=str,

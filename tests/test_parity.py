@@ -474,7 +474,7 @@ def test_kinds_of_layers_match_by_muon():
 @pytest.mark.parametrize('sizes', [(1, 1, 2, 1, 1, 2), (1, 2, 2)], ids=str)
 def test_splash_matches_with_windows_and_sinks(sizes):
     """The interpreted kernel, and documents."""
-    config = kinds_config('gqa')
+    config = kinds_config('mla')
     config.batch_size, config.seq_len = 4, 512
     config.check_vma, config.cp_style = False, 'gather'
     config.model.update(attention_block=128, document_end=3, window=150)
