@@ -139,6 +139,8 @@ def write_weights(
     if len(files) > 1:
         with open(os.path.join(folder, INDEX), 'w', encoding='utf-8') as f:
             f.write(index(files))
+            f.flush()
+            os.fsync(f.fileno())
     return sum(nbytes(entry) for entry in entries.values())
 
 

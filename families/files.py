@@ -82,7 +82,10 @@ def with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def write_small(folder: str, files: Mapping[str, bytes], config: dict[str, Any]) -> None:
-    """Writes config.json, generation_config.json and what else a release has beside its weights."""
+    """Writes config.json, generation_config.json and what else a release has beside its weights.
+
+    Returns once the disk has them.
+    """
     tokens = {n: config[n] for n in ('bos_token_id', 'eos_token_id', 'pad_token_id') if n in config}
     made = {
         GENERATION: json.dumps({'_from_model_config': True, **tokens}, indent=2).encode() + b'\n'
@@ -92,6 +95,8 @@ def write_small(folder: str, files: Mapping[str, bytes], config: dict[str, Any])
     for name, content in made.items():
         with open(os.path.join(folder, name), 'wb') as f:
             f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
 
 
 def seq_len_of(released: Released) -> int:
