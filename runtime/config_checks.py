@@ -20,11 +20,13 @@ from config import (
     flat,
     indivisible,
     layer_kind,
+    model_config,
     model_kinds,
+    of_layer,
 )
 from configs import default
 from data import source_errors
-from layers.attention import ATTENTION
+from layers.attention import ATTENTION, attention_sizes
 from layers.attention_kernels import ATTENTION_KERNELS
 from layers.context_parallel import STYLES
 from layers.expert_kernels import EXPERT_KERNELS
@@ -318,11 +320,11 @@ def sequence_errors(config: ConfigDict) -> Iterator[str]:
 
 def kind_errors(config: ConfigDict) -> Iterator[str]:
     """Yields the errors of the kinds of layers and kernels that the config names, each once."""
-    kinds = model_kinds(config.model)
+    kinds, cfg = model_kinds(config.model), model_config(config)
     layers, found = kernel_layers(config), [*attention_errors(config)]
-    for own, head in layers:
+    for kind, (own, head) in zip(kinds, layers, strict=True):
         name, cp = own.model.attention, config.mesh.cp
-        if cp > 1 and not ATTENTION[name].sizes(own.model).travels:
+        if cp > 1 and not attention_sizes(of_layer(cfg, kind)).travels:
             found.append(
                 f'attention {name!r} takes whole sequences, and mesh.cp={cp}; use a cp of 1'
             )

@@ -16,6 +16,7 @@ from common_data import ROOT
 from ml_collections import ConfigDict
 
 from config import ConfigError
+from layers.attention import ATTENTION, gqa_sizes
 from layers.context_parallel import STYLES, ring_pairs
 from model import logits
 from parallel import (
@@ -186,6 +187,18 @@ def test_rules(changes, message):
     config.update_from_flattened_dict(changes)
     with pytest.raises(ConfigError, match=message):
         validate(config, 32)
+
+
+def test_a_kind_of_layer_runs_over_cp_if_it_says_what_travels(monkeypatch):
+    config = cut_config(tp=2)
+    for kind in ('gqa+dense', 'gqa_nope+dense', 'mla+dense', 'mla_nope+dense'):
+        config.model.block = (kind,)
+        validate(config, 4)
+    whole = ATTENTION['gqa']._replace(sizes=lambda cfg: gqa_sizes(cfg)._replace(travels=0))
+    monkeypatch.setitem(ATTENTION, 'whole', whole)
+    config.model.block = ('whole+dense', 'mla+dense')
+    with pytest.raises(ConfigError, match=r"attention 'whole' takes whole sequences, and mesh.cp=2"):
+        validate(config, 4)
 
 
 # ---------------------------------------------------------------------------------------------
