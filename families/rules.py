@@ -70,7 +70,7 @@ def rotary_last(size: int, rotary: int) -> Take:
 
 def halves_of_pairs(before: int, rotary: int) -> Take:
     """Takes `before` numbers as they are; of the `rotary` next, which are rotated in neighbouring
-    pairs there, all first ones and then all second ones, as `attention.rope` pairs them."""
+    pairs there, all first ones and then all second ones, as `rope.rope` pairs them."""
     pairs = np.arange(rotary).reshape(-1, 2).T.reshape(-1)
     return Take((*range(before), *(before + pairs).tolist()), before + rotary)
 
