@@ -10,7 +10,6 @@ that transformers and inference engines load. Either holds a few tensors in memo
 what is cut short does not look finished.
 """
 
-import json
 import os
 import shutil
 import tempfile
@@ -194,11 +193,13 @@ def export_model(
         config = saved_config(metadata['config'])
         m = model_config(config)
         small = release_files(like or workdir, bool(like))
-        family = family_for(m, family_name or released_name(small))
+        released = files.config_of(small, like or workdir)
+        family = family_for(m, family_name or released_name(released))
         leaves = family.model_leaves(m)
         at = f'moments.{AVERAGE}.' if averaged else 'params.'
         saved = Saved(checkpoints.reader(step), at, metadata['leaves'])
-        described = files.exported_config(m, family, small, config.seq_len, end_of(workdir))
+        end = -1 if released else end_of(workdir)
+        described = files.exported_config(m, family, released, config.seq_len, end)
         nbytes = write_folder(folder, leaves, saved, dtype, most_bytes, small, described)
     say(summary(f'{family.name}: {folder} holds', nbytes, started))
 
@@ -234,7 +235,7 @@ def release_files(where: str, must: bool) -> dict[str, bytes]:
     found = files.kept(os.path.join(where, files.RELEASE))
     if must and not found:
         found = files.kept(where)
-        if 'model_type' not in json.loads(found.get(files.CONFIG, '{}')):
+        if 'model_type' not in files.config_of(found, where):
             raise ConfigError(
                 f'--like={where} holds no {files.CONFIG} of a release: name a release, or a '
                 f'workdir that --from_hf made'
@@ -242,18 +243,17 @@ def release_files(where: str, must: bool) -> dict[str, bytes]:
     return found
 
 
-def released_name(small: dict[str, bytes]) -> str:
+def released_name(released: dict[str, Any]) -> str:
     """Returns the family of the release that a run came from, '' for none."""
-    if files.CONFIG not in small:
-        return ''
-    return family_of(Released(json.loads(small[files.CONFIG]), files.CONFIG)).name
+    return family_of(Released(released, files.CONFIG)).name if released else ''
 
 
 def end_of(workdir: str) -> int:
-    """Returns end of text of a run's vocabulary, -1 if it has none or is not here."""
+    """Returns end of text of a run's vocabulary, -1 if it has none, or is not here, and says so."""
     try:
         return end_of_text(run_encoding(workdir))
-    except ConfigError:
+    except ConfigError as error:
+        say(f'{files.CONFIG} will name no end of text: {error}')
         return -1
 
 

@@ -14,7 +14,6 @@ RELEASE = 'release'  # the folder of a workdir that holds them
 TOKENIZER = 'tokenizer.json'
 GENERATION = 'generation_config.json'
 KINDS = ('.json', '.txt', '.jinja', '.model', '.tiktoken', '.py')
-MOST_BYTES = 64 << 20
 
 
 def small_files(folder: str) -> dict[str, str]:
@@ -24,8 +23,7 @@ def small_files(folder: str) -> dict[str, str]:
         kept = entry.name.endswith(KINDS) or entry.name.startswith('LICENSE')
         if not kept or entry.name.endswith('.index.json') or not entry.is_file():
             continue
-        if entry.stat().st_size <= MOST_BYTES:
-            found[entry.name] = entry.path
+        found[entry.name] = entry.path
     return found
 
 
@@ -49,16 +47,30 @@ def kept(folder: str) -> dict[str, bytes]:
         return {name: store.read(name).result().value for name in wanted}
 
 
+def config_of(files: Mapping[str, bytes], where: str) -> dict[str, Any]:
+    """Returns the config.json among the small files of a release, {} if there is none.
+
+    Raises ConfigError, which names the folder, for one that is no JSON object.
+    """
+    try:
+        config = json.loads(files.get(CONFIG, b'{}'))
+    except ValueError as error:
+        raise ConfigError(f'{where}/{CONFIG} is no JSON: {error}') from error
+    if not isinstance(config, dict):
+        raise ConfigError(f'{where}/{CONFIG} holds no JSON object')
+    return config
+
+
 def exported_config(
-    m: ModelConfig, family: Family, files: Mapping[str, bytes], seq_len: int, end: int
+    m: ModelConfig, family: Family, source: dict[str, Any], seq_len: int, end: int
 ) -> dict[str, Any]:
     """Returns the config.json of an export.
 
-    That is the release's own where it describes the very model; else one that describes it, with
-    the release's special tokens. `end` is end of text for a model of no release, -1 for none.
+    That is the release's own, `source`, where it describes the very model; else one that describes
+    it, with the release's special tokens. `source` is {} for a model of no release, and `end` is
+    then end of text, -1 for none.
     """
     config = family.released_config(m)
-    source = json.loads(files[CONFIG]) if CONFIG in files else {}
     if source.get('model_type') in family.model_types:
         there, m = family.model_fields(Released(source, CONFIG)), shortest_block(m)
         if all(value(m, name) == there.get(name, value(m, name)) for name in counting(m, there)):

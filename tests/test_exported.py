@@ -133,8 +133,7 @@ def test_the_way_to_name_layers_makes_no_difference(kind, first, block):
     own = dataclasses.replace(plain, first_dense=first, block=block)
     assert (own.first_dense, own.block) != (plain.first_dense, plain.block)
     assert FAMILIES[name].released_config(own) == FAMILIES[name].released_config(plain)
-    small = {'config.json': json.dumps(released.config).encode()}
-    got = files.exported_config(own, FAMILIES[name], small, 64, -1)
+    got = files.exported_config(own, FAMILIES[name], dict(released.config), 64, -1)
     assert got == released.config
     names = [
         {x for leaf in FAMILIES[name].model_leaves(m) for x in leaf.names.values()}
