@@ -108,7 +108,7 @@ def test_axes_of_a_spec():
 @pytest.mark.tpu
 def test_a_mesh_axis_may_split_a_dimension_of_the_torus(tpu_devices):
     mesh = make_mesh({'pp': 2, 'fsdp': 8, 'tp': 2}, tpu_devices('v5p:2x4x4'))
-    assert mesh.devices.shape == (2, 1, 8, 1, 2)
+    assert mesh.devices.shape == (2, 1, 8, 1, 1, 2)
     assert len({device.id for device in mesh.devices.flat}) == 32
 
 
@@ -130,7 +130,7 @@ def slices_of(shape: tuple[int, ...], devices: list[Device]) -> np.ndarray:
 def test_dp_alone_crosses_slices():
     # Devices of a slice need not be numbered consecutively.
     devices = [Device(i, slice_index=i % 2) for i in range(16)]
-    shape = (2, 4, 1, 1, 2)  # pp dp fsdp ep tp
+    shape = (2, 4, 1, 1, 1, 2)  # pp dp fsdp ep cp tp
     grid = device_grid(shape, devices)
     assert grid.shape == shape
     assert sorted(device.id for device in grid.flat) == list(range(16))
@@ -142,17 +142,17 @@ def test_dp_alone_crosses_slices():
 def test_slices_that_dp_cannot_cross():
     devices = [Device(i, slice_index=i // 8, platform='tpu') for i in range(16)]
     with pytest.raises(ConfigError, match=r'mesh\.dp=1; use all devices .* a multiple of 2'):
-        device_grid((1, 1, 8, 1, 2), devices)
+        device_grid((1, 1, 8, 1, 1, 2), devices)
     with pytest.raises(ConfigError, match=r'takes \{0: 8, 1: 4\} devices'):
-        device_grid((1, 2, 6, 1, 1), devices[:12])
+        device_grid((1, 2, 6, 1, 1, 1), devices[:12])
     # GPUs of several nodes keep their order.
     gpus = [Device(i, slice_index=i // 8, platform='gpu') for i in range(16)]
-    assert [device.id for device in device_grid((1, 1, 8, 1, 2), gpus).flat] == list(range(16))
-    assert (slices_of((1, 2, 4, 1, 2), gpus)[:, 1] == 1).all()
+    assert [device.id for device in device_grid((1, 1, 8, 1, 1, 2), gpus).flat] == list(range(16))
+    assert (slices_of((1, 2, 4, 1, 1, 2), gpus)[:, 1] == 1).all()
 
 
 @pytest.mark.tpu
 def test_dp_alone_crosses_the_slices_of_a_topology(tpu_devices):
-    found = slices_of((1, 4, 2, 1, 2), tpu_devices('v5e:2x4', num_slices=2))
+    found = slices_of((1, 4, 2, 1, 1, 2), tpu_devices('v5e:2x4', num_slices=2))
     assert (found[:, :2] == 0).all()
     assert (found[:, 2:] == 1).all()
