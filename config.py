@@ -117,6 +117,7 @@ class ModelConfig:
     swiglu_limit: float = 0.0
     cp: int = 1
     cp_style: str = 'ring'
+    ragged: bool = False  # the devices have a ragged all-to-all, as all but CPUs; see model_for
     window: int = 0
     attention_sinks: bool = False
     attention_gate: bool = False

@@ -69,6 +69,7 @@ def model_for(config: ConfigDict, platform: str, end_of_text: int = -1) -> Model
         cfg,
         attention_kernel=choose(ATTENTION_KERNELS, cfg.attention_kernel, layers, platform),
         expert_kernel=choose(EXPERT_KERNELS, cfg.expert_kernel, layers, platform),
+        ragged=platform != 'cpu',
         document_end=end,
     )
 

@@ -397,31 +397,27 @@ def shift(x: Array, axis: str, by: int) -> Array:
     return lax.ppermute(x, axis, [(i, (i + by) % n) for i in range(n)])
 
 
-def pass_on(x: Array, axis: str) -> Array:
+def pass_on(x: Array, axis: str, ragged: bool) -> Array:
     """Sends x to the next device of a ring, also where devices of other rings do not. Layout:
     unchanged.
 
     Sends size bytes. Not differentiated. A collective permute is one for all rings of the mesh, and
     waits for all its devices (XLA:CPU); within a pipeline's stage, which idle stages skip, only
     collectives of a ring's own devices can run: a ragged all-to-all with one row, to the next.
-    The CPU has none and gathers all, n - 1 times the bytes.
+    Without one all is gathered, n - 1 times the bytes. `lax.platform_dependent` would hide either
+    in a condition, which XLA:CPU does not keep in order with other collectives.
     """
     n, i = lax.axis_size(axis), lax.axis_index(axis)
     if lax.axis_size(PP) == 1:
         return shift(x, axis, 1)
-
-    def gathered(x: Array) -> Array:
-        every = lax.all_gather(x, axis)
-        return lax.dynamic_index_in_dim(every, (i - 1) % n, keepdims=False)
-
-    def ragged(x: Array) -> Array:
+    with jax.named_scope(f'pass_on_{axis}'):
+        if not ragged:
+            every = lax.all_gather(x, axis)
+            return lax.dynamic_index_in_dim(every, (i - 1) % n, keepdims=False)
         devices = jnp.arange(n)
         to, source = ((devices == (i + by) % n).astype(jnp.int32) for by in (1, -1))
         none = jnp.zeros_like(to)
         return ragged_all_to_all(x[None], 1, none, to, none, source, axis)[0]
-
-    with jax.named_scope(f'pass_on_{axis}'):
-        return lax.platform_dependent(x, cpu=gathered, default=ragged)
 
 
 def local_slice(x: Array, axis: Axis, dim: int) -> Array:

@@ -190,12 +190,10 @@ def _scores(
 
 
 def _held(q: Array, *x: Tree) -> tuple[Tree, ...]:
-    """Returns keys, values, documents and pairs as they are, but computed at this place.
+    """Returns documents and pairs as they are, but as if they depended on q.
 
     The derivative of a scan over layers takes out of it what depends on no layer (jax 0.10 and
-    0.12): the masks of all pairs at once, for each head, as many bytes as all scores. And XLA moves
-    what one branch alone reads into it, with the collectives before: those of keys, of which some
-    devices then skip what others wait for.
+    0.12), so here the masks of all pairs at once, for each head: as many bytes as all scores.
     """
     return lax.optimization_barrier((q[..., :1, :1], *x))[1:]
 
@@ -251,7 +249,7 @@ def add_keys(
     scale: float, cfg: ModelConfig,
 ) -> Sums:  # fmt: skip
     """Adds the pairs of a table to the running softmax (FlashAttention-2, Dao 2023)."""
-    k, v, documents, pairs = _held(q, k, v, documents, pairs)
+    documents, pairs = _held(q, documents, pairs)
 
     def step(carry: Sums, pair: Array) -> Sums:
         out, top, total = carry
@@ -295,7 +293,6 @@ def add_gradients(
     output · gradient of each query.
     """
     d_out, logsumexp, delta = saved
-    k, v, documents, pairs = _held(q, k, v, documents, pairs)
     f32 = {'preferred_element_type': jnp.float32}
 
     def step(carry: tuple, pair: Array) -> tuple:

@@ -124,8 +124,8 @@ def _tables(q: Array, cfg: ModelConfig) -> tuple[int, Array, Array]:
     return block, jnp.asarray(own)[i], jnp.asarray(others)[:, i] if len(others) else None
 
 
-def _next(x: Tree) -> Tree:
-    return jax.tree.map(lambda x: pass_on(x, CP), x)
+def _next(x: Tree, cfg: ModelConfig) -> Tree:
+    return jax.tree.map(lambda x: pass_on(x, CP, cfg.ragged), x)
 
 
 def _ring_forward(
@@ -138,7 +138,7 @@ def _ring_forward(
 
     def step(carry: tuple, pairs: Array):
         sums, here = carry
-        following = _next(here)
+        following = _next(here, cfg)
         return (add(sums, here, pairs), following), None
 
     v_dim = jax.eval_shape(expand, weights, travels)[1].shape[-1]
@@ -146,7 +146,7 @@ def _ring_forward(
     if others is None:
         sums = add(sums, travels, own)
     else:
-        arriving = _next(travels)
+        arriving = _next(travels, cfg)
         (sums, here), _ = lax.scan(step, (add(sums, travels, own), arriving), others[:-1])
         sums = add(sums, here, others[-1])
     out, logsumexp = softmax_of(sums, sinks, q.dtype)
@@ -170,18 +170,18 @@ def _ring_backward(expand: Expand, scale: float, cfg: ModelConfig, saved: tuple,
 
     def step(carry: tuple, pairs: Array):
         (dq, d_weights, d_before), here = carry
-        following, d_here = _next(here), _next(d_before)
+        following, d_here = _next(here, cfg), _next(d_before, cfg)
         return (add((dq, d_weights, d_here), here, pairs), following), None
 
     grads = jax.tree.map(lambda x: jnp.zeros_like(x, dtype=jnp.float32), (q, weights, travels))
     if others is None:
         dq, d_weights, d_travels = add(grads, travels, own)
     else:
-        arriving = _next(travels)
+        arriving = _next(travels, cfg)
         (grads, here), _ = lax.scan(step, (add(grads, travels, own), arriving), others[:-1])
         dq, d_weights, d_before = grads
-        dq, d_weights, d_here = add((dq, d_weights, _next(d_before)), here, others[-1])
-        d_travels = _next(d_here)
+        dq, d_weights, d_here = add((dq, d_weights, _next(d_before, cfg)), here, others[-1])
+        d_travels = _next(d_here, cfg)
     like = functools.partial(jax.tree.map, lambda d, x: d.astype(x.dtype))
     d_sinks = sink_gradients(sinks, of_output)
     return dq.astype(q.dtype), like(d_travels, travels), like(d_weights, weights), None, d_sinks

@@ -351,7 +351,7 @@ def dispatch(
 
     sizes_Pe = sizes_E.reshape(ep, -1)
     received_Pe = all_to_all(sizes_Pe, EP, 0)
-    send, receive = exchange(order_A, place_A, sizes_Pe, received_Pe, slots, C)
+    send, receive = exchange(order_A, place_A, sizes_Pe, received_Pe, slots, C, cfg.ragged)
     dest_Z, sizes_e = regroup(received_Pe, slots)
     source_X = inverted(dest_Z, len(dest_Z) + BLOCK)
     x_XD = permute(send(x_TD), source_X, dest_Z, 1)
@@ -359,15 +359,16 @@ def dispatch(
 
 
 def exchange(
-    order_A: Array, place_A: Array, sizes_Pe: Array, received_Pe: Array, slots: int, copies: int
-) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
+    order_A: Array, place_A: Array, sizes_Pe: Array, received_Pe: Array, slots: int, copies: int,
+    ragged: bool,
+) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:  # fmt: skip
     """Returns two functions, [T, D] tokens -> [Z, D] and back, [Z, D] -> [A, D].
 
     Slot p·slots + z of a device holds the z-th row that peer p sent it. Rows are sent in order of
     their expert.
 
-    On TPU and GPU a ragged all-to-all moves the real rows only; CPU has none, and there all
-    slots travel.
+    A ragged all-to-all, which CPUs lack, moves the real rows only; else all slots travel. It is no
+    `lax.platform_dependent`: see `pass_on`.
     """
     ep, A = sizes_Pe.shape[0], len(order_A)
     sizes_P, received_P = jnp.sum(sizes_Pe, axis=1), jnp.sum(received_Pe, axis=1)
@@ -395,10 +396,7 @@ def exchange(
         y_AD = ragged_all_to_all(y_ZD, A, theirs, received_P, start_there_P, sizes_P, EP)
         return permute(y_AD, place_A, order_A, 1)
 
-    def by_platform(slots: Callable, ragged: Callable) -> Callable[[Array], Array]:
-        return lambda x: lax.platform_dependent(x, cpu=slots, default=ragged)
-
-    return by_platform(send_slots, send_ragged), by_platform(receive_slots, receive_ragged)
+    return (send_ragged, receive_ragged) if ragged else (send_slots, receive_slots)
 
 
 def regroup(received_Pe: Array, slots: int) -> tuple[Array, Array]:
