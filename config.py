@@ -144,7 +144,7 @@ class ModelConfig:
 
 
 class LayerKind(NamedTuple):
-    """What an entry of model.block names. attention: '' where it is that of model.attention."""
+    """The parts of an entry of model.block. attention: '' where it is that of model.attention."""
 
     attention: str
     window: bool

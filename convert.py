@@ -320,15 +320,7 @@ def define_flags() -> None:
     command.DEFINE_path(
         'like', None, 'Release, or workdir that came from one, whose tokenizer the run has.'
     )
-    flags.DEFINE_string(
-        'coordinator', None, "HOST:PORT of process 0, for several processes; 'auto' on Cloud TPU."
-    )
-    flags.DEFINE_integer(
-        'num_processes', None, 'With --coordinator: number of processes.', lower_bound=1
-    )
-    flags.DEFINE_integer(
-        'process_id', None, 'With --coordinator: number of this one, from 0.', lower_bound=0
-    )
+    command.define_process_flags()
 
 
 if __name__ == '__main__':

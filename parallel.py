@@ -429,17 +429,22 @@ def local_slice(x: Array, axis: Axis, dim: int) -> Array:
     return lax.dynamic_slice_in_dim(x, lax.axis_index(axis) * size, size, dim)
 
 
+def zigzag_parts(i: int | Array, n: int) -> tuple[int | Array, int | Array]:
+    """Returns which of 2n equal parts of a sequence device i holds: an early and a late one."""
+    return i, 2 * n - 1 - i
+
+
 def zigzag(x: Array, axis: Axis, dim: int) -> Array:
     """Takes this device's two parts of a sequence. Layout: dim, the same on all devices -> dim/n.
 
-    Of 2n equal parts, device i holds i and 2n-1-i: one early and one late, so that each device's
-    queries see equally many keys. Forward and backward: nothing moves.
+    They are those of `zigzag_parts`, so that each device's queries see equally many keys. Forward
+    and backward: nothing moves.
     """
     n, i = lax.axis_size(axis), lax.axis_index(axis)
     if n == 1:
         return x
     size = x.shape[dim] // (2 * n)
-    parts = (lax.dynamic_slice_in_dim(x, p * size, size, dim) for p in (i, 2 * n - 1 - i))
+    parts = (lax.dynamic_slice_in_dim(x, p * size, size, dim) for p in zigzag_parts(i, n))
     return jnp.concatenate([*parts], dim)
 
 
@@ -448,7 +453,7 @@ def zigzag_order(T: int, n: int) -> np.ndarray:
     if n == 1:
         return np.arange(T, dtype=np.int32)
     parts = np.arange(T, dtype=np.int32).reshape(2 * n, -1)
-    return np.concatenate([parts[[i, 2 * n - 1 - i]].reshape(-1) for i in range(n)])
+    return np.concatenate([parts[[*zigzag_parts(i, n)]].reshape(-1) for i in range(n)])
 
 
 def gather_zigzag(x: Array, axis: Axis, dim: int) -> Array:

@@ -515,15 +515,7 @@ def define_flags() -> None:
         lower_bound=0, upper_bound=4096,
     )  # fmt: skip
     flags.DEFINE_boolean('spare_devices', False, 'Let the mesh take fewer devices than there are.')
-    flags.DEFINE_string(
-        'coordinator', None, "HOST:PORT of process 0, for several processes; 'auto' on Cloud TPU."
-    )
-    flags.DEFINE_integer(
-        'num_processes', None, 'With --coordinator: number of processes.', lower_bound=1
-    )
-    flags.DEFINE_integer(
-        'process_id', None, 'With --coordinator: number of this one, from 0.', lower_bound=0
-    )
+    command.define_process_flags()
     flags.DEFINE_string('profile', None, 'FIRST:LAST, steps to trace into WORKDIR/profile.')
     flags.DEFINE_flag(
         flags.Flag(

@@ -44,7 +44,7 @@ _NAMED = 5  # differences that a message names
 
 
 class Parts(NamedTuple):
-    """What makes a tiktoken encoding."""
+    """The parts of a tiktoken encoding."""
 
     pattern: str
     ranks: dict[bytes, int]  # of the tokens, by the order of merges

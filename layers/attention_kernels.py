@@ -7,7 +7,7 @@ stands once, in `visible`.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from config import ATTENTION_OUTPUT, QKV, ModelConfig
 from layers.kernels import Kernel
 from layers.rope_scaling import attention_scale
-from parallel import CP, Array, P, Tree, local_slice, zigzag, zigzag_order
+from parallel import CP, Array, P, Tree, local_slice, zigzag, zigzag_order, zigzag_parts
 
 # ---------------------------------------------------------------------------------------------
 # The mask
@@ -105,18 +105,29 @@ MASKED = -1e30  # finite, so that a row without a visible key in one block yield
 # they are masked. Tables of several devices are filled up with rows of -1, which cost nothing.
 
 
-def hidden_by_window(q_block: int, k_block: int, block: int, cfg: ModelConfig) -> bool:
-    """Returns whether a block of keys lies before the windows of all queries of a block: the first
-    query, whose window begins first, does not see the last key."""
-    nearest = (q_block - k_block) * block - (block - 1)
-    return 0 < cfg.window <= nearest
+def visible_blocks(
+    of_q: Sequence[int], of_k: Sequence[int], n: int, block: int, cfg: ModelConfig
+) -> np.ndarray:
+    """Returns the table of pairs of arrays that hold these parts of a sequence, of n blocks each.
+
+    On and below the diagonal. A block of keys that lies before the windows of all queries of a
+    block is left out: the first query, whose window begins first, does not see the last key.
+    """
+    i, j = (np.add.outer(np.array(parts) * n, np.arange(n)).reshape(-1) for parts in (of_q, of_k))
+    apart = i[:, None] - j
+    seen = apart >= 0
+    if cfg.window:
+        seen &= apart * block - (block - 1) < cfg.window
+    a, b = np.nonzero(seen)
+    return np.stack((a, b, i[a], j[b]), axis=-1).astype(np.int32)
 
 
-def filled_up(tables: list[list[tuple[int, ...]]]) -> np.ndarray:
+def filled_up(tables: list[np.ndarray]) -> np.ndarray:
     """Joins tables of pairs, each as long as the longest: int32 [tables, pairs, 4]."""
-    longest = max(map(len, tables))
-    filled = [[*t, *[(-1,) * 4] * (longest - len(t))] for t in tables]
-    return np.array(filled, np.int32).reshape(len(tables), longest, 4)
+    filled = np.full((len(tables), max(map(len, tables)), 4), -1, np.int32)
+    for row, table in zip(filled, tables, strict=True):
+        row[: len(table)] = table
+    return filled
 
 
 def block_of_parts(T: int, parts: int, cfg: ModelConfig) -> int:
@@ -140,24 +151,15 @@ def pairs_of_blocks(T: int, S: int, cfg: ModelConfig) -> tuple[int, Array | np.n
     parts that are this device's (`zigzag`).
     """
     devices = S // T
-    parts = [[(0, i), (1, 2 * devices - 1 - i)] for i in range(devices)]
     if devices == 1:
-        parts = [[(0, 0)]]
-    block = block_of_parts(T, len(parts[0]), cfg)
-    n = T // block // len(parts[0])  # blocks of a part
+        block = block_of_parts(T, 1, cfg)
+        return block, visible_blocks([0], [0], T // block, block, cfg)
+    block, every = block_of_parts(T, 2, cfg), range(2 * devices)
+    n = T // 2 // block
     tables = filled_up(
-        [
-            [
-                (here * n + a, j, part * n + a, j)
-                for here, part in own
-                for a in range(n)
-                for j in range(part * n + a + 1)
-                if not hidden_by_window(part * n + a, j, block, cfg)
-            ]
-            for own in parts
-        ]
+        [visible_blocks(zigzag_parts(i, devices), every, n, block, cfg) for i in range(devices)]
     )
-    return block, tables[0] if devices == 1 else jnp.asarray(tables)[lax.axis_index(CP)]
+    return block, jnp.asarray(tables)[lax.axis_index(CP)]
 
 
 def _block(x: Array, i: Array, size: int) -> Array:

@@ -26,14 +26,14 @@ from layers.attention_kernels import (
     attention,
     block_of_parts,
     filled_up,
-    hidden_by_window,
     no_keys,
     output_gradients,
     sink_gradients,
     softmax_of,
+    visible_blocks,
 )
 from layers.rope_scaling import attention_scale
-from parallel import CP, Array, Tree, gather_zigzag, pass_on
+from parallel import CP, Array, Tree, gather_zigzag, pass_on, zigzag_parts
 
 STYLES = ('ring', 'gather')
 # (weights, travels) -> keys and values, [B, K, S, H] each, of the positions that travel.
@@ -73,19 +73,10 @@ def ring_pairs(T: int, devices: int, cfg: ModelConfig) -> tuple[int, np.ndarray,
     fill the tables up, which cost nothing.
     """
     block = block_of_parts(T, 2, cfg)
-    n = T // 2 // block
 
-    def table(i: int, source: int) -> list[tuple[int, int, int, int]]:
-        of_q, of_k = ([(0, d), (1, 2 * devices - 1 - d)] for d in (i, source))
-        return [
-            (q_here * n + a, k_here * n + b, q_part * n + a, k_part * n + b)
-            for q_here, q_part in of_q
-            for a in range(n)
-            for k_here, k_part in of_k
-            for b in range(n)
-            if k_part * n + b <= q_part * n + a
-            and not hidden_by_window(q_part * n + a, k_part * n + b, block, cfg)
-        ]
+    def table(i: int, source: int) -> np.ndarray:
+        of_q, of_k = (zigzag_parts(d, devices) for d in (i, source))
+        return visible_blocks(of_q, of_k, T // 2 // block, block, cfg)
 
     every = range(devices)
     own = [table(i, i) for i in every]

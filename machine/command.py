@@ -174,6 +174,19 @@ def DEFINE_paths(name: str, default: list[str] | None, help: str) -> None:
     flags.DEFINE(PathsParser(), name, default, help, serializer=flags.CsvListSerializer(','))
 
 
+def define_process_flags() -> None:
+    """Defines --coordinator, --num_processes and --process_id, for `processes.start`."""
+    flags.DEFINE_string(
+        'coordinator', None, "HOST:PORT of process 0, for several processes; 'auto' on Cloud TPU."
+    )
+    flags.DEFINE_integer(
+        'num_processes', None, 'With --coordinator: number of processes.', lower_bound=1
+    )
+    flags.DEFINE_integer(
+        'process_id', None, 'With --coordinator: number of this one, from 0.', lower_bound=0
+    )
+
+
 def DEFINE_config(name: str, help: str) -> None:
     """Defines the flag --config; after parsing, FLAGS.config is the locked ConfigDict."""
     flags.DEFINE_flag(ConfigFlag(NameParser(), flags.ArgumentSerializer(), name, None, help))

@@ -96,7 +96,7 @@ class Part:
 
     @property
     def in_ring(self) -> bool:
-        """Whether keys and values go from device to device."""
+        """True where keys and values go from device to device."""
         return self.mesh['cp'] > 1 and self.cfg.cp_style == 'ring'
 
     def of_layer(self, kind: str) -> Sizes:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from common import initial_params, set_up, small_config
 from common_data import ROOT
+from common_parity import check, cut
 from ml_collections import ConfigDict
 
 from config import ConfigError
@@ -227,14 +228,10 @@ def test_meshes_of_four_axes_match(sizes, style):
     assert done.returncode == 0, done.stderr
 
 
-def check_four_axes(sizes: list[int], style: str) -> None:
-    from test_parity import check, cut
-
-    check(cut('mla', style, documents=True, moe=True), tuple(sizes))
-
-
 if __name__ == '__main__':
     from machine.processes import choose_platform
 
     choose_platform(16)
-    check_four_axes(**json.loads(sys.argv[1]))
+    given = json.loads(sys.argv[1])
+    config = cut('mla', given['style'], documents=True, moe=True)
+    check(config, tuple(given['sizes']))

@@ -9,6 +9,7 @@ here. The commands of ```bash and ```console are checked: files, flags, config f
 import ast
 import functools
 import importlib
+import inspect
 import itertools
 import json
 import os
@@ -26,6 +27,7 @@ from ml_collections import ConfigDict
 
 from config import ConfigError
 from configs import default
+from machine.command import define_process_flags
 from machine.config_flag import load_config, override, split_overrides
 from runtime.config_checks import check_all_devices, validate
 
@@ -223,12 +225,22 @@ def flags_of(script: str) -> dict[str, str]:
     for node in runs:  # flags of a command that another module defines
         for alias in node.names if isinstance(node, ast.ImportFrom) else ():
             found |= flags_of(str(modules()[alias.name].relative_to(ROOT)))
+    return found | defined_in(tree)
+
+
+def defined_in(tree: ast.AST) -> dict[str, str]:
+    """Returns the kinds of the flags that code defines, itself or by a function that several
+    commands share."""
+    found: dict[str, str] = {}
     for node in ast.walk(tree):
         kind = getattr(node.func, 'attr', '') if isinstance(node, ast.Call) else ''
         if kind == 'DEFINE_flag':  # (parser, serializer, name, ...) of a flag of its own type
             found[ast.literal_eval(node.args[0].args[2])] = 'flag'
         elif kind.startswith('DEFINE_'):
             found[ast.literal_eval(node.args[0])] = kind.removeprefix('DEFINE_')
+        elif kind == define_process_flags.__name__:
+            source = inspect.getsource(define_process_flags)
+            found |= defined_in(ast.parse(source))
     return found
 
 

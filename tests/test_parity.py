@@ -3,8 +3,6 @@
 All in float32, by relative error of each leaf's norm; replicas must be bit-identical.
 """
 
-import functools
-
 import jax
 import numpy as np
 import pytest
@@ -13,74 +11,14 @@ from common import (
     TOLERANCE,
     assert_replicas_identical,
     assert_trees_close,
-    batch_at,
-    initial_state,
     kinds_config,
     on_mesh,
-    set_up,
     small_config,
 )
+from common_parity import check, cut, reference, run
 from ml_collections import ConfigDict
 
-from parallel import Tree, merged
-from runtime.config_checks import validate
-from train_step import make_train_step, put_batch
-
 MESHES = [(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 2), (1, 4, 2), (1, 1, 8), (2, 1, 4), (8, 1, 1)]
-
-
-def run(config: ConfigDict) -> dict[str, Tree]:
-    """Takes three steps. The gradient is read from the first moment (of Muon: the momentum) after
-    one of them, where it stands clipped and times 1 - b1: so each leaf is tested without a second
-    program."""
-    validate(config, jax.device_count())
-    s, batches = set_up(config), functools.partial(batch_at, seq_len=config.seq_len)
-    state, step = initial_state(s), make_train_step(s)
-    history, grads = [], None
-    for i in range(3):
-        state, metrics = step(state, put_batch(batches, i, s))
-        history.append(jax.device_get(metrics))
-        if i == 0:
-            moments = jax.device_get(state['moments'])
-            grads = merged(moments['m'], moments.get('momentum', {}))
-    return {
-        'loss': history[0]['loss'],
-        'router': history[0]['router'],
-        'grads': grads,
-        'params': state['params'],
-        'average': state['moments'].get('ema', {}),
-        'skipped': int(history[-1]['skipped']),
-        'grad_norms': [float(metrics['grad_norm']) for metrics in history],
-    }
-
-
-_reference: dict[str, dict] = {}
-
-
-def reference(config: ConfigDict) -> dict[str, Tree]:
-    name = config.to_json()
-    if name not in _reference:
-        _reference[name] = run(config)
-    return _reference[name]
-
-
-def check(config: ConfigDict, sizes: tuple[int, ...], tolerance: float = TOLERANCE) -> None:
-    want = reference(config)
-    got = run(on_mesh(config, sizes))
-    assert got['loss'] == pytest.approx(want['loss'], rel=tolerance)
-    assert min(want['grad_norms']) > config.optimizer.clip_norm, 'clipping is not active'
-    assert got['grad_norms'] == pytest.approx(want['grad_norms'], rel=tolerance)
-    assert_trees_close(got['grads'], want['grads'], tolerance)
-    assert_trees_close(got['params'], want['params'], tolerance)
-    assert_trees_close(got['average'], want['average'], tolerance)
-    assert got['skipped'] == want['skipped']
-    assert_trees_close(got['router'], want['router'], tolerance)
-    assert_replicas_identical(got['params'])
-    assert_replicas_identical(got['average'])
-    for path, g in jax.tree_util.tree_leaves_with_path(got['grads']):
-        if path[-1].key == 'bias':  # moved by the load, and compared above with the parameters
-            continue
-        assert np.abs(np.asarray(g)).max() > 0, f'{jax.tree_util.keystr(path)} has no gradient'
 
 
 @pytest.mark.parametrize(
@@ -147,8 +85,7 @@ def test_complete_grid_of_experts(sizes, capacity, router, check_vma):
     config.model.update(router=router, capacity_factor=capacity)
     want = reference(config)
     config.check_vma = check_vma
-    _reference[config.to_json()] = want
-    check(config, sizes)
+    check(config, sizes, want=want)
 
 
 # Every mesh sees tied and untied heads and both numbers of microbatches, if not each with each;
@@ -165,8 +102,7 @@ def test_complete_grid(k):
     config = small_config(('mla', 'gqa')[(k + k // 2) % 2], tied, microbatches)
     want = reference(config)  # the check changes no number: one reference serves both
     config.check_vma = check_vma
-    _reference[config.to_json()] = want
-    check(config, (dp, fsdp, tp))
+    check(config, (dp, fsdp, tp), want=want)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -199,8 +135,7 @@ def check_muon(config: ConfigDict, sizes: tuple[int, ...], check_vma: bool) -> N
     want = reference(config)
     assert want['skipped'] == 1, want['grad_norms']
     config.check_vma = check_vma
-    _reference[config.to_json()] = want
-    check(config, sizes)
+    check(config, sizes, want=want)
 
 
 # (dp, fsdp, tp, ep, pp)
@@ -282,8 +217,7 @@ def check_released(
     want = reference(config)
     config.check_vma, config.model.expert_kernel = check_vma, kernel
     config.pipeline.schedule = 'zero_bubble'
-    _reference[config.to_json()] = want
-    check(config, sizes)
+    check(config, sizes, want=want)
 
 
 @pytest.mark.parametrize(
@@ -323,26 +257,13 @@ def test_complete_grid_of_released_experts(name, sizes, check_vma, kernel):
 # ---------------------------------------------------------------------------------------------
 
 
-def cut(attention: str, style: str, documents: bool, moe: bool = False, **model) -> ConfigDict:
-    """Two microbatches of sequences that cp can cut into up to 8 parts."""
-    config = small_config(attention, microbatches=2, moe=moe)
-    config.cp_style, config.seed = style, 1  # of seed 0 two choices are alike but for rounding
-    config.model.update(attention_block=2, **model)
-    if moe:
-        config.model.capacity_factor = 0.8
-    if documents:
-        config.model.document_end = 3
-    return config
-
-
 def check_cut(config: ConfigDict, sizes: tuple[int, ...], check_vma: bool = True) -> None:
     """Of one device: neither style nor check."""
     alone = config.copy_and_resolve_references()
     alone.cp_style = 'ring'
     want = reference(alone)
     config.check_vma = check_vma
-    _reference[config.to_json()] = want
-    check(config, sizes)
+    check(config, sizes, want=want)
 
 
 @pytest.mark.parametrize(
@@ -479,8 +400,7 @@ def test_splash_matches_with_windows_and_sinks(sizes):
     config.model.update(attention_block=128, document_end=3, window=150)
     want = reference(config)
     config.model.attention_kernel = 'splash'
-    _reference[config.to_json()] = want
-    check(config, sizes)
+    check(config, sizes, want=want)
 
 
 def test_accumulation_matches_one_large_batch():
@@ -515,8 +435,7 @@ def test_splash_matches_on_cut_sequences(attention, sizes):
     config.model.update(attention_block=128, document_end=3)
     want = reference(config)
     config.model.attention_kernel = 'splash'
-    _reference[config.to_json()] = want
-    check(config, sizes)
+    check(config, sizes, want=want)
 
 
 def test_splash_matches():
@@ -526,8 +445,7 @@ def test_splash_matches():
     config.model.update(remat='full', remat_keep=('attention', 'qkv'))
     want = reference(config)
     config.model.attention_kernel = 'splash'
-    _reference[config.to_json()] = want
-    check(config, (2, 2, 2))
+    check(config, (2, 2, 2), want=want)
 
 
 @pytest.mark.slow
@@ -538,8 +456,7 @@ def test_experts_by_pallas_match():
     config.mesh.ep = 2
     want = reference(config)
     config.model.expert_kernel = 'pallas'
-    _reference[config.to_json()] = want
-    check(config, (1, 2, 2))
+    check(config, (1, 2, 2), want=want)
 
 
 @pytest.mark.parametrize('attention', ['mla', pytest.param('gqa', marks=pytest.mark.slow)])
