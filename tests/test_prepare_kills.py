@@ -297,7 +297,7 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import corpus.prepare
 paths = {name: getattr(module, '__file__', None) or '' for name, module in sys.modules.items()}
-ours = [name for name, path in paths.items() if path.startswith(sys.argv[1])]
+ours = [name for name, path in paths.items() if path.startswith(sys.argv[1] + '/')]
 print(*[name for name in ours if not hasattr(sys.modules[name], '__path__')])
 """
 
