@@ -25,14 +25,10 @@ from jax.sharding import Mesh, NamedSharding
 
 from config import ConfigError, ModelConfig, of_layer
 from layers.attention import ATTENTION, attention_sizes, rope_table
-from layers.attention_kernels import (
-    ATTENTION_KERNELS,
-    cache_size,
-    cached_positions,
-    cached_visible,
-)
+from layers.attention_kernels import ATTENTION_KERNELS
 from layers.expert_kernels import EXPERT_KERNELS
 from layers.kernels import portable
+from layers.mask import cache_size, cached_positions, cached_visible
 from model import (
     attention_of,
     block_names,

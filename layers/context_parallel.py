@@ -20,10 +20,10 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from config import QKV, ModelConfig
-from layers.attention_kernels import (
+from layers.attention_kernels import attention
+from layers.blockwise import (
     add_gradients,
     add_keys,
-    attention,
     block_of_parts,
     filled_up,
     no_keys,

@@ -13,14 +13,14 @@ import pytest
 from common import cpu_model, on_one_device, set_up, small_config
 
 from config import ModelConfig
-from layers import attention_kernels, kernels
+from layers import blockwise, kernels, mask
 from layers.attention import ATTENTION, attention_sizes, positions, rope_table
 from layers.attention_kernels import (
     ATTENTION_KERNELS,
-    causal_attention,
     cudnn_attention,
     splash_attention,
 )
+from layers.blockwise import causal_attention
 from layers.rope import rope
 from layers.rope_scaling import (
     attention_scale,
@@ -137,8 +137,8 @@ def test_auto_is_the_kernel_of_the_platform():
 
 
 def windowed(window: int):
-    """Returns a mask of the last positions, in place of `attention_kernels.visible`."""
-    causal = attention_kernels.visible
+    """Returns a mask of the last positions, in place of `mask.visible`."""
+    causal = mask.visible
 
     def visible(q_position, k_position, q_document, k_document, cfg):
         seen = causal(q_position, k_position, q_document, k_document, cfg)
@@ -149,7 +149,7 @@ def windowed(window: int):
 
 def test_an_edit_of_the_mask_is_the_mask_of_blockwise_attention(monkeypatch):
     """Both ways, with blocks of which a query sees nothing."""
-    monkeypatch.setattr(attention_kernels, 'visible', windowed(3))
+    monkeypatch.setattr(mask, 'visible', windowed(3))
     keys = jax.random.split(jax.random.key(0), 4)
     q, k, v, d_out = (jax.random.normal(key, (1, 1, 1, 16, 4)) for key in keys)
     k, v = k[:, 0], v[:, 0]
@@ -172,16 +172,16 @@ def other_documents(q_position, k_position, q_document, k_document, cfg):
     return q_position >= k_position
 
 
-@pytest.mark.parametrize('mask', [windowed(127), other_documents])
+@pytest.mark.parametrize('other', [windowed(127), other_documents])
 @pytest.mark.parametrize(('kernel', 'platform'), [('splash', 'tpu'), ('cudnn', 'gpu')])
 def test_kernels_with_a_causal_mask_of_their_own_refuse_another(
-    kernel, platform, mask, monkeypatch
+    kernel, platform, other, monkeypatch
 ):
     config = small_config()
     config.model.attention_block = config.seq_len = 128
     config.update({'check_vma': False, 'compute_dtype': 'bfloat16'})
     assert not list(ATTENTION_KERNELS[kernel].rules(config, 128))
-    monkeypatch.setattr(attention_kernels, 'visible', mask)
+    monkeypatch.setattr(mask, 'visible', other)
     errors = list(ATTENTION_KERNELS[kernel].rules(config, 128))
     assert len(errors) == 1
     assert f"attention_kernel='{kernel}'" in errors[0]
@@ -349,6 +349,6 @@ def test_masks_are_computed_where_they_are_used(monkeypatch):
     config = small_config('gqa')
     config.seq_len, config.model.attention_block = 256, 16
     assert not re.search(masks, lower_train_step(set_up(config)).compile().as_text())
-    monkeypatch.setattr(attention_kernels, '_held', lambda _, *x: x)
+    monkeypatch.setattr(blockwise, '_held', lambda _, *x: x)
     jax.clear_caches()
     assert re.search(masks, lower_train_step(set_up(config)).compile().as_text())

@@ -20,7 +20,7 @@ from decoding import (
     next_starts,
     prefill_logits,
 )
-from layers import attention_kernels
+from layers import mask
 from model import logits, model_for, model_params
 from parallel import AXES, TP, P, free_axes, make_mesh, map_params, specs, varying
 
@@ -157,13 +157,13 @@ def test_an_edit_of_the_mask_reaches_training_prefill_and_decoding(name, monkeyp
     ids = np.random.default_rng(0).integers(0, 64, (8, CONTEXT)).astype(np.int32)
     lengths = np.arange(1, 16, 2, dtype=np.int32)
     whole = np.asarray(whole_model(cfg)(ids))
-    causal = attention_kernels.visible
+    causal = mask.visible
 
     def visible(q_position, k_position, q_document, k_document, cfg):
         seen = causal(q_position, k_position, q_document, k_document, cfg)
         return seen & (q_position - k_position < 4)
 
-    monkeypatch.setattr(attention_kernels, 'visible', visible)
+    monkeypatch.setattr(mask, 'visible', visible)
     want_BTV = np.asarray(whole_model.__wrapped__(cfg)(ids))
     np.testing.assert_allclose(want_BTV[:, :4], whole[:, :4], rtol=1e-5, atol=1e-5)
     assert np.abs(want_BTV[:, 4:] - whole[:, 4:]).max() > 0.01

@@ -95,7 +95,7 @@ def deferred() -> Example:
 
 EXAMPLES: dict[str, Callable[[], Example]] = {
     'layers.rope._rotate': rotation,
-    'layers.attention_kernels.causal_attention': attention,
+    'layers.blockwise.causal_attention': attention,
     'layers.context_parallel.ring_attention': ring,
     'layers.dense._deferred_matmul': deferred,
     'layers.dense._matmul': lambda: Example((draw(2, 5, 3), draw(3, 2, 4)), 2),

@@ -19,7 +19,8 @@ from ml_collections import ConfigDict
 
 from config import ConfigError, OptimizerConfig
 from layers.attention import ATTENTION, Attention, Positions, Sizes
-from layers.attention_kernels import ATTENTION_KERNELS, causal_attention
+from layers.attention_kernels import ATTENTION_KERNELS
+from layers.blockwise import causal_attention
 from layers.dense import FeedForward, linear, weight
 from layers.kernels import Kernel
 from machine.chips import CHIPS

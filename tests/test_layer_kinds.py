@@ -19,14 +19,12 @@ from layers import kernels
 from layers.attention import ATTENTION, attention_sizes, positions, rope_table
 from layers.attention_kernels import (
     ATTENTION_KERNELS,
-    cache_size,
-    cached_positions,
-    causal_attention,
     cudnn_attention,
-    pairs_of_blocks,
     splash_attention,
 )
+from layers.blockwise import causal_attention, pairs_of_blocks
 from layers.context_parallel import ring_pairs
+from layers.mask import cache_size, cached_positions
 from model import (
     attention_of,
     flops_per_token,

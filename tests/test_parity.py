@@ -74,13 +74,15 @@ def test_stages_match():
     check(small_config(moe=True, microbatches=2), (1, 1, 2, 2, 2))
 
 
+EXPERT_VARIANTS = [('sigmoid', 0.0, True), ('softmax', 0.8, True), ('sigmoid', 0.8, False)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ('router', 'capacity', 'check_vma'),
-    [('sigmoid', 0.0, True), ('softmax', 0.8, True), ('sigmoid', 0.8, False)],
-)
-@pytest.mark.parametrize('sizes', EXPERT_MESHES, ids=str)
-def test_complete_grid_of_experts(sizes, capacity, router, check_vma):
+@pytest.mark.parametrize('k', range(2 * len(EXPERT_MESHES)))
+def test_complete_grid_of_experts(k):
+    """Every mesh is seen with two of the three variants."""
+    again, i = divmod(k, len(EXPERT_MESHES))
+    sizes, (router, capacity, check_vma) = EXPERT_MESHES[i], EXPERT_VARIANTS[(i + again) % 3]
     config = small_config(moe=True, microbatches=2)
     config.model.update(router=router, capacity_factor=capacity)
     want = reference(config)
@@ -151,18 +153,19 @@ MUON_MESHES = [
 ]
 
 
+MUON_VARIANTS = [
+    ('mla', {}),
+    ('gqa', {'replicas': 'split', 'scale': 'spectral', 'coefficients': 'polar_express'}),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ('attention', 'changes'),
-    [
-        ('mla', {}),
-        ('gqa', {'replicas': 'split', 'scale': 'spectral', 'coefficients': 'polar_express'}),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize('sizes', MUON_MESHES, ids=str)
-def test_complete_grid_of_muon(sizes, attention, changes):
-    check_muon(muon_config(attention, **changes), sizes, check_vma=MUON_MESHES.index(sizes) % 2 > 0)
+@pytest.mark.parametrize('k', range(len(MUON_MESHES) + 4))
+def test_complete_grid_of_muon(k):
+    """The variants go through the meshes in turns; those of several axes are seen with both."""
+    i = k if k < len(MUON_MESHES) else k - 4
+    attention, changes = MUON_VARIANTS[(i + (k > i)) % 2]
+    check_muon(muon_config(attention, **changes), MUON_MESHES[i], check_vma=i // 2 % 2 > 0)
 
 
 @pytest.mark.slow
@@ -233,16 +236,16 @@ def test_experts_of_released_models_match(name, sizes, check_vma, kernel):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', RELEASED)
 @pytest.mark.parametrize(
-    ('sizes', 'check_vma', 'kernel'),
+    ('name', 'sizes', 'check_vma', 'kernel'),
     [
-        ((1, 2, 2, 2), True, 'blocks'),
-        ((2, 1, 1, 4), True, 'ragged_dot'),
-        ((1, 1, 2, 2, 2), True, 'ragged_dot'),
-        ((1, 1, 2, 2, 1, 2), False, 'pallas'),
-        ((1, 2, 1, 1, 2, 2), True, 'blocks'),
-        ((1, 1, 8), False, 'blocks'),
+        ('gpt_oss', (1, 2, 2, 2), True, 'blocks'),
+        ('gated', (2, 1, 1, 4), True, 'ragged_dot'),
+        ('gpt_oss', (1, 1, 2, 2, 1, 2), False, 'pallas'),
+        ('gated', (1, 1, 2, 2, 2), True, 'blocks'),
+        ('gated', (1, 1, 2, 2, 1, 2), False, 'pallas'),
+        ('gpt_oss', (1, 2, 1, 1, 2, 2), True, 'ragged_dot'),
+        ('gpt_oss', (1, 1, 8), False, 'blocks'),
     ],
     ids=str,
 )
@@ -286,26 +289,26 @@ CUT_MESHES = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('style', ['ring', 'gather'])
-@pytest.mark.parametrize('sizes', CUT_MESHES, ids=str)
-def test_complete_grid_of_cut_sequences(sizes, style):
-    """Both attentions, documents or none, and the check or none go through the grid in turns."""
-    k = CUT_MESHES.index(sizes) + 3 * (style == 'ring')
-    config = cut(('mla', 'gqa')[k % 2], style, documents=k % 4 < 2, moe=True)
-    check_cut(config, sizes, check_vma=k % 3 > 0)
+@pytest.mark.parametrize('k', range(len(CUT_MESHES)))
+def test_complete_grid_of_cut_sequences(k):
+    """Styles, attentions, documents or none, the check or none go through the grid in turns, so
+    that each axis is seen with both styles."""
+    style, attention = ('ring', 'gather')[k % 2], ('mla', 'gqa')[k // 2 % 2]
+    config = cut(attention, style, documents=k // 3 % 2 > 0, moe=True)
+    check_cut(config, CUT_MESHES[k], check_vma=k % 3 > 0)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('style', ['ring', 'gather'])
 @pytest.mark.parametrize(
-    'model',
+    ('style', 'model'),
     [
-        {'dropout': 0.3}, {'remat': 'full'}, {'remat': 'full', 'remat_keep': ('attention',)},
-        {'remat': 'dots'},
+        ('ring', {'dropout': 0.3, 'remat': 'full'}), ('gather', {'dropout': 0.3}),
+        ('ring', {'remat': 'full', 'remat_keep': ('attention',)}), ('ring', {'remat': 'dots'}),
+        ('gather', {'remat': 'full', 'remat_keep': ('attention',)}),
     ],
     ids=str,
 )  # fmt: skip
-def test_cut_sequences_match_with_dropout_and_remat(model, style):
+def test_cut_sequences_match_with_dropout_and_remat(style, model):
     check_cut(cut('mla', style, documents=True, **model), (1, 1, 2, 1, 1, 2))
 
 
@@ -361,24 +364,27 @@ KIND_MESHES = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('sizes', KIND_MESHES, ids=str)
-@pytest.mark.parametrize('name', ['gqa', 'mla', 'both'])
-def test_complete_grid_of_kinds(name, sizes):
-    """Every mesh is seen with both styles and with and without the check."""
-    k = KIND_MESHES.index(sizes) + ('gqa', 'mla', 'both').index(name)
-    check_kinds(name, sizes, check_vma=k % 2 > 0, style=('ring', 'gather')[k // 2 % 2], moe=True)
+@pytest.mark.parametrize('k', range(2 * len(KIND_MESHES)))
+def test_complete_grid_of_kinds(k):
+    """Every mesh is seen with a block of both attentions and with one of them, with both styles,
+    with and without the check."""
+    again, i = divmod(k, len(KIND_MESHES))
+    name = ('gqa', 'mla')[i % 2] if again else 'both'
+    style = ('ring', 'gather')[(i // 2 + again) % 2]
+    check_kinds(name, KIND_MESHES[i], (i + again) % 2 > 0, style, moe=True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    'model',
+    ('name', 'model'),
     [
-        {'dropout': 0.3}, {'remat': 'full'}, {'remat': 'full', 'remat_keep': ('attention', 'qkv')},
-        {'remat': 'dots'}, {'document_end': -1, 'window': 1}, {'document_end': -1, 'window': 100},
+        ('gqa', {'dropout': 0.3, 'remat': 'full'}), ('mla', {'remat': 'dots'}),
+        ('mla', {'remat': 'full', 'remat_keep': ('attention', 'qkv')}),
+        ('gqa', {'remat': 'full', 'remat_keep': ('attention', 'qkv')}),
+        ('gqa', {'document_end': -1, 'window': 1}), ('mla', {'document_end': -1, 'window': 100}),
     ],
     ids=str,
 )  # fmt: skip
-@pytest.mark.parametrize('name', ['gqa', 'mla'])
 def test_kinds_of_layers_match_with_dropout_remat_and_other_windows(name, model):
     check_kinds(name, (1, 1, 2, 1, 1, 2), check_vma=True, **model)
 

@@ -264,15 +264,19 @@ MESHES |= CUT
     [
         ('pp2-tp2-cp2', 'zero_bubble', 1, 'ring', 'mla', True),
         *(
-            pytest.param(mesh, *schedule, style, attention, k % 2 > 0, marks=pytest.mark.slow)
-            for k, (mesh, style, attention) in enumerate(
-                [
-                    ('pp2-cp2', 'gather', 'mla'), ('pp2-cp4', 'ring', 'mla'),
-                    ('pp2-tp2-cp2', 'ring', 'gqa'), ('pp2-tp2-cp2', 'gather', 'mla'),
-                    ('pp2-cp2', 'ring', 'mla'), ('pp2-cp4', 'gather', 'gqa'),
-                ]
+            pytest.param(*row, marks=pytest.mark.slow)
+            for row in (
+                ('pp2-cp2', 'gpipe', 1, 'gather', 'mla', False),
+                ('pp2-tp2-cp2', 'gpipe', 1, 'ring', 'gqa', True),
+                ('pp2-cp4', '1f1b', 1, 'ring', 'mla', False),
+                ('pp2-cp2', '1f1b', 1, 'ring', 'gqa', True),
+                ('pp2-tp2-cp2', '1f1b', 1, 'gather', 'mla', True),
+                ('pp2-cp2', 'interleaved', 2, 'ring', 'mla', True),
+                ('pp2-tp2-cp2', 'interleaved', 2, 'ring', 'mla', False),
+                ('pp2-cp4', 'interleaved', 2, 'gather', 'gqa', False),
+                ('pp2-cp2', 'zero_bubble', 1, 'gather', 'gqa', False),
+                ('pp2-cp4', 'zero_bubble', 1, 'ring', 'mla', True),
             )
-            for schedule in SCHEDULES
         ),
     ],
 )  # fmt: skip
@@ -288,11 +292,13 @@ def test_cut_sequences(mesh, name, chunks, style, attention, documents):
     [
         ('both', 'pp2-tp2-cp2', 'zero_bubble', 1),
         *(
-            pytest.param(kinds, mesh, *schedule, marks=pytest.mark.slow)
-            for kinds, mesh in (
-                ('gqa', 'pp2-tp2-cp2'), ('mla', 'pp2-fsdp2-tp2'), ('both', 'pp2-ep2-tp2'),
+            pytest.param(*row, marks=pytest.mark.slow)
+            for row in (
+                ('gqa', 'pp2-tp2-cp2', '1f1b', 1), ('mla', 'pp2-fsdp2-tp2', 'gpipe', 1),
+                ('both', 'pp2-ep2-tp2', 'interleaved', 2), ('both', 'pp2-ep2-tp2', '1f1b', 1),
+                ('mla', 'pp2-fsdp2-tp2', 'zero_bubble', 1),
+                ('gqa', 'pp2-tp2-cp2', 'interleaved', 2),
             )
-            for schedule in SCHEDULES
         ),
     ],
 )  # fmt: skip
