@@ -28,6 +28,7 @@ from families.exporting import Saved, check_zeros, write_weights
 from families.family import Family
 from families.fields import Released, read_config
 from families.importing import check_tensors, host_leaves
+from families.quantized import dequantized
 from families.rules import Leaf
 from families.table import check_name, family_for, family_of
 from machine import command, processes
@@ -81,7 +82,7 @@ def read_release(
     family = family_of(released)
     config = imported_config(family, released)
     leaves = family.model_leaves(model_config(config))
-    tensors = read_folder(folder)
+    tensors = dequantized(read_folder(folder), released)
     return config, family, leaves, tensors, check_tensors(leaves, tensors, family, released)
 
 

@@ -106,12 +106,6 @@ def dtype_of(config: Mapping[str, Any]) -> str:
 def common_fields(r: Released, eps: float = 1e-6, act: str = 'hidden_act') -> dict[str, Any]:
     """Returns the fields that all families have alike; `eps` is the family's own default."""
     r.refuse_unless(act, ['silu'], 'silu')
-    if r.get('quantization_config'):
-        kind = r.get('quantization_config').get('quant_method', 'some kind')
-        raise ConfigError(
-            f'{r.where} says that the weights are quantized ({kind}); take a release of the model '
-            f'in bfloat16'
-        )
     return {
         'vocab_size': r.need('vocab_size'),
         'd_model': r.need('hidden_size'),

@@ -77,6 +77,8 @@ def exported_config(
             config = source
     if 'num_nextn_predict_layers' in config:
         config['num_nextn_predict_layers'] = 0  # their weights are left out
+    # Weights that were quantized go out as what they stand for.
+    config = {name: x for name, x in config.items() if name != 'quantization_config'}
     tokens = ('bos_token_id', 'eos_token_id', 'pad_token_id')
     ids = {name: source[name] for name in tokens if source.get(name) is not None}
     if not source and end >= 0:

@@ -19,10 +19,21 @@ from decoding import (
     generate,
     next_starts,
     prefill_logits,
+    weight_types,
 )
 from layers import mask
 from model import logits, model_for, model_params
-from parallel import AXES, TP, P, free_axes, make_mesh, map_params, specs, varying
+from parallel import (
+    AXES,
+    TP,
+    P,
+    free_axes,
+    is_param,
+    make_mesh,
+    map_params,
+    specs,
+    varying,
+)
 
 CONTEXT = 32
 PROMPTS = [[1, 2, 3], list(range(20, 42)), [7], [9, 9, 7, 9] * 4, [5, 4, 3, 7]]
@@ -352,3 +363,23 @@ def test_filters_keep_the_likeliest():
     assert drawn(temperature=0.0)[1] == 1
     sharp = probs**2 / np.sum(probs**2)
     np.testing.assert_allclose(drawn(temperature=0.5), sharp, atol=0.04)
+
+
+def test_what_decides_is_computed_in_float32():
+    """Routers and the shared experts' gate; of the matrices no other."""
+    config = small_config(moe=True)
+    config.compute_dtype = 'bfloat16'
+    config.model.update(shared_gate=True, router_bias=True)
+    cfg = cpu_model(config)
+    declared = model_params(cfg)
+    types = weight_types(declared, cfg)
+    wide = {
+        path[-1].key
+        for (path, p), dtype in zip(
+            jax.tree_util.tree_leaves_with_path(declared, is_leaf=is_param),
+            jax.tree.leaves(types),
+            strict=True,
+        )
+        if p.matrix and dtype == np.float32
+    }
+    assert wide == {'router', 'shared_gate'}
