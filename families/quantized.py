@@ -83,9 +83,9 @@ def _read_mxfp4(tensor: Dequantized, first: int, stop: int) -> np.ndarray:
     e, n_out, groups = scales.shape
     out = np.empty((e, n_out, groups * MXFP4_GROUP), BFLOAT16)
     for i, blocks in enumerate(tensor.weight.read(slice(first, stop))):  # few numbers in float32
-        values = PAIR_VALUES[blocks].reshape(n_out, groups, MXFP4_GROUP)
-        exponents = scales[i, ..., None].astype(np.int32) - MXFP4_BIAS
-        out[i] = np.ldexp(values, exponents).reshape(n_out, -1)
+        values = PAIR_VALUES.take(blocks, 0).reshape(n_out, groups, MXFP4_GROUP)
+        values *= np.ldexp(np.float32(1), scales[i, ..., None].astype(np.int32) - MXFP4_BIAS)
+        out[i] = values.reshape(n_out, -1)
     return out.transpose(0, 2, 1)
 
 
