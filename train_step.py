@@ -294,7 +294,7 @@ def pipeline_costs(remat: str) -> tuple[float, float, float]:
 def train_schedule(config: ConfigDict) -> Schedule:
     """Returns the pipeline schedule of a config."""
     p, costs = config.pipeline, pipeline_costs(config.model.remat)
-    return make_schedule(p.schedule, config.mesh.pp, config.microbatches, p.chunks, costs)
+    return make_schedule(p.schedule, config.mesh.pp, config.microbatches, p.chunks, costs, p.clock)
 
 
 # ---------------------------------------------------------------------------------------------

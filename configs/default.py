@@ -105,6 +105,7 @@ def get_config() -> ConfigDict:
     c.pipeline = ConfigDict()
     c.pipeline.schedule = '1f1b'  # 'gpipe' | '1f1b' | 'interleaved' | 'zero_bubble'; for pp > 1
     c.pipeline.chunks = 1  # interleaved: virtual stages per stage
+    c.pipeline.clock = 'lock_step'  # zero_bubble is laid out for it; or 'free_running'
 
     c.data = d = ConfigDict()
     d.path = ''  # folder that data.py wrote; 'stdlib' prepares the Python standard library

@@ -29,9 +29,11 @@ from absl import flags
 from config import ConfigError
 from machine import command
 from pipeline.tables import Schedule, complete
+from pipeline.zero_bubble import greedy, in_order, in_ticks, searched
 
 NAMES = ('gpipe', '1f1b', 'interleaved', 'zero_bubble')
 EQUAL_COSTS = (1.0, 1.0, 1.0)  # of F, B and W
+CLOCKS = ('lock_step', 'free_running')
 
 # ---------------------------------------------------------------------------------------------
 # The schedules
@@ -61,45 +63,16 @@ def _waves(
 
 
 def _zero_bubble(
-    stages: int, microbatches: int, costs: tuple[float, float, float], stash: int
-) -> np.ndarray:
-    """Returns tables f, b and w of a greedy list schedule, B before F before W.
-
-    Shape [3, ticks, stages]. The most expensive kind of work limits what a tick holds: with equal
-    costs, single units; if B costs as much as F and W, a B alone or an F with a W. On stage s at
-    most stages - s inputs wait for their B, as in 1F1B without ticks, and at most `stash` units
-    for their W.
-    """
-    cost = dict(zip('fbw', costs, strict=True))
-    room = max(costs) * (1 + 1e-9)
-    when = {work: [[-1] * microbatches for _ in range(stages)] for work in 'fbw'}  # ticks
-    n = {work: [0] * stages for work in 'fbw'}  # units done so far, and so the next microbatch
-    rows = []
-
-    def ready(work: str, s: int, tick: int) -> bool:
-        m = n[work][s]
-        if m == microbatches:
-            return False
-        if work == 'f':
-            arrived = s == 0 or 0 <= when['f'][s - 1][m] < tick
-            return arrived and m - n['b'][s] < stages - s
-        if work == 'b':
-            source = when['f'][s][m] if s == stages - 1 else when['b'][s + 1][m]
-            return 0 <= source < tick and m - n['w'][s] < stash
-        return m < n['b'][s]
-
-    while min(n['w']) < microbatches:
-        row = np.full((3, stages), -1, np.int32)
-        for s in range(stages):
-            left = room
-            for work in 'bfw':
-                if cost[work] <= left and ready(work, s, len(rows)):
-                    left -= cost[work]
-                    row['fbw'.index(work), s] = n[work][s]
-                    when[work][s][n[work][s]] = len(rows)
-                    n[work][s] += 1
-        rows.append(row)
-    return np.stack(rows, axis=1)
+    stages: int, microbatches: int, costs: tuple[float, float, float], clock: str
+) -> Schedule:
+    """Returns the layout with the least time by the clock, of those the one that keeps least."""
+    if clock == 'free_running':
+        tables = [in_ticks(in_order(stages, microbatches, costs), costs)]
+    else:
+        tables = [greedy(stages, microbatches, costs, n) for n in range(1, stages + 1)]
+        tables += searched(stages, microbatches, costs)
+    candidates = [complete('zero_bubble', microbatches, 1, *table) for table in tables]
+    return min(candidates, key=lambda s: (lock_step(s, costs), s.s_depth, free_running(s, costs)))
 
 
 @functools.cache
@@ -109,6 +82,7 @@ def make_schedule(
     microbatches: int,
     chunks: int = 1,
     costs: tuple[float, float, float] = EQUAL_COSTS,
+    clock: str = 'lock_step',
 ) -> Schedule:
     """Makes and checks the schedule of that name. With M microbatches, it takes and keeps:
 
@@ -116,7 +90,8 @@ def make_schedule(
     1f1b         each B as soon as possible: M + 2·(stages - 1) ticks, min(M, 2·stages - 1) inputs
     interleaved  1f1b on `chunks` virtual stages per stage: 1/chunks of its bubble, more inputs
     zero_bubble  W fills what 1f1b leaves idle: at most `stages` inputs, and at most `stages` units
-                 between B and W; laid out for `costs`, the relative costs of F, B and W
+                 between B and W; laid out for `costs`, the relative costs of F, B and W, and for
+                 a `clock` of CLOCKS (pipeline/zero_bubble.py)
     forward      F alone, for evaluation; takes chunks as well
 
     Raises ConfigError for an unknown name or settings that do not fit it.
@@ -140,10 +115,10 @@ def make_schedule(
             f'microbatches={microbatches} is not a multiple of stages={stages}; '
             f'use {-(-microbatches // stages) * stages}'
         )
-    if name == 'zero_bubble':  # the smallest stash among the fastest
-        tables = [_zero_bubble(stages, microbatches, costs, n) for n in range(1, stages + 1)]
-        candidates = [complete(name, microbatches, 1, *table) for table in tables]
-        schedule = min(candidates, key=lambda s: (lock_step(s, costs), s.s_depth))
+    if clock not in CLOCKS:
+        raise ConfigError(f'the clock {clock!r} is unknown; use one of {", ".join(CLOCKS)}')
+    if name == 'zero_bubble':
+        schedule = _zero_bubble(stages, microbatches, costs, clock)
     else:
         starts = {'gpipe': microbatches + stages - 2, 'forward': 0}
         start_b = starts.get(name, chunks * stages - 1)
@@ -258,7 +233,9 @@ def main(_: list[str]) -> None:
     costs = (args.cost_f, args.cost_b, args.cost_w)
     if not all(0 < cost <= 1e6 for cost in costs):
         raise ConfigError(f'the costs of F, B and W are {costs}; use numbers above 0, up to 1e6')
-    schedule = make_schedule(args.schedule, args.stages, args.microbatches, args.chunks, costs)
+    schedule = make_schedule(
+        args.schedule, args.stages, args.microbatches, args.chunks, costs, args.clock
+    )
     print(describe(schedule, costs))
 
 
@@ -268,6 +245,12 @@ def define_flags() -> None:
     flags.DEFINE_integer('stages', 4, 'Pipeline stages.', **most)
     flags.DEFINE_integer('microbatches', 8, 'Microbatches per step.', **most)
     flags.DEFINE_integer('chunks', 1, 'Virtual stages per stage; only for interleaved.', **most)
+    flags.DEFINE_enum(
+        'clock',
+        CLOCKS[0],
+        CLOCKS,
+        'What zero_bubble is laid out for: ticks that all stages share, or not.',
+    )
     flags.DEFINE_float('cost_f', 1.0, 'Time of the forward pass of a microbatch on a stage.')
     flags.DEFINE_float('cost_b', 1.0, "Time of the stage's input gradients; 2 with recomputation.")
     flags.DEFINE_float('cost_w', 1.0, "Time of the stage's weight gradients.")

@@ -38,7 +38,7 @@ from machine.config_flag import RECORDS
 from model import FEED_FORWARD, REMAT, kernel_layers
 from optimizer import COEFFICIENTS, OPTIMIZERS, SCALES
 from parallel import AXES, CP, DP, EP, FSDP, PP, TP
-from pipeline.schedules import NAMES
+from pipeline.schedules import CLOCKS, NAMES
 from runtime.writers import WRITERS
 from train_step import compiler_options, train_schedule
 
@@ -191,6 +191,7 @@ def choice_errors(fields: dict[str, Any]) -> Iterator[str]:
         'fsdp_gather': ('layer', 'step'),
         'cp_style': STYLES,
         'pipeline.schedule': NAMES,
+        'pipeline.clock': CLOCKS,
         'model.rope_scaling': SCALINGS,
         'model.group_score': GROUP_SCORES,
         'optimizer.name': OPTIMIZERS,
