@@ -18,8 +18,10 @@ from corpus.files import INSTALL
 # The project's modules that a task's code comes from, for machines that do not have them.
 SHIPPED = (
     'config', 'configs.default', 'corpus.documents', 'corpus.files', 'corpus.hub_tokenizer',
-    'corpus.prepare', 'corpus.shards', 'corpus.tally', 'corpus.workers', 'machine.command',
-    'corpus.vocabulary_files', 'machine.config_flag', 'storage.stores', 'tokenizer',
+    'corpus.prepare', 'corpus.shards', 'corpus.tally', 'corpus.token_documents',
+    'corpus.token_files', 'corpus.token_flat', 'corpus.token_import', 'corpus.token_rows',
+    'corpus.vocabulary_files', 'corpus.workers', 'machine.command', 'machine.config_flag',
+    'storage.stores', 'tokenizer',
 )  # fmt: skip
 
 # The path of a socket has at most 107 bytes, of which the names of a session take this away:
