@@ -121,6 +121,7 @@ def split_bad(
     found = []
     for i, at in zip(bad, wrong[first], strict=True):
         error = f'id {block.tokens[at]} is beyond the {n_vocab:,} of the vocabulary {vocabulary}'
+        error += ', if that is the one that made the file'
         found.append(Bad(file, place(block, documents.numbers[i], at), error))
     good = np.ones(len(documents.starts), bool)
     good[bad] = False
