@@ -50,7 +50,6 @@ from corpus.workers import WorkerError
 from machine import command
 from storage.stores import open_store
 
-TOKEN_FLAGS = ('token_field', 'token_dtype', 'end_of_text', 'borders')  # as in TokenOptions
 MAX_PERIOD = 10_000  # at most so many samples, then the order of a mixture's sources repeats
 
 T = TypeVar('T')
@@ -512,17 +511,21 @@ def main(words: list[str]) -> None:
         print('  ' + Bad(**report).message(report['file']))
 
 
-def _token_options(args: flags.FlagValues) -> TokenOptions | None:
+def _token_options(args: Any) -> TokenOptions | None:
     """Returns how the input's token ids are read, None for text. Raises ConfigError for flags that
     do not go together."""
-    values = {name: args[name].value for name in TOKEN_FLAGS}
+    options = TokenOptions(
+        args.format or '', args.token_field, args.token_dtype, args.end_of_text, args.borders
+    )
     if args.format:
-        if args['text_field'].present or args.extensions:
+        if args.text_field != 'text' or args.extensions:
             raise ConfigError('--text_field and --extensions are of text: leave them, or --format')
-        return checked_options(TokenOptions(args.format, *values.values()))
-    given = [f'--{name}' for name in TOKEN_FLAGS if args[name].present]
-    if given:
-        raise ConfigError(f'{" and ".join(given)} goes with --format; leave it out')
+        return checked_options(options)
+    if options != TokenOptions(''):
+        raise ConfigError(
+            '--token_field, --token_dtype, --end_of_text and --borders go with --format=...: add it '
+            'or leave them out'
+        )
     return None
 
 

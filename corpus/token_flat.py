@@ -17,7 +17,7 @@ from config import ConfigError
 from corpus.documents import Piece
 from corpus.files import File, open_file, with_size
 from corpus.token_documents import Block, ends_in
-from corpus.token_rows import parsed_json
+from corpus.token_rows import exists, parsed_json
 from storage.stores import open_store
 
 if TYPE_CHECKING:
@@ -223,7 +223,7 @@ class MegatronIndex:
             file, name=f'{file.name[:-4]}.idx', path=f'{file.path[:-4]}.idx', size=None, version=''
         )
         self.path = where.path
-        if '://' not in self.path and not os.path.exists(self.path):
+        if not exists(where):
             raise ConfigError(
                 f'{file.path} has no {os.path.basename(self.path)} beside it, which says where its '
                 'documents are: copy it there; nanoGPT files (--format=nanogpt) have none'

@@ -69,13 +69,13 @@ def dataset_files(found: list[File], options: 'TokenOptions') -> list[File]:
     files = []
     for folder, inside in folders.items():
         above = beside(dataclasses.replace(inside[0], name='', path=folder), 'dataset_dict.json')
-        if len(folders) > 1 and _exists(above):
+        if len(folders) > 1 and exists(above):
             raise ConfigError(
                 f'{os.path.dirname(folder)} holds several splits '
                 f'({", ".join(sorted(map(os.path.basename, folders)))}): name one of their folders'
             )
         state_file = beside(inside[0], 'state.json')
-        if not _exists(state_file):
+        if not exists(state_file):
             files += inside
             continue
         with open_file(state_file) as f:
@@ -92,7 +92,7 @@ def dataset_files(found: list[File], options: 'TokenOptions') -> list[File]:
     return sized(files, options)
 
 
-def _exists(file: File) -> bool:
+def exists(file: File) -> bool:
     """Returns whether a local or remote file exists."""
     if '://' not in file.path:
         return os.path.isfile(file.path)
@@ -236,7 +236,7 @@ def _shard_file(index_file: File, shard: dict[str, Any]) -> File:
     """
     for which in ('zip_data', 'raw_data'):
         info = shard.get(which)
-        if info and _exists(file := beside(index_file, info['basename'])):
+        if info and exists(file := beside(index_file, info['basename'])):
             file = with_size(file)
             if file.size not in (None, info['bytes']):
                 raise ConfigError(

@@ -6,19 +6,25 @@ import json
 import os
 import pathlib
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 
 import numpy as np
 import pytest
+from common_data import ROOT, contents
+from common_runs import records, share_programs
+from training_worker import small_run
 
 import corpus.token_flat
+import train
 from config import ConfigError
 from corpus.direct import direct_splits, parsed_path
 from corpus.inspection import inspect
 from corpus.prepare import Job, prepare
 from corpus.shards import Split, UnreadableError
 from corpus.token_files import TokenOptions, checked_options, find_token_files
-from tests.common_data import contents
+from runtime.config_checks import validate
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden/token_files'
 DOCUMENTS = json.loads((GOLDEN / 'documents.json').read_text())
@@ -296,6 +302,95 @@ def test_paths_of_token_files():
             parsed_path(wrong)
     with pytest.raises(ConfigError, match='not local'):
         direct_splits('megatron:gs://bucket/a', 'bytes')
+
+
+def put_together(tokens: pathlib.Path, path: pathlib.Path) -> None:
+    """Writes the two splits of a prepared folder as files of nanoGPT."""
+    for name, file in (('train', 'train.bin'), ('validation', 'val.bin')):
+        np.array(stream(tokens, name), '<u2').tofile(path / file)
+
+
+@pytest.mark.parametrize('mixed', [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_run_from_the_files_is_that_from_their_shards(
+    mixed, tokens, tmp_path, monkeypatch, capsys
+):
+    """Interrupted; and with documents apart from each other, as one of two sources."""
+    share_programs(monkeypatch)
+    put_together(tokens, tmp_path)
+    path = f'nanogpt:{tmp_path}/train.bin,validation={tmp_path}/val.bin,dtype=uint16'
+    found = []
+    for source in (str(tokens), path):
+        config = small_run(source, eval__every=5, steps=10, data__tokenizer='bytes')
+        if mixed:
+            config.data.isolate_documents, config.data.path = True, ''
+            config.data.sources = (('a', source, 0.25), ('b', str(tokens), 0.75))
+        workdir = tmp_path / source[:3].strip('/')
+        if source is path:  # the same in two turns
+            config.checkpoint.update(every=5, keep=0)
+            train.train(config, str(workdir))
+            shutil.rmtree(workdir / 'checkpoints/10')
+        train.train(config, str(workdir))
+        found.append(records(workdir))
+    assert found[0] == found[1]
+    assert len(found[0]) > 10
+    assert 'the data differs' not in capsys.readouterr().out
+    # Another token in the file is said at the next start.
+    content = bytearray((tmp_path / 'train.bin').read_bytes())
+    content[0] ^= 1
+    (tmp_path / 'train.bin').write_bytes(content)
+    config.steps = 11
+    train.train(config, str(workdir))
+    assert 'the data differs from what' in capsys.readouterr().out
+
+
+def test_the_config_is_checked():
+    config = small_run('llmc:a.bin,validation=b.bin,x=y')
+    with pytest.raises(ConfigError, match=r"data.path='llmc:a.bin.*: 'x=y' is no option"):
+        validate(config, 1)
+    config = small_run('', data__sources=(('a', 'nanogpt:a.bin', 1.0),))
+    with pytest.raises(ConfigError, match='token_dtype=uint16'):
+        validate(config, 1)
+
+
+def test_the_command(tmp_path, capsys, monkeypatch):
+    command = [sys.executable, f'{ROOT}/data.py', '--tokenizer=bytes', '--workers=1']
+    command += ['--validation_share=0', f'--output={tmp_path}/out']
+
+    def run(*more: str) -> subprocess.CompletedProcess:
+        return subprocess.run([*command, *more], capture_output=True, text=True, check=False)
+
+    done = run(f'--input={GOLDEN}/megatron/ended', '--format=megatron')
+    assert done.returncode == 0, done.stderr
+    assert f'{len(DOCUMENTS)} documents, {len(STREAM):,} tokens' in done.stdout
+    done = run(f'--input={GOLDEN}/megatron/ended.bin', '--end_of_text=3')
+    assert (done.returncode, done.stderr.count('\n')) == (1, 1)
+    assert 'go with --format' in done.stderr
+    done = run(f'--input={GOLDEN}/llmc/*.bin', '--format=megatron')
+    assert (done.returncode, 'has no gpt2.idx beside it' in done.stderr) == (1, True)
+
+
+@pytest.mark.parametrize(
+    'name', ['megatron, no end', 'llm.c', 'parquet', 'mds, uint16', 'datasets']
+)
+def test_urls_give_what_local_files_give(name, tmp_path, small_blocks):
+    fsspec = pytest.importorskip('fsspec')
+    system = fsspec.filesystem('memory')
+    path, options = FILES[name]
+    system.put(str((GOLDEN / path).parent), f'/{tmp_path.name}', recursive=True)
+    read(f'memory://{tmp_path.name}/{(GOLDEN / path).name}', options, tmp_path / 'out', 0.3, 300)
+    read(GOLDEN / path, options, tmp_path / 'local', 0.3, 300)
+    for split in ('train', 'validation'):
+        assert stream(tmp_path / 'out', split) == stream(tmp_path / 'local', split)
+    if name == 'megatron, no end':
+        system.rm(f'/{tmp_path.name}/plain.idx')
+        with pytest.raises(ConfigError, match=r'no plain\.idx beside it'):
+            read(f'memory://{tmp_path.name}/plain.bin', options, tmp_path / 'out')
+
+
+def test_a_cache_of_levanter_at_a_url(tmp_path):
+    pytest.importorskip('fsspec')
+    read(f'file://{GOLDEN}/levanter', {'format': 'levanter'}, tmp_path / 'out')
+    assert stream(tmp_path / 'out') == STREAM
 
 
 # ---------------------------------------------------------------------------------------------
