@@ -523,7 +523,7 @@ def _token_options(args: Any) -> TokenOptions | None:
         return checked_options(options)
     if options != TokenOptions(''):
         raise ConfigError(
-            '--token_field, --token_dtype, --end_of_text and --borders go with --format=...: add it '
+            '--token_field, --token_dtype, --end_of_text and --borders go with --format: add it, '
             'or leave them out'
         )
     return None

@@ -41,7 +41,7 @@ from corpus.shards import (
     write_manifest,
 )
 from corpus.tally import COUNTS, ProgressBar, Tally, add_bad, total
-from corpus.token_files import TokenOptions, cut_tokens
+from corpus.token_files import TokenOptions, cut_tokens, is_flat
 from corpus.token_import import write_tokens
 from corpus.workers import run
 from storage.stores import local_folder, open_store, store_errors
@@ -121,7 +121,8 @@ def prepare(
         tasks = [_absolute(*task) for task in tasks]
     tally = Tally(parts, job.max_bad_share)
     bar = ProgressBar(tally, done) if progress else None
-    with contextlib.closing(run(_retry_part, enc, tasks, workers, ray)) as results:
+    threads = job.tokens is not None and is_flat(job.tokens)
+    with contextlib.closing(run(_retry_part, enc, tasks, workers, ray, threads)) as results:
         for i in range(len(parts)):
             tally.add(done[i] if i in done else next(results))
             if bar:

@@ -100,6 +100,11 @@ def checked_options(options: TokenOptions) -> TokenOptions:
     )
 
 
+def is_flat(options: TokenOptions) -> bool:
+    """Returns whether ids are read as arrays, outside the interpreter, and not row by row."""
+    return FORMATS[options.format].flat is not None
+
+
 def find_token_files(patterns: Sequence[str], options: TokenOptions) -> list[File]:
     """Returns the files with tokens of paths, folders, globs and URLs, with sizes.
 
@@ -194,7 +199,6 @@ FORMATS = {
         token_flat.open_levanter,
         token_flat.check_levanter,
         field='input_ids',
-        flat=None,
     ),
     'datasets': _row_format(
         '.arrow', 'input_ids', token_rows.dataset_files, token_rows.whole, token_rows.arrow_blocks

@@ -23,7 +23,7 @@ from storage.stores import open_store
 if TYPE_CHECKING:
     from corpus.token_files import TokenOptions
 
-BLOCK_TOKENS = 1 << 22  # tokens of a block, unless one document has more
+BLOCK_TOKENS = 1 << 18  # tokens of a block, which stay in the cache, unless a document has more
 SCANNED = 1 << 16  # tokens that are searched for the next end at a time
 INDEX_ROWS = 1 << 20  # entries of an index that are checked at a time
 

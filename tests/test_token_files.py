@@ -24,7 +24,9 @@ from corpus.inspection import inspect
 from corpus.prepare import Job, prepare
 from corpus.shards import Split, UnreadableError
 from corpus.token_files import TokenOptions, checked_options, find_token_files
+from data import open_data
 from runtime.config_checks import validate
+from runtime.data_record import changed_data, data_record
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden/token_files'
 DOCUMENTS = json.loads((GOLDEN / 'documents.json').read_text())
@@ -310,20 +312,44 @@ def put_together(tokens: pathlib.Path, path: pathlib.Path) -> None:
         np.array(stream(tokens, name), '<u2').tofile(path / file)
 
 
-@pytest.mark.parametrize('mixed', [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_run_from_the_files_is_that_from_their_shards(
-    mixed, tokens, tmp_path, monkeypatch, capsys
-):
-    """Interrupted; and with documents apart from each other, as one of two sources."""
+@pytest.mark.parametrize('mixed', [False, True])
+def test_batches_from_the_files_are_those_of_their_shards(mixed, tokens, tmp_path):
+    put_together(tokens, tmp_path)
+    path = f'nanogpt:{tmp_path}/train.bin,validation={tmp_path}/val.bin,dtype=uint16'
+    found = []
+    for source in (str(tokens), path):
+        config = small_run('' if mixed else source, eval__every=5, data__tokenizer='bytes')
+        if mixed:
+            config.data.sources = (('a', source, 0.25), ('b', str(tokens), 0.75))
+        loader, sources, encoding = open_data(config)
+        batches = [loader.batch_at(step) for step in range(3)]
+        for opened in sources:
+            evaluation = opened.evaluation
+            batches += [evaluation.batch_at(i) for i in range(evaluation.n_batches)]
+        found.append((loader, sources, encoding, batches))
+    (_, sources, encoding, expected), (_, files, _, batches) = found
+    assert len(batches) > 3
+    assert all((a == b).all() for a, b in zip(batches, expected, strict=True))
+    # Another token in the file is another digest in the record of a run.
+    record = data_record(files, encoding)
+    assert changed_data(record, data_record(open_data(config)[1], encoding), 'step 5') == ''
+    content = bytearray((tmp_path / 'train.bin').read_bytes())
+    content[0] ^= 1
+    (tmp_path / 'train.bin').write_bytes(content)
+    changed = data_record(open_data(config)[1], encoding)
+    assert 'differs from what step 5 was trained on' in changed_data(record, changed, 'step 5')
+
+
+@pytest.mark.slow
+def test_a_run_from_the_files_is_that_from_their_shards(tokens, tmp_path, monkeypatch, capsys):
+    """Interrupted, with documents apart from each other."""
     share_programs(monkeypatch)
     put_together(tokens, tmp_path)
     path = f'nanogpt:{tmp_path}/train.bin,validation={tmp_path}/val.bin,dtype=uint16'
     found = []
     for source in (str(tokens), path):
         config = small_run(source, eval__every=5, steps=10, data__tokenizer='bytes')
-        if mixed:
-            config.data.isolate_documents, config.data.path = True, ''
-            config.data.sources = (('a', source, 0.25), ('b', str(tokens), 0.75))
+        config.data.isolate_documents = True
         workdir = tmp_path / source[:3].strip('/')
         if source is path:  # the same in two turns
             config.checkpoint.update(every=5, keep=0)
@@ -334,13 +360,6 @@ def test_a_run_from_the_files_is_that_from_their_shards(
     assert found[0] == found[1]
     assert len(found[0]) > 10
     assert 'the data differs' not in capsys.readouterr().out
-    # Another token in the file is said at the next start.
-    content = bytearray((tmp_path / 'train.bin').read_bytes())
-    content[0] ^= 1
-    (tmp_path / 'train.bin').write_bytes(content)
-    config.steps = 11
-    train.train(config, str(workdir))
-    assert 'the data differs from what' in capsys.readouterr().out
 
 
 def test_the_config_is_checked():
