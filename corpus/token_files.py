@@ -17,10 +17,30 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from config import ConfigError
-from corpus import token_flat, token_rows
 from corpus.documents import Piece, grouped
 from corpus.files import File, find_files, retry, with_size
 from corpus.token_documents import Block, as_stream
+from corpus.token_flat import (
+    Flat,
+    check_levanter,
+    check_megatron,
+    flat_blocks,
+    flat_pieces,
+    open_levanter,
+    open_llmc,
+    open_megatron,
+    open_nanogpt,
+)
+from corpus.token_rows import (
+    arrow_blocks,
+    dataset_files,
+    mds_blocks,
+    mds_files,
+    parquet_blocks,
+    row_groups,
+    sized,
+    whole,
+)
 
 BORDERS = ('records', 'end_of_text')
 
@@ -50,9 +70,7 @@ class Format(NamedTuple):
     files: Callable[[list[File], TokenOptions], list[File]]  # those with tokens, of those found
     pieces: Callable[[File, TokenOptions, int], list[Piece]]  # (file, options, bytes of a part)
     blocks: Callable[[Piece, TokenOptions, Sequence[int]], Iterator[Block]]  # (..., end tokens)
-    flat: Callable[[File, TokenOptions], token_flat.Flat] | None = (
-        None  # of one that can be read anywhere
-    )
+    flat: Callable[[File, TokenOptions], Flat] | None = None  # of one that can be read anywhere
 
 
 def checked_options(options: TokenOptions) -> TokenOptions:
@@ -146,7 +164,7 @@ def blocks(piece: Piece, options: TokenOptions, ends: Sequence[int]) -> Iterator
 def _flat_format(
     endings: tuple[str, ...],
     records: bool,
-    opened: Callable[[File, TokenOptions], token_flat.Flat],
+    opened: Callable[[File, TokenOptions], Flat],
     check: Callable[[File, TokenOptions], File] = lambda file, options: with_size(file),
     **more: Any,
 ) -> Format:
@@ -157,11 +175,11 @@ def _flat_format(
         return [retry(check, file, options) for file in found]
 
     def pieces(file: File, options: TokenOptions, part_bytes: int) -> list[Piece]:
-        return token_flat.flat_pieces(opened(file, options), options, part_bytes)
+        return flat_pieces(opened(file, options), options, part_bytes)
 
     def blocks(piece: Piece, options: TokenOptions, ends: Sequence[int]) -> Iterator[Block]:
         flat = opened(piece.file, options)
-        yield from token_flat.flat_blocks(flat, piece.start, piece.stop, options, ends)
+        yield from flat_blocks(flat, piece.start, piece.stop, options, ends)
 
     values = {'field': '', 'needs_dtype': False, 'flat': opened} | more
     return Format(endings, records=records, files=files, pieces=pieces, blocks=blocks, **values)
@@ -190,23 +208,17 @@ def _row_format(
 
 
 FORMATS = {
-    'megatron': _flat_format(('.bin',), True, token_flat.open_megatron, token_flat.check_megatron),
-    'llmc': _flat_format(('.bin',), False, token_flat.open_llmc),
-    'nanogpt': _flat_format(('.bin',), False, token_flat.open_nanogpt, needs_dtype=True),
+    'megatron': _flat_format(('.bin',), True, open_megatron, check_megatron),
+    'llmc': _flat_format(('.bin',), False, open_llmc),
+    'nanogpt': _flat_format(('.bin',), False, open_nanogpt, needs_dtype=True),
     'levanter': _flat_format(
         ('shard_ledger.json',),
         True,
-        token_flat.open_levanter,
-        token_flat.check_levanter,
+        open_levanter,
+        check_levanter,
         field='input_ids',
     ),
-    'datasets': _row_format(
-        '.arrow', 'input_ids', token_rows.dataset_files, token_rows.whole, token_rows.arrow_blocks
-    ),
-    'parquet': _row_format(
-        '.parquet', 'input_ids', token_rows.sized, token_rows.row_groups, token_rows.parquet_blocks
-    ),
-    'mds': _row_format(
-        'index.json', 'tokens', token_rows.mds_files, token_rows.whole, token_rows.mds_blocks
-    ),
+    'datasets': _row_format('.arrow', 'input_ids', dataset_files, whole, arrow_blocks),
+    'parquet': _row_format('.parquet', 'input_ids', sized, row_groups, parquet_blocks),
+    'mds': _row_format('index.json', 'tokens', mds_files, whole, mds_blocks),
 }

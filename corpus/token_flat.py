@@ -5,7 +5,6 @@ the projects' own code, which is named where it is read.
 """
 
 import dataclasses
-import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -258,6 +257,7 @@ class MegatronIndex:
                 f'and {borders:,} document borders of its header take {self._modes:,}: write or '
                 'fetch it again'
             )
+        self.n_tokens = self._n_tokens()
 
     def starts(self, start: int, stop: int) -> np.ndarray:
         """Returns the first tokens of documents start..stop-1; n_documents has the end's."""
@@ -272,12 +272,11 @@ class MegatronIndex:
         out[~inside] = self.n_tokens
         return out
 
-    @functools.cached_property
-    def n_tokens(self) -> int:
-        """Number of tokens of all sequences."""
-        if not self.n_sequences:
-            return 0
+    def _n_tokens(self) -> int:
+        """Returns the number of tokens of all sequences."""
         last = self.n_sequences - 1
+        if last < 0:
+            return 0
         at = int(self._content.array(self._bytes + 8 * last, 1, '<i8')[0])
         length = int(self._content.array(MEGATRON_HEADER + 4 * last, 1, '<i4')[0])
         return at // self.dtype.itemsize + length
