@@ -1,6 +1,7 @@
 """Files of token ids by other projects' own writers (tests/golden/make_token_files.py), and damaged
 ones: read into shards, and straight from the file."""
 
+import hashlib
 import itertools
 import json
 import os
@@ -17,6 +18,7 @@ from common_runs import records, share_programs
 from training_worker import small_run
 
 import corpus.token_flat
+import corpus.token_rows
 import train
 from config import ConfigError
 from corpus.direct import direct_splits, parsed_path
@@ -99,6 +101,8 @@ def own_cache(tmp_path, monkeypatch):
 def small_blocks(monkeypatch):
     monkeypatch.setattr(corpus.token_flat, 'BLOCK_TOKENS', 100)
     monkeypatch.setattr(corpus.token_flat, 'SCANNED', 7)
+    monkeypatch.setattr(corpus.token_rows, 'ROWS', 4)
+    monkeypatch.setattr(corpus.token_rows, 'MDS_ROWS', 4)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -139,12 +143,12 @@ def splitmix(x: int) -> int:
     return x ^ x >> 31
 
 
-def test_the_split_follows_from_file_and_number(tmp_path):
-    import hashlib
-
-    path, options = FILES['megatron']
+@pytest.mark.parametrize('name', ['megatron', 'parquet', 'levanter, index'])
+def test_the_split_follows_from_file_and_number(name, tmp_path, small_blocks):
+    path, options = FILES[name]
     read(GOLDEN / path, options, tmp_path / 'out', 0.3, part_bytes=300)
-    seed = splitmix(int.from_bytes(hashlib.blake2b(b'ended.bin', digest_size=8).digest(), 'little'))
+    file = path.rpartition('/')[2].encode()
+    seed = splitmix(int.from_bytes(hashlib.blake2b(file, digest_size=8).digest(), 'little'))
     out = [splitmix(splitmix(i) ^ seed) < 0.3 * 2**64 for i in range(1, len(DOCUMENTS) + 1)]
     assert 2 < sum(out) < 10
     for split, wanted in (('train', False), ('validation', True)):
@@ -185,6 +189,10 @@ def test_another_end_is_replaced_and_the_own_one_cuts(tmp_path):
     manifest = read(tmp_path / 'a.bin', options, tmp_path / 'out')
     assert documents_of(stream(tmp_path / 'out')) == [[1, 2], [3], [4], [5]]
     assert manifest['splits']['train']['bytes'] == 5
+    path = f'nanogpt:{tmp_path}/a.bin,dtype=uint16,end_of_text=10,validation_share=0'
+    train, _ = direct_splits(path, 'bytes')
+    assert train.read(0, train.n_tokens).tolist() == stream(tmp_path / 'out')
+    assert train.n_bytes == 5
     # An end beyond the vocabulary is none of its ids, and no bad one.
     np.where(ids == 10, 40_000, ids).astype('<u2').tofile(tmp_path / 'b.bin')
     read(tmp_path / 'b.bin', options | {'end_of_text': 40_000}, tmp_path / 'out_b')
