@@ -272,6 +272,23 @@ def test_validation_files_of_their_own(tmp_path):
     assert none is None
 
 
+def test_a_folder_of_files_is_one_stream(tmp_path, small_blocks):
+    for name, ids in {'b': [END, 1, 2, END, 3], 'a': [4, 5, END], 'c': [], 'd': [END]}.items():
+        np.array(ids, '<u2').tofile(tmp_path / f'{name}.bin')
+    options = {'format': 'nanogpt', 'dtype': 'uint16'}
+    read(tmp_path, options, tmp_path / 'out')
+    expected = [4, 5, END, 1, 2, END, 3, END]
+    assert stream(tmp_path / 'out') == expected
+    train, _ = direct_splits(f'nanogpt:{tmp_path}/*.bin,dtype=uint16,validation_share=0', 'bytes')
+    assert train.read(0, 8).tolist() == expected
+    assert train.document_lengths().tolist() == [3, 3, 2]
+    for empty in ('c', 'd'):
+        with pytest.raises(ConfigError, match='no tokens in 1 input files'):
+            read(tmp_path / f'{empty}.bin', options, tmp_path / 'none')
+        with pytest.raises(ConfigError, match='no document for training: it has 0 in all'):
+            direct_splits(f'nanogpt:{tmp_path}/{empty}.bin,dtype=uint16', 'bytes')
+
+
 def test_a_changed_file_is_noticed(tmp_path):
     for name in ('a.bin', 'a.idx'):
         shutil.copy(GOLDEN / f'megatron/ended.{name[2:]}', tmp_path / name)
