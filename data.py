@@ -3,10 +3,12 @@
     python data.py --input=input.txt --tokenizer=vocab/stdlib-4096.tiktoken --output=DIR
     python data.py --input='hf://datasets/HuggingFaceFW/fineweb-edu/sample/10BT/*.parquet' \\
         --tokenizer=cl100k_base --output=gs://bucket/fineweb-edu --workers=64
+    python data.py --input=FILE.bin --format=megatron --tokenizer=gpt2 --output=DIR
     python data.py --inspect=DIR
 
 The command reads documents (corpus/documents.py), tokenizes them in parts (corpus/prepare.py) and
-writes token shards (corpus/shards.py). An end-of-text token follows each document. A document's
+writes token shards (corpus/shards.py). It also takes the token ids that other codebases have
+written (corpus/token_files.py). An end-of-text token follows each document. A document's
 split depends on its id alone, unless that leaves a split empty, and the bytes of the output on the
 input alone. The same command resumes a job that was killed.
 
@@ -30,12 +32,20 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from config import ConfigError
+from corpus.direct import DirectSplit, direct_splits, is_direct, parsed_path
 from corpus.documents import Bad
 from corpus.files import KINDS, find_files, split_inputs
 from corpus.inspection import inspect
 from corpus.prepare import Job, prepare
-from corpus.shards import CACHE_BYTES, Split, read_manifest
+from corpus.shards import CACHE_BYTES, Split, mix, read_manifest
 from corpus.stdlib import stdlib_corpus
+from corpus.token_files import (
+    BORDERS,
+    FORMATS,
+    TokenOptions,
+    checked_options,
+    find_token_files,
+)
 from corpus.workers import WorkerError
 from machine import command
 from storage.stores import open_store
@@ -216,17 +226,10 @@ def permute(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
     while beyond.any():
         left, right = x[beyond] >> np.uint64(half), x[beyond] & mask
         for key in keys:
-            left, right = right, left ^ (_mix(right ^ key) & mask)
+            left, right = right, left ^ (mix(right ^ key) & mask)
         x[beyond] = left << np.uint64(half) | right
         beyond = x >= n
     return x.astype(np.int64)
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """Mixes the bits of each number, uint64 -> uint64: the finalizer of splitmix64."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 def prefetch(fn: Callable[[int], T], start: int, stop: int, depth: int = 2) -> Iterator[T]:
@@ -301,6 +304,7 @@ def source_errors(config: ConfigDict) -> Iterator[str]:
         yield "data.path is empty; use a folder that data.py wrote, or 'stdlib'"
     if d.path and d.sources:
         yield f'data.path={d.path!r} and data.sources are both set; leave one of them empty'
+    yield from _path_errors(d.path)
     form = "use ((name, path, weight), ...), as in (('web', 'tokens/web', 0.7), ...)"
     for source in d.sources:
         if not isinstance(source, tuple) or len(source) != 3:
@@ -309,6 +313,7 @@ def source_errors(config: ConfigDict) -> Iterator[str]:
         name, path, weight = source
         if not all(isinstance(text, str) and text for text in (name, path)):
             yield f'data.sources holds {source!r}, whose name or path is no text; {form}'
+        yield from _path_errors(path)
         if not isinstance(weight, int | float) or not 0 < weight < float('inf'):
             yield f'data.sources holds {source!r}, whose weight is not above 0; {form}'
     names = [source[0] for source in d.sources]
@@ -316,12 +321,21 @@ def source_errors(config: ConfigDict) -> Iterator[str]:
         yield f'data.sources names {names} twice; use a name of its own for each source'
 
 
+def _path_errors(path: Any) -> Iterator[str]:
+    """Yields what is wrong with a path of token files as they lie, 'megatron:PREFIX,...'."""
+    if isinstance(path, str) and is_direct(path):
+        try:
+            parsed_path(path)
+        except ConfigError as error:
+            yield f'data.path={path!r}: {error}'
+
+
 class Source(NamedTuple):
     """One source of the training data, with its own evaluation set."""
 
     name: str
     share: float  # of the training rows
-    train: Split
+    train: Split | DirectSplit
     evaluation: EvaluationSet | None  # None: no document was held out
 
 
@@ -337,24 +351,36 @@ def open_sources(
 
     An evaluation set takes at most `eval_batches` batches; 0 takes its whole validation split. A
     source without validation documents has none. The path 'stdlib' stands for Python's standard
-    library, prepared with `tokenizer`.
+    library, prepared with `tokenizer`, and one as 'megatron:PREFIX' for token files as they lie.
     """
     names, paths, weights = zip(*sources, strict=True)
     paths = [stdlib_corpus(tokenizer) if path == 'stdlib' else path for path in paths]
-    train = [Split(path, 'train', CACHE_BYTES // len(paths)) for path in paths]
+    splits = [_open_splits(path, tokenizer, CACHE_BYTES // len(paths)) for path in paths]
+    train = [split for split, _ in splits]
     if len(sources) == 1:
         loader = Loader(train[0], batch_size, seq_len, seed)
     else:
         loader = Mixture(train, weights, batch_size, seq_len, seed)
     counts = whole_shares(weights)
     opened = []
-    for name, path, count, split in zip(names, paths, counts, train, strict=True):
+    for name, count, (split, validation) in zip(names, counts, splits, strict=True):
         evaluation = None
-        if read_manifest(open_store(path), path)['splits']['validation']['tokens']:
-            validation = Split(path, 'validation')
+        if validation:
             evaluation = EvaluationSet(validation, batch_size, seq_len, eval_batches)
         opened.append(Source(name, count / sum(counts), split, evaluation))
     return loader, opened
+
+
+def _open_splits(
+    path: str, tokenizer: str, cache_bytes: int
+) -> tuple[Split | DirectSplit, Split | DirectSplit | None]:
+    """Opens the training and the validation split of a path; None if nothing is held out."""
+    if is_direct(path):
+        return direct_splits(path, tokenizer)
+    train = Split(path, 'train', cache_bytes)
+    if not read_manifest(open_store(path), path)['splits']['validation']['tokens']:
+        return train, None
+    return train, Split(path, 'validation')
 
 
 def open_data(config: ConfigDict) -> tuple[Loader | Mixture, list[Source], tiktoken.Encoding]:
@@ -426,6 +452,22 @@ def _define_flags() -> None:
     flags.DEFINE_string(
         'text_field', 'text', 'Field of a record that holds the text; doc.text: a field inside.'
     )
+    flags.DEFINE_enum(
+        'format', None, list(FORMATS), 'Files of token ids instead of text, written by others.'
+    )
+    flags.DEFINE_string(
+        'token_field', '', 'Column of token ids; by default tokens for mds, else input_ids.'
+    )
+    flags.DEFINE_string('token_dtype', '', 'Type of ids, for nanogpt and for bytes in mds: uint16.')
+    flags.DEFINE_integer(
+        'end_of_text', -1, "Id that separates documents in the files, if not the vocabulary's own."
+    )
+    flags.DEFINE_enum(
+        'borders',
+        '',
+        ['', *BORDERS],
+        'A document is a record, or what lies between end-of-text tokens across records.',
+    )
     flags.DEFINE_float('max_bad_share', 0.001, 'Share of bad records above which the job stops.')
     command.DEFINE_path('inspect', None, 'Prepared folder or URL to describe and verify instead.')
     flags.DEFINE_integer('samples', 3, 'Documents of a split that --inspect shows.', lower_bound=0)
@@ -442,10 +484,19 @@ def main(words: list[str]) -> None:
         inputs = [*split_inputs(args.input or []), *words]
         if not (inputs and args.tokenizer and args.output):
             raise ConfigError('give --input, --tokenizer and --output to prepare, or --inspect')
+        tokens = _token_options(args)
         job = Job(
-            args.output, args.tokenizer, args.validation_share, args.text_field, args.max_bad_share
+            args.output,
+            args.tokenizer,
+            args.validation_share,
+            args.text_field,
+            args.max_bad_share,
+            tokens,
         )
-        files = find_files(inputs, args.extensions)
+        if tokens:
+            files = find_token_files(inputs, tokens)
+        else:
+            files = find_files(inputs, args.extensions)
         manifest = prepare(files, job, args.workers, progress=True, ray=args.ray)
     for name, split in manifest['splits'].items():
         print(
@@ -458,6 +509,24 @@ def main(words: list[str]) -> None:
     print(f'{read["empty"]:,} empty documents left out, {read["bad"]:,} bad records')
     for report in read['reports'][:10]:
         print('  ' + Bad(**report).message(report['file']))
+
+
+def _token_options(args: Any) -> TokenOptions | None:
+    """Returns how the input's token ids are read, None for text. Raises ConfigError for flags that
+    do not go together."""
+    options = TokenOptions(
+        args.format or '', args.token_field, args.token_dtype, args.end_of_text, args.borders
+    )
+    if args.format:
+        if args.text_field != 'text' or args.extensions:
+            raise ConfigError('--text_field and --extensions are of text: leave them, or --format')
+        return checked_options(options)
+    if options != TokenOptions(''):
+        raise ConfigError(
+            '--token_field, --token_dtype, --end_of_text and --borders go with --format: add it, '
+            'or leave them out'
+        )
+    return None
 
 
 def held_out(manifest: dict[str, Any]) -> str:

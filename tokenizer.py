@@ -127,7 +127,7 @@ def encode(enc: tiktoken.Encoding, text: str, n_bytes: int | None = None) -> np.
     if isinstance(enc, hub_tokenizer.HubEncoding):  # whose normalizer may change the text
         kept, whole = enc.kept(text, ids)
     else:
-        kept = int(_lengths(enc).take(ids).sum())
+        kept = int(cached_token_bytes(enc).take(ids).sum())
         whole = len(text.encode()) if n_bytes is None else n_bytes
     if kept != whole:  # what the pattern does not match, tiktoken leaves out
         raise ConfigError(
@@ -149,7 +149,7 @@ def _ids(enc: tiktoken.Encoding, text: str) -> np.ndarray:
 _kept_lengths: list[tuple[tiktoken.Encoding, np.ndarray]] = []  # of the encoding used last
 
 
-def _lengths(enc: tiktoken.Encoding) -> np.ndarray:
+def cached_token_bytes(enc: tiktoken.Encoding) -> np.ndarray:
     """Returns `token_bytes`, kept for the next text."""
     for kept, lengths in _kept_lengths:
         if kept is enc:

@@ -108,10 +108,12 @@ def get_config() -> ConfigDict:
     c.pipeline.clock = 'lock_step'  # zero_bubble is laid out for it; or 'free_running'
 
     c.data = d = ConfigDict()
-    d.path = ''  # folder that data.py wrote; 'stdlib' prepares the Python standard library
+    # folder that data.py wrote; 'stdlib' prepares the Python standard library; 'megatron:PREFIX',
+    # 'llmc:FILES', 'nanogpt:FILE,dtype=uint16': token files as they lie, with data.tokenizer
+    d.path = ''
     d.sources = ()  # or several: ((name, path, weight), ...); rows in the ratio of the weights
     d.isolate_documents = False  # attention stays within a document; positions restart in each
-    d.tokenizer = 'vocab/stdlib-4096.tiktoken'  # for 'stdlib'; a folder names its own
+    d.tokenizer = 'vocab/stdlib-4096.tiktoken'  # for 'stdlib', token files; a folder has its own
 
     c.optimizer = o = ConfigDict()
     o.name = 'adamw'  # 'adamw' | 'muon' (for matrices inside layers, and AdamW for the rest)

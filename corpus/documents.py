@@ -95,9 +95,14 @@ def cut_into_parts(
     pieces_of = functools.partial(_pieces, part_bytes=part_bytes, text_field=text_field)
     with ThreadPoolExecutor(16, 'cut') as threads:
         cut = list(threads.map(functools.partial(retry, pieces_of), files))
+    return grouped([piece for pieces in cut for piece in pieces], part_bytes)
+
+
+def grouped(pieces: Sequence[Piece], part_bytes: int) -> list[list[Piece]]:
+    """Returns consecutive pieces in parts of about `part_bytes`."""
     parts: list[list[Piece]] = []
     room = 0
-    for piece in (piece for pieces in cut for piece in pieces):
+    for piece in pieces:
         if not parts or piece.size > room:
             parts.append([])
             room = part_bytes
@@ -149,16 +154,22 @@ def _row_groups(file: File, text_field: str) -> list[Piece]:
     """
     with open_file(file) as f:
         try:
-            metadata = _parquet(f).metadata
-        except _arrow_errors() as error:
-            _raise_unless_content(error)
+            metadata = parquet(f).metadata
+        except arrow_errors() as error:
+            raise_unless_content(error)
             return [Piece(file, 0, None, 1, file.size or 0)]
+    return row_group_pieces(file, metadata, text_field)
+
+
+def row_group_pieces(file: File, metadata: 'pq.FileMetaData', field: str) -> list[Piece]:
+    """Returns the row groups of a Parquet file, with the sizes of one column."""
     pieces, first = [], 1
     for i in range(metadata.num_row_groups):
         group = metadata.row_group(i)
         columns = [group.column(j) for j in range(group.num_columns)]
-        sizes = [c.total_uncompressed_size for c in columns if c.path_in_schema == text_field]
-        size = sizes[0] if sizes else group.total_byte_size
+        inside = f'{field}.list.'  # the integers of a column of lists
+        named = [c for c in columns if f'{c.path_in_schema}.list.'.startswith(inside)]
+        size = named[0].total_uncompressed_size if named else group.total_byte_size
         pieces.append(Piece(file, i, i + 1, first, size))
         first += group.num_rows
     return pieces
@@ -331,9 +342,9 @@ def _rows(piece: Piece, text_field: str) -> Iterator[Document | Bad]:
     """Yields the documents of the rows of a Parquet file's row groups."""
     with open_file(piece.file) as f:
         try:
-            table = _parquet(f)
-        except _arrow_errors() as error:
-            _raise_unless_content(error)
+            table = parquet(f)
+        except arrow_errors() as error:
+            raise_unless_content(error)
             yield Bad(piece.file.name, '', str(error), 1, True, piece.file.size or 0)
             return
         stop = table.num_row_groups if piece.stop is None else piece.stop
@@ -363,8 +374,8 @@ def _row_group(
                     yield Bad(name, f'row {number}', str(error))
                 else:
                     yield Document(f'{name}:{number}', text, len(content))
-    except _arrow_errors() as error:
-        _raise_unless_content(error)
+    except arrow_errors() as error:
+        raise_unless_content(error)
         yield Bad(name, f'row {number}', str(error), first + n_rows - 1 - number, True)
 
 
@@ -416,14 +427,14 @@ def _column_problem(schema: 'pa.Schema', text_field: str) -> str | None:
     return None
 
 
-def _parquet(f: BinaryIO) -> 'pq.ParquetFile':
+def parquet(f: BinaryIO) -> 'pq.ParquetFile':
     """Opens a Parquet file, whose checksums will be verified."""
     import pyarrow.parquet as pq
 
     return pq.ParquetFile(f, pre_buffer=True, page_checksum_verification=True)
 
 
-def _arrow_errors() -> tuple[type[Exception], ...]:
+def arrow_errors() -> tuple[type[Exception], ...]:
     """Returns the exceptions of pyarrow. Raises ConfigError if it is not installed."""
     try:
         import pyarrow as pa
@@ -432,7 +443,7 @@ def _arrow_errors() -> tuple[type[Exception], ...]:
     return (pa.ArrowException, OSError)
 
 
-def _raise_unless_content(error: Exception) -> None:
+def raise_unless_content(error: Exception) -> None:
     """Raises the error again if the file system caused it, and not the file's content.
 
     For broken content pyarrow raises a plain OSError without an error number.

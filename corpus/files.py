@@ -84,15 +84,21 @@ def split_inputs(values: Iterable[str]) -> list[str]:
     return [value for value in inputs if value]
 
 
-def find_files(patterns: Sequence[str], extensions: Sequence[str] = ()) -> list[File]:
+def find_files(
+    patterns: Sequence[str], extensions: Sequence[str] = (), kinds: Sequence[str] = ()
+) -> list[File]:
     """Returns the files of paths, folders, globs and URLs, each once.
 
     A file's name is its path below the folder, or below the fixed part of the glob; names that
     several files would share are longer (`_with_own_names`). Files with one of the `extensions` are
-    read as text. Other files that have none of the KINDS are skipped, and how many is printed.
+    read as text. Other files that have none of the KINDS are skipped, and how many is printed. If
+    `kinds` are given, files with these endings alone are meant, and others are no news.
     Raises ConfigError for a pattern that matches no file that can be read.
     """
-    kinds = KINDS + tuple('.' + e.strip().lstrip('.').lower() for e in extensions if e.strip())
+    others = not kinds  # say how files with other endings are read
+    kinds = tuple(kinds) or KINDS + tuple(
+        '.' + e.strip().lstrip('.').lower() for e in extensions if e.strip()
+    )
     files: dict[str, File] = {}
     for pattern in patterns:
         found = _find_urls(pattern) if '://' in pattern else _find_local(pattern)
@@ -108,9 +114,10 @@ def find_files(patterns: Sequence[str], extensions: Sequence[str] = ()) -> list[
         if not known:
             raise ConfigError(
                 f'--input={pattern} has no file that can be read: there are {endings}, and what is '
-                f'read is {", ".join(kinds)}; others are read as text by --extensions=rst,c'
+                f'read is {", ".join(kinds)}'
+                + ('; others are read as text by --extensions=rst,c' if others else '')
             )
-        if skipped:
+        if skipped and others:
             print(
                 f'skipped in {pattern}: {endings}; to read some as text, name their endings, as in '
                 '--extensions=rst,c',

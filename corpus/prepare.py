@@ -40,13 +40,14 @@ from corpus.shards import (
     split_of,
     write_manifest,
 )
-from corpus.tally import COUNTS, ProgressBar, Tally, total
+from corpus.tally import COUNTS, ProgressBar, Tally, add_bad, total
+from corpus.token_files import TokenOptions, cut_tokens, is_flat
+from corpus.token_import import write_tokens
 from corpus.workers import run
 from storage.stores import local_folder, open_store, store_errors
 from tokenizer import END_OF_TEXT, encode, end_of_text, fingerprint, get_encoding
 
 PART_BYTES = 32 << 20  # of input in one part, unless a file that cannot be cut is larger
-REPORTS = 100  # bad records of one part that the manifest names; the others are only counted
 TAIL = 4096  # characters held out of a lone document, at least, unless they are most of its text
 
 T = TypeVar('T')
@@ -64,6 +65,7 @@ class Job:
     validation_share: float = 0.01  # share of the documents
     text_field: str = 'text'  # field of a .jsonl record, or column of a Parquet file
     max_bad_share: float = 0.001  # share of bad records above which the job stops
+    tokens: TokenOptions | None = None  # how files of token ids are read; None: files of text
 
 
 class Move(NamedTuple):
@@ -97,7 +99,10 @@ def prepare(
     enc = _checked_encoding(job, workers)
     _check_output(job.output)
     store = open_store(job.output)
-    parts = cut_into_parts(files, part_bytes, job.text_field)
+    if job.tokens:
+        parts = cut_tokens(files, job.tokens, part_bytes)
+    else:
+        parts = cut_into_parts(files, part_bytes, job.text_field)
     manifest = _empty_manifest(job, enc, parts, part_bytes)
     with store_errors(f'{job.output} cannot be read'):
         finished = store.read(MANIFEST).result()
@@ -116,13 +121,17 @@ def prepare(
         tasks = [_absolute(*task) for task in tasks]
     tally = Tally(parts, job.max_bad_share)
     bar = ProgressBar(tally, done) if progress else None
-    with contextlib.closing(run(_retry_part, enc, tasks, workers, ray)) as results:
+    threads = job.tokens is not None and is_flat(job.tokens)
+    with contextlib.closing(run(_retry_part, enc, tasks, workers, ray, threads)) as results:
         for i in range(len(parts)):
             tally.add(done[i] if i in done else next(results))
             if bar:
                 bar.show()
     if not any(result['shards'] for result in tally.results):
-        raise ConfigError(tally.complaint(f'no text in {len(files):,} input files: check --input'))
+        what = 'tokens' if job.tokens else 'text'
+        raise ConfigError(
+            tally.complaint(f'no {what} in {len(files):,} input files: check --input')
+        )
     move = _fill_empty_split(enc, job, manifest, parts, tally.results, ray, move)
     if move:
         manifest['moved'] = move._asdict()
@@ -139,7 +148,8 @@ def prepare(
 
 def _lone_document(job: Job, files: Sequence[File]) -> Move | None:
     """Returns the move of the only document, if the names of the files tell that there is one."""
-    if job.validation_share and len(files) == 1 and not has_kind(files[0].name, MANY_KINDS):
+    of_many = job.tokens or has_kind(files[0].name, MANY_KINDS)
+    if job.validation_share and len(files) == 1 and not of_many:
         return Move(files[0].name, 'validation', tail=True)
     return None
 
@@ -251,6 +261,7 @@ def _empty_manifest(
             'listing': _digest(listing),
             'text_field': job.text_field,
             'part_bytes': part_bytes,
+            **({'tokens': dataclasses.asdict(job.tokens)} if job.tokens else {}),
         },
     }
 
@@ -298,6 +309,7 @@ def _part_key(manifest: dict[str, Any], part: list[Piece], move: Move | None) ->
     """Returns a digest over all that a part's arrays depend on, and its files' versions."""
     shared = [VERSION, manifest['tokenizer']['fingerprint']]
     shared += [manifest['validation_share'], manifest['input']['text_field']]
+    shared += [manifest['input']['tokens']] if 'tokens' in manifest['input'] else []
     shared += [move] if move else []
     return _digest([shared, [dataclasses.astuple(piece) for piece in part]])
 
@@ -367,13 +379,12 @@ def write_part(
     arrays = {name: ArrayWriter(job.output, f'{name}/{index:05d}', dtype, end) for name in SPLITS}
     result = {'key': key, **dict.fromkeys(COUNTS, 0), 'shards': {}, 'first': [], 'reports': []}
     for piece in part:
+        if job.tokens:
+            write_tokens(enc, job, piece, move, arrays, result)
+            continue
         for item, texts in _encoded(enc, piece, job, move):
             if isinstance(item, Bad):
-                result['records'] += item.count
-                result['bad'] += item.count
-                result['lost_bytes'] += item.lost_bytes
-                if len(result['reports']) < REPORTS:
-                    result['reports'].append(item._asdict())
+                add_bad(result, item)
                 continue
             result['records'] += 1
             result['empty'] += not texts

@@ -64,6 +64,13 @@ def document_hash(document: str) -> str:
     return hashlib.blake2b(name, digest_size=8).hexdigest()
 
 
+def mix(x: np.ndarray) -> np.ndarray:
+    """Mixes the bits of each number, uint64 -> uint64: the finalizer of splitmix64."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
 # ---------------------------------------------------------------------------------------------
 # Writing
 # ---------------------------------------------------------------------------------------------
@@ -98,6 +105,12 @@ class ArrayWriter:
         self._put(ids)
         self._put(self._end)
         self.documents += 1
+        self._bytes += n_bytes
+
+    def append_ended(self, ids: np.ndarray, n_documents: int, n_bytes: int) -> None:
+        """Adds documents that have their end-of-text tokens already. Raises as `append`."""
+        self._put(ids)
+        self.documents += n_documents
         self._bytes += n_bytes
 
     def _put(self, ids: np.ndarray) -> None:

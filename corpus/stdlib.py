@@ -13,6 +13,7 @@ import tempfile
 import time
 
 from config import ConfigError
+from corpus.direct import cache_folder
 from corpus.files import File
 from corpus.prepare import Job, prepare
 from corpus.shards import MANIFEST, VERSION
@@ -30,8 +31,7 @@ def stdlib_corpus(tokenizer: str, validation_share: float = 0.03) -> str:
     ~/.cache/jaxformer. Several processes may do this at the same time. Raises ConfigError if the
     cache cannot be written.
     """
-    user_cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
-    cache = os.environ.get('JAXFORMER_CACHE') or os.path.join(user_cache, 'jaxformer')
+    cache = cache_folder()
     key = fingerprint(get_encoding(tokenizer))[:12]
     version = platform.python_version()
     folder = os.path.join(

@@ -9,8 +9,18 @@ from typing import Any
 from config import ConfigError
 from corpus.documents import Bad, Piece
 
+REPORTS = 100  # bad records of one part that the manifest names; the others are only counted
 REPORTS_SHOWN = 10  # bad records that an error message names
 COUNTS = ('records', 'empty', 'bad', 'lost_bytes')  # counted for each part and the whole input
+
+
+def add_bad(result: dict[str, Any], item: Bad) -> None:
+    """Counts a bad record in the result of a part, and reports it unless there are many."""
+    result['records'] += item.count
+    result['bad'] += item.count
+    result['lost_bytes'] += item.lost_bytes
+    if len(result['reports']) < REPORTS:
+        result['reports'].append(item._asdict())
 
 
 class Tally:

@@ -8,7 +8,7 @@ import tempfile
 import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
@@ -18,8 +18,10 @@ from corpus.files import INSTALL
 # The project's modules that a task's code comes from, for machines that do not have them.
 SHIPPED = (
     'config', 'configs.default', 'corpus.documents', 'corpus.files', 'corpus.hub_tokenizer',
-    'corpus.prepare', 'corpus.shards', 'corpus.tally', 'corpus.workers', 'machine.command',
-    'corpus.vocabulary_files', 'machine.config_flag', 'storage.stores', 'tokenizer',
+    'corpus.prepare', 'corpus.shards', 'corpus.tally', 'corpus.token_documents',
+    'corpus.token_files', 'corpus.token_flat', 'corpus.token_import', 'corpus.token_rows',
+    'corpus.vocabulary_files', 'corpus.workers', 'machine.command', 'machine.config_flag',
+    'storage.stores', 'tokenizer',
 )  # fmt: skip
 
 # The path of a socket has at most 107 bytes, of which the names of a session take this away:
@@ -32,21 +34,40 @@ class WorkerError(RuntimeError):
 
 
 def run(
-    fn: Callable[..., Any], shared: Any, tasks: Sequence[tuple], workers: int, ray: str | None
+    fn: Callable[..., Any],
+    shared: Any,
+    tasks: Sequence[tuple],
+    workers: int,
+    ray: str | None,
+    threads: bool = False,
 ) -> Iterator[Any]:
     """Yields fn(shared, *task) for each task, in their order.
 
     `shared` is sent once to each process. `ray` is the address of a Ray cluster that does the work
-    in place of `workers` processes. Raises what fn raises; WorkerError if a process is killed;
-    ConfigError if there is no such cluster.
+    in place of `workers` processes. `threads`, which start at once, take the place of processes
+    for a fn that spends its time outside the interpreter. Raises what fn raises; WorkerError if a
+    process is killed; ConfigError if there is no such cluster.
     """
     if ray and tasks:
         yield from _run_on_ray(fn, shared, tasks, ray)
     elif workers == 1 or len(tasks) < 2:
         for task in tasks:
             yield fn(shared, *task)
+    elif threads:
+        yield from _run_in_threads(fn, shared, tasks, workers)
     else:
         yield from _run_in_processes(fn, shared, tasks, workers)
+
+
+def _run_in_threads(
+    fn: Callable[..., Any], shared: Any, tasks: Sequence[tuple], workers: int
+) -> Iterator[Any]:
+    pool = ThreadPoolExecutor(workers, 'part')
+    try:
+        for result in [pool.submit(fn, shared, *task) for task in tasks]:
+            yield result.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Killed runs, damaged uploads, buckets and clusters leave the bytes of an undisturbed run."""
 
+import dataclasses
 import importlib
 import json
 import os
@@ -20,6 +21,7 @@ from corpus.documents import cut_into_parts
 from corpus.files import find_files
 from corpus.prepare import Job, prepare
 from corpus.shards import Split
+from corpus.token_files import TokenOptions, checked_options, cut_tokens, find_token_files
 from tokenizer import get_encoding
 
 RUN = """
@@ -274,10 +276,10 @@ def cloudpickle():
         return pytest.importorskip('cloudpickle', reason='neither Ray nor cloudpickle is installed')
 
 
-@pytest.mark.parametrize('is_hub', [False, True])
-def test_code_that_ray_ships_needs_no_files_of_ours(tmp_path, is_hub):
+@pytest.mark.parametrize('kind', ['text', 'hub', 'tokens'])
+def test_code_that_ray_ships_needs_no_files_of_ours(tmp_path, kind):
     pickle, name = cloudpickle(), SHIPPED
-    if is_hub:
+    if kind == 'hub':
         pytest.importorskip('tokenizers')
         golden = json.loads(pathlib.Path(ROOT, 'tests/golden/tokenizers.json').read_text())
         name = str(tmp_path / 'tokenizer.json')
@@ -285,6 +287,11 @@ def test_code_that_ray_ships_needs_no_files_of_ours(tmp_path, is_hub):
     (tmp_path / 'a.txt').write_text('text')
     job = Job(str(tmp_path / 'out'), name, 0.0)
     part = cut_into_parts(find_files([f'{tmp_path}/*.txt']), 1000)[0]
+    if kind == 'tokens':
+        options = checked_options(TokenOptions('megatron'))
+        job = dataclasses.replace(job, tokens=options)
+        prefix = f'{ROOT}/tests/golden/token_files/megatron/ended'
+        part = cut_tokens(find_token_files([prefix], options), options, 1000)[0]
     workers.ship_code(pickle)
     shipped = pickle.dumps((module._retry_part, get_encoding(name), job, 0, 'key', part))
     code = f'import sys, {pickle.__name__} as c; f, *a = c.load(sys.stdin.buffer); f(*a)'
