@@ -30,12 +30,13 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from config import ConfigError
-from corpus.documents import Bad
 from corpus.files import KINDS, find_files, split_inputs
 from corpus.inspection import inspect
 from corpus.prepare import Job, prepare
+from corpus.records import Bad
 from corpus.shards import CACHE_BYTES, Split, read_manifest
 from corpus.stdlib import stdlib_corpus
+from corpus.tally import binary_note
 from corpus.workers import WorkerError
 from machine import command
 from storage.stores import open_store
@@ -414,6 +415,9 @@ def _define_flags() -> None:
         'further words.',
     )
     flags.DEFINE_list('extensions', [], 'Endings of further files to read as text, as in rst,c.')
+    flags.DEFINE_boolean(
+        'as_text', False, 'Read files of any ending as text, a document each; not binary ones.'
+    )
     command.DEFINE_path(
         'tokenizer', None, "A tiktoken name, 'bytes', a .tiktoken file, or a tokenizer.json."
     )
@@ -445,7 +449,7 @@ def main(words: list[str]) -> None:
         job = Job(
             args.output, args.tokenizer, args.validation_share, args.text_field, args.max_bad_share
         )
-        files = find_files(inputs, args.extensions)
+        files = find_files(inputs, args.extensions, args.as_text)
         manifest = prepare(files, job, args.workers, progress=True, ray=args.ray)
     for name, split in manifest['splits'].items():
         print(
@@ -456,6 +460,8 @@ def main(words: list[str]) -> None:
         print(note)
     read = manifest['input']
     print(f'{read["empty"]:,} empty documents left out, {read["bad"]:,} bad records')
+    if 'binary' in read:
+        print(binary_note(read['binary']))
     for report in read['reports'][:10]:
         print('  ' + Bad(**report).message(report['file']))
 

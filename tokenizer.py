@@ -468,10 +468,11 @@ def _define_flags() -> None:
     flags.DEFINE_string('end_of_text', '', 'With --from_hf: the token that ends a document.')
     flags.DEFINE_string('text_field', 'text', 'Field of a record that holds the text.')
     flags.DEFINE_list('extensions', [], 'Endings of further files to read as text, as in rst,c.')
+    flags.DEFINE_boolean('as_text', False, 'Read files of any ending as text; not binary ones.')
 
 
 def _read_texts(
-    inputs: Sequence[str], text_field: str, extensions: Sequence[str]
+    inputs: Sequence[str], text_field: str, extensions: Sequence[str], as_text: bool = False
 ) -> tuple[list[tuple[str, str]], list[str]]:
     """Returns the inputs' documents, as (name, text), and a message for each bad record.
 
@@ -480,11 +481,12 @@ def _read_texts(
     Raises ConfigError if there is no text.
     """
     # Here, so that whoever only encodes needs none of it.
-    from corpus.documents import Bad, cut_into_parts, documents
+    from corpus.documents import cut_into_parts, documents
     from corpus.files import File, find_files
+    from corpus.records import Bad, Document
 
     patterns = [name for name in inputs if name != 'stdlib']
-    files = find_files(patterns, extensions) if patterns else []
+    files = find_files(patterns, extensions, as_text) if patterns else []
     if len(patterns) < len(inputs):
         files += [File(name, path) for name, path in stdlib_files()[0]]
     found, bad = [], []
@@ -493,7 +495,7 @@ def _read_texts(
             for item in documents(piece, text_field):
                 if isinstance(item, Bad):
                     bad.append(item.message(piece.file.path))
-                else:
+                elif isinstance(item, Document):
                     path, name = piece.file.path, piece.file.name
                     folder = path.removesuffix(name) if path.endswith(name) else ''
                     found.append((f'{folder}{item.id}', item.text))
@@ -520,7 +522,8 @@ def main(words: list[str]) -> None:
         if args.from_hf and args['vocab_size'].present:
             raise ConfigError('--vocab_size does not go with --from_hf: leave it out')
         _check_output(args.output, ('.tiktoken', '.json') if args.from_hf else ('.tiktoken',))
-        found, bad = _read_texts(inputs, args.text_field, args.extensions) if inputs else ([], [])
+        given = args.text_field, args.extensions, args.as_text
+        found, bad = _read_texts(inputs, *given) if inputs else ([], [])
         names, texts = [name for name, _ in found], [text for _, text in found]
         for message in bad[:10]:
             print(message, file=sys.stderr)

@@ -28,8 +28,9 @@ import tensorstore as ts
 import tiktoken
 
 from config import ConfigError
-from corpus.documents import Bad, Document, Piece, cut_into_parts, documents
-from corpus.files import MANY_KINDS, File, has_kind, retry
+from corpus.documents import cut_into_parts, documents
+from corpus.files import FILE_KINDS, File, ending_of, retry, unpacked
+from corpus.records import Bad, Binary, Document, Piece
 from corpus.shards import (
     MANIFEST,
     SPLITS,
@@ -130,7 +131,8 @@ def prepare(
         shards = [result['shards'][name] for result in tally.results if name in result['shards']]
         manifest['splits'][name] = total(shards) | {'shards': shards}
     reports = [report for result in tally.results for report in result['reports']]
-    manifest['input'] |= {**tally.counts, 'reports': reports}
+    binary = {'binary': dict(sorted(tally.binary.items()))} if tally.binary else {}
+    manifest['input'] |= {**tally.counts, **binary, 'reports': reports}
     with store_errors(f'{job.output} cannot be written'):
         write_manifest(store, manifest)
         _remove_leftovers(store, manifest)
@@ -139,8 +141,8 @@ def prepare(
 
 def _lone_document(job: Job, files: Sequence[File]) -> Move | None:
     """Returns the move of the only document, if the names of the files tell that there is one."""
-    if job.validation_share and len(files) == 1 and not has_kind(files[0].name, MANY_KINDS):
-        return Move(files[0].name, 'validation', tail=True)
+    if job.validation_share and len(files) == 1 and files[0].kind in FILE_KINDS:
+        return Move(unpacked(files[0].name), 'validation', tail=True)
     return None
 
 
@@ -233,7 +235,7 @@ def _empty_manifest(
 ) -> dict[str, Any]:
     """Returns the manifest without its splits and counts, which reading the parts will tell."""
     files = {piece.file for part in parts for piece in part}
-    listing = sorted((file.name, file.size) for file in files)
+    listing = sorted((f.name, f.size, *(['text'] * f.as_text)) for f in files)
     return {
         'version': 0,  # `write_manifest` knows it
         'tokenizer': {
@@ -299,7 +301,11 @@ def _part_key(manifest: dict[str, Any], part: list[Piece], move: Move | None) ->
     shared = [VERSION, manifest['tokenizer']['fingerprint']]
     shared += [manifest['validation_share'], manifest['input']['text_field']]
     shared += [move] if move else []
-    return _digest([shared, [dataclasses.astuple(piece) for piece in part]])
+    pieces = []
+    for piece in part:
+        file, *rest = dataclasses.astuple(piece)
+        pieces.append([file if piece.file.as_text else file[:-1], *rest])
+    return _digest([shared, pieces])
 
 
 def _committed_parts(store: ts.KvStore, keys: list[str]) -> dict[int, dict[str, Any]]:
@@ -357,7 +363,8 @@ def write_part(
     """Writes the arrays of one part, reads them back, commits the part and returns its result.
 
     The result, a JSON object, holds the key, the COUNTS, the shards by split, the `first`
-    documents by their hash, as (hash, id, bytes), and reports of bad records.
+    documents by their hash, as (hash, id, bytes), reports of bad records, and if there are any the
+    number of binary files by their ending.
     """
     store = open_store(job.output)
     commit = f'parts/{index:05d}.json'
@@ -368,6 +375,10 @@ def write_part(
     result = {'key': key, **dict.fromkeys(COUNTS, 0), 'shards': {}, 'first': [], 'reports': []}
     for piece in part:
         for item, texts in _encoded(enc, piece, job, move):
+            if isinstance(item, Binary):
+                binary = result.setdefault('binary', {})
+                binary[ending_of(item.name)] = binary.get(ending_of(item.name), 0) + 1
+                continue
             if isinstance(item, Bad):
                 result['records'] += item.count
                 result['bad'] += item.count
@@ -395,14 +406,14 @@ def write_part(
 
 def _encoded(
     enc: tiktoken.Encoding, piece: Piece, job: Job, move: Move | None
-) -> Iterator[tuple[Document | Bad, list[tuple[str, np.ndarray, int]]]]:
-    """Yields the documents and the bad records of a piece.
+) -> Iterator[tuple[Document | Bad | Binary, list[tuple[str, np.ndarray, int]]]]:
+    """Yields the documents, bad records and binary files of a piece.
 
     With each document come the texts that it gives: (split, ids, bytes). An empty one gives none.
     """
     items = documents(piece, job.text_field)
     for item in ahead(items) if '://' in piece.file.path else items:
-        if isinstance(item, Bad):
+        if not isinstance(item, Document):
             yield item, []
             continue
         if move and item.id == move.document:

@@ -3,11 +3,12 @@
 import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from config import ConfigError
-from corpus.documents import Bad, Piece
+from corpus.records import Bad, Piece
 
 REPORTS_SHOWN = 10  # bad records that an error message names
 COUNTS = ('records', 'empty', 'bad', 'lost_bytes')  # counted for each part and the whole input
@@ -19,6 +20,7 @@ class Tally:
     def __init__(self, parts: list[list[Piece]], max_bad_share: float):
         self.results: list[dict[str, Any]] = []
         self.counts = dict.fromkeys(COUNTS, 0)
+        self.binary: Counter[str] = Counter()  # files that are left out, by their ending
         self.tokens = self.documents = self.bytes_read = self._bad_files = self._bad_bytes = 0
         self.sizes = [sum(piece.size for piece in part) for part in parts]
         self.bytes_in_all = max(1, sum(self.sizes))
@@ -36,6 +38,7 @@ class Tally:
         self.results.append(result)
         for name in COUNTS:
             self.counts[name] += result[name]
+        self.binary.update(result.get('binary', {}))
         for shard in result['shards'].values():
             self.tokens += shard['tokens']
             self.documents += shard['documents']
@@ -70,10 +73,13 @@ class Tally:
 
     def complaint(self, problem: str) -> str:
         """Returns a message of the problem and, a line each, the first bad records."""
-        lines, named = [problem], 0
+        lines, named, shown = [problem], 0, 0
+        if self.binary:
+            lines.append(binary_note(self.binary))
         for result, part in zip(self.results, self._parts, strict=False):
             paths = {piece.file.name: piece.file.path for piece in part}
-            for report in result['reports'][: REPORTS_SHOWN + 1 - len(lines)]:
+            for report in result['reports'][: max(0, REPORTS_SHOWN - shown)]:
+                shown += 1
                 lines.append(Bad(**report).message(paths[report['file']]))
                 named += report['count']
         if named < self.counts['bad']:
@@ -116,3 +122,9 @@ class ProgressBar:
 def total(shards: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Returns the shards' tokens, documents and bytes of text in all."""
     return {key: sum(shard[key] for shard in shards) for key in ('tokens', 'documents', 'bytes')}
+
+
+def binary_note(binary: dict[str, int]) -> str:
+    """Returns a line on files that were left out because they are no text; by their ending."""
+    endings = ', '.join(f'{n:,} {ending}' for ending, n in Counter(binary).most_common(8))
+    return f'{sum(binary.values()):,} files left out as binary (NUL bytes, or no UTF-8): {endings}'

@@ -17,9 +17,11 @@ from corpus.files import INSTALL
 
 # The project's modules that a task's code comes from, for machines that do not have them.
 SHIPPED = (
-    'config', 'configs.default', 'corpus.documents', 'corpus.files', 'corpus.hub_tokenizer',
-    'corpus.prepare', 'corpus.shards', 'corpus.tally', 'corpus.workers', 'machine.command',
-    'corpus.vocabulary_files', 'machine.config_flag', 'storage.stores', 'tokenizer',
+    'config', 'configs.default', 'corpus.compression', 'corpus.documents', 'corpus.files',
+    'corpus.hub_tokenizer', 'corpus.prepare', 'corpus.records', 'corpus.rows', 'corpus.shards',
+    'corpus.tables', 'corpus.tally', 'corpus.tar_files', 'corpus.text_files',
+    'corpus.vocabulary_files', 'corpus.workers', 'machine.command', 'machine.config_flag',
+    'storage.stores', 'tokenizer',
 )  # fmt: skip
 
 # The path of a socket has at most 107 bytes, of which the names of a session take this away:
