@@ -127,7 +127,7 @@ def encode(enc: tiktoken.Encoding, text: str, n_bytes: int | None = None) -> np.
     if isinstance(enc, hub_tokenizer.HubEncoding):  # whose normalizer may change the text
         kept, whole = enc.kept(text, ids)
     else:
-        kept = int(_lengths(enc).take(ids).sum())
+        kept = int(np.add.reduce(_lengths(enc).take(ids)))
         whole = len(text.encode()) if n_bytes is None else n_bytes
     if kept != whole:  # what the pattern does not match, tiktoken leaves out
         raise ConfigError(
@@ -154,7 +154,7 @@ def _lengths(enc: tiktoken.Encoding) -> np.ndarray:
     for kept, lengths in _kept_lengths:
         if kept is enc:
             return lengths
-    lengths = token_bytes(enc)
+    lengths = token_bytes(enc).astype(np.int64)  # which numpy adds without a conversion
     _kept_lengths[:] = [(enc, lengths)]  # no lru_cache, which Ray cannot send to machines
     return lengths
 
@@ -202,7 +202,7 @@ def _tokens(enc: tiktoken.Encoding) -> list[tuple[int, bytes]]:
     """Returns (id, bytes) of each token that is not special, ordered by id; ids may have gaps."""
     if isinstance(enc, hub_tokenizer.HubEncoding):
         return enc.tokens()
-    return sorted((enc.encode_single_token(token), token) for token in enc.token_byte_values())
+    return sorted((i, token) for token, i in enc._mergeable_ranks.items())
 
 
 def _found(name: str) -> str:

@@ -42,7 +42,7 @@ from corpus.shards import (
     write_manifest,
 )
 from corpus.tally import COUNTS, ProgressBar, Tally, total
-from corpus.workers import run
+from corpus.workers import run, start_server
 from storage.stores import local_folder, open_store, store_errors
 from tokenizer import END_OF_TEXT, encode, end_of_text, fingerprint, get_encoding
 
@@ -97,6 +97,8 @@ def prepare(
     """
     enc = _checked_encoding(job, workers)
     _check_output(job.output)
+    if workers > 1 and len(files) > 1 and not ray:
+        start_server()  # it is ready when the files are cut
     store = open_store(job.output)
     parts = cut_into_parts(files, part_bytes, job.text_field)
     manifest = _empty_manifest(job, enc, parts, part_bytes)
@@ -374,7 +376,7 @@ def write_part(
     arrays = {name: ArrayWriter(job.output, f'{name}/{index:05d}', dtype, end) for name in SPLITS}
     result = {'key': key, **dict.fromkeys(COUNTS, 0), 'shards': {}, 'first': [], 'reports': []}
     for piece in part:
-        for item, texts in _encoded(enc, piece, job, move):
+        for item, hashed, texts in _encoded(enc, piece, job, move):
             if isinstance(item, Binary):
                 binary = result.setdefault('binary', {})
                 binary[ending_of(item.name)] = binary.get(ending_of(item.name), 0) + 1
@@ -391,9 +393,9 @@ def write_part(
             for split, ids, n_bytes in texts:
                 arrays[split].append(ids, n_bytes)
             if texts:
-                first = (document_hash(item.id), item.id, item.n_bytes)
-                if len(result['first']) < 2 or first < result['first'][-1]:
-                    result['first'] = sorted([*result['first'], first])[:2]
+                first = result['first']
+                if len(first) < 2 or hashed <= first[-1][0]:
+                    result['first'] = sorted([*first, (hashed, item.id, item.n_bytes)])[:2]
                 if move and item.id == move.document:
                     move = None  # a file and its compressed copy have the same ids
     for split, array in arrays.items():
@@ -406,26 +408,29 @@ def write_part(
 
 def _encoded(
     enc: tiktoken.Encoding, piece: Piece, job: Job, move: Move | None
-) -> Iterator[tuple[Document | Bad | Binary, list[tuple[str, np.ndarray, int]]]]:
+) -> Iterator[tuple[Document | Bad | Binary, str, list[tuple[str, np.ndarray, int]]]]:
     """Yields the documents, bad records and binary files of a piece.
 
-    With each document come the texts that it gives: (split, ids, bytes). An empty one gives none.
+    With each document come the hash of its id, and the texts that it gives: (split, ids, bytes). An
+    empty one gives none.
     """
     items = documents(piece, job.text_field)
     for item in ahead(items) if '://' in piece.file.path else items:
         if not isinstance(item, Document):
-            yield item, []
+            yield item, '', []
             continue
+        hashed = document_hash(item.id)
         if move and item.id == move.document:
             texts = _moved(item, job, move)
         else:
-            texts = [(split_of(item.id, job.validation_share), item.text, item.n_bytes)]
+            split = split_of(item.id, job.validation_share, hashed)
+            texts = [(split, item.text, item.n_bytes)]
         try:
             encoded = [(split, encode(enc, text, n), n) for split, text, n in texts if n]
         except ConfigError as error:
-            yield Bad(piece.file.name, f'document {item.id}', str(error)), []
+            yield Bad(piece.file.name, f'document {item.id}', str(error)), '', []
         else:
-            yield item, encoded
+            yield item, hashed, encoded
 
 
 def _moved(item: Document, job: Job, move: Move) -> list[tuple[str, str, int]]:

@@ -112,8 +112,8 @@ def test_killed_with_workers_and_by_a_killed_worker(corpus, tmp_path):
     _, output, files = corpus
     process = start(tmp_path, files, 2, 'hold', 4)
     wait_for_parts(tmp_path, process, 4)
-    workers = children(process)
-    assert workers
+    workers = [pid for server in children(process.pid) for pid in children(server)]
+    assert len(workers) == 2
     process.kill()
     process.wait()
     process.stderr.close()
@@ -128,11 +128,8 @@ def test_killed_with_workers_and_by_a_killed_worker(corpus, tmp_path):
 
     process = start(tmp_path, files, 2, 'hold', 7)
     wait_for_parts(tmp_path, process, 7)
-    for pid in children(process):
-        with open(f'/proc/{pid}/cmdline') as f:
-            if 'spawn_main' in f.read():
-                os.kill(pid, signal.SIGKILL)
-                break
+    workers = [pid for server in children(process.pid) for pid in children(server)]
+    os.kill(workers[0], signal.SIGKILL)
     assert 'WorkerError: a worker was killed' in process.communicate()[1]
     assert process.returncode == 1
     finish(tmp_path, files)
@@ -146,8 +143,9 @@ def wait_for_parts(tmp_path, process: subprocess.Popen, n: int) -> None:
         time.sleep(0.01)
 
 
-def children(process: subprocess.Popen) -> list[int]:
-    return [int(pid) for pid in os.listdir('/proc') if pid.isdigit() and parent(pid) == process.pid]
+def children(process: int) -> list[int]:
+    """Returns the running children of a process. Those of the server are the workers."""
+    return [int(pid) for pid in os.listdir('/proc') if pid.isdigit() and parent(pid) == process]
 
 
 def parent(pid: str) -> int | None:
