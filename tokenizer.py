@@ -12,6 +12,11 @@ A vocabulary of your own is two files (corpus/vocabulary_files.py): NAME.tiktoke
 and NAME.json, its sidecar, with the pattern that splits text into pieces and the special tokens.
 """
 
+if __name__ == '__main__':  # before the imports that take seconds
+    from machine import startup
+
+    startup.quick_interrupts()
+
 import hashlib
 import json
 import os
@@ -28,6 +33,7 @@ from config import ConfigError
 from corpus import hub_tokenizer
 from corpus.vocabulary_files import read_ranks, read_sidecar, write_vocabulary
 from machine import command
+from machine.progress import interruptible, interruption, track
 
 if TYPE_CHECKING:
     import tokenizers
@@ -351,14 +357,15 @@ def train(
     names = [*names, *(f'text {i}' for i in range(len(names), len(texts)))]
     ranks = {bytes([i]): i for i in range(256)}
     alphabet = checked_encoding(output, 'tokenizer.PATTERN', PATTERN, ranks, {})
-    for name, text in zip(names, texts, strict=True):
+    named = list(zip(names, texts, strict=True))
+    for name, text in track(named, 'splitting texts', len(named)):
         _encode_named(alphabet, text, name)  # before the training, which takes longer
     trained = learn_merges(texts, vocab_size)
     byte_of = hub_tokenizer.byte_of_character()
     ranks = {bytes(byte_of[c] for c in token): rank for token, rank in trained.get_vocab().items()}
     special_tokens = {END_OF_TEXT: vocab_size - 1}
     enc = checked_encoding(output, output, PATTERN, ranks, special_tokens)
-    for name, text in zip(names, texts, strict=True):
+    for name, text in track(named, 'checking the vocabulary', len(named)):
         if _encode_named(enc, text, name).tolist() != trained.encode(text).ids:
             raise ValueError(
                 f'tiktoken and the trainer encode {name} differently with the trained vocabulary: '
@@ -425,9 +432,9 @@ def learn_merges(texts: list[str], vocab_size: int) -> 'tokenizers.Tokenizer':
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 1,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        show_progress=sys.stderr.isatty(),
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    interruptible(tokenizer.train_from_iterator, texts, trainer)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, in_bytes])
     if tokenizer.get_vocab_size() < vocab_size - 1:
         raise ConfigError(
@@ -491,7 +498,7 @@ def _read_texts(
         files += [File(name, path) for name, path in stdlib_files()[0]]
     found, bad = [], []
     for part in cut_into_parts(files, sys.maxsize, text_field):
-        for piece in part:
+        for piece in track(part, 'reading', len(part)):
             for item in documents(piece, text_field):
                 if isinstance(item, Bad):
                     bad.append(item.message(piece.file.path))
@@ -531,7 +538,8 @@ def main(words: list[str]) -> None:
             print(_converted(args.from_hf, args.output, args.end_of_text, texts), file=sys.stderr)
             return
         print(f'training on {len(found):,} documents ...', file=sys.stderr)
-        enc = train(texts, args.vocab_size, args.output, names)
+        with interruption(f'{args.output} is not written; give the same command again'):
+            enc = train(texts, args.vocab_size, args.output, names)
     size = sum(len(text.encode()) for text in texts)
     tokens = sum(len(encode(enc, text)) for text in texts)
     left_out = f', {len(bad):,} bad records left out' if bad else ''
@@ -558,4 +566,5 @@ def _converted(path: str, output: str, end: str, texts: list[str]) -> str:
 
 
 if __name__ == '__main__':
+    startup.hear_interrupts()
     command.run(main, _define_flags, takes_words=True)

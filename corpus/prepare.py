@@ -16,6 +16,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import sys
@@ -43,6 +44,7 @@ from corpus.shards import (
 )
 from corpus.tally import COUNTS, ProgressBar, Tally, total
 from corpus.workers import run, start_server
+from machine.progress import Progress, interruption
 from storage.stores import local_folder, open_store, store_errors
 from tokenizer import END_OF_TEXT, encode, end_of_text, fingerprint, get_encoding
 
@@ -100,7 +102,9 @@ def prepare(
     if workers > 1 and len(files) > 1 and not ray:
         start_server()  # it is ready when the files are cut
     store = open_store(job.output)
-    parts = cut_into_parts(files, part_bytes, job.text_field)
+    silent = 1.0 if progress else math.inf
+    with Progress('cutting files into parts', len(files), silent=silent) as cutting:
+        parts = cut_into_parts(files, part_bytes, job.text_field, cutting.show)
     manifest = _empty_manifest(job, enc, parts, part_bytes)
     with store_errors(f'{job.output} cannot be read'):
         finished = store.read(MANIFEST).result()
@@ -118,12 +122,19 @@ def prepare(
     if ray:
         tasks = [_absolute(*task) for task in tasks]
     tally = Tally(parts, job.max_bad_share)
-    bar = ProgressBar(tally, done) if progress else None
-    with contextlib.closing(run(_retry_part, enc, tasks, workers, ray)) as results:
+    with (
+        interruption(
+            lambda: (
+                f'{len(_committed_parts(store, keys))} of {len(parts)} parts are done, and '
+                f'stay in {job.output}; give the same command again to go on'
+            )
+        ),
+        contextlib.closing(ProgressBar(tally, done if progress else None)) as bar,
+        contextlib.closing(run(_retry_part, enc, tasks, workers, ray)) as results,
+    ):
         for i in range(len(parts)):
             tally.add(done[i] if i in done else next(results))
-            if bar:
-                bar.show()
+            bar.show()
     if not any(result['shards'] for result in tally.results):
         raise ConfigError(tally.complaint(f'no text in {len(files):,} input files: check --input'))
     move = _fill_empty_split(enc, job, manifest, parts, tally.results, ray, move)

@@ -3,6 +3,7 @@
 import importlib
 import multiprocessing
 import os
+import signal
 import socket
 import tempfile
 import threading
@@ -10,7 +11,7 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import BaseContext
 from typing import Any
 
@@ -23,7 +24,7 @@ SHIPPED = (
     'corpus.hub_tokenizer', 'corpus.prepare', 'corpus.records', 'corpus.rows', 'corpus.shards',
     'corpus.tables', 'corpus.tally', 'corpus.tar_files', 'corpus.text_files',
     'corpus.vocabulary_files', 'corpus.workers', 'machine.command', 'machine.config_flag',
-    'storage.stores', 'tokenizer',
+    'machine.progress', 'storage.stores', 'tokenizer',
 )  # fmt: skip
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -63,17 +64,27 @@ def run(
 def _run_in_processes(
     fn: Callable[..., Any], shared: Any, tasks: Sequence[tuple], workers: int
 ) -> Iterator[Any]:
-    context = start_server()
+    context, others = start_server(), multiprocessing.active_children()
     pool = ProcessPoolExecutor(min(workers, len(tasks)), context, _start_worker, (fn, shared))
+    # Not pool.map, which cancels futures that the pool sets when the workers are ended.
+    futures, yielded = [pool.submit(_work, task) for task in tasks], 0
     try:
-        yield from pool.map(_work, tasks)
+        for future in futures:
+            result = future.result()
+            yielded += 1
+            yield result
     except BrokenProcessPool as error:
         raise WorkerError(
             'a worker was killed, most likely for want of memory: start again with fewer workers; '
             'the parts that are done stay'
         ) from error
+    except BaseException:  # Ctrl-C, or an error: what the workers are at is not waited for
+        for child in multiprocessing.active_children() if yielded < len(tasks) else ():
+            if child not in others:
+                child.terminate()
+        raise
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown()
 
 
 def start_server() -> BaseContext:
@@ -91,9 +102,13 @@ def start_server() -> BaseContext:
     # The server ignores the path that it is given, and imports that fail.
     before = os.environ.get('PYTHONPATH')
     os.environ['PYTHONPATH'] = os.pathsep.join([PROJECT, *([before] if before else [])])
+    # Ctrl-C reaches all processes; this one ends the workers, which inherit that they hear nothing.
+    resource_tracker.ensure_running()  # which lets signals through again
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         forkserver.ensure_running()
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         if before is None:
             del os.environ['PYTHONPATH']
         else:
@@ -110,6 +125,7 @@ def _start_worker(fn: Callable[..., Any], shared: Any) -> None:
     A worker that outlived a killed parent would write into the work of the next job.
     """
     _given[:] = fn, shared
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where it was started anew
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
