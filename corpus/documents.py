@@ -13,7 +13,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from corpus import rows, tables, tar_files, text_files
+from corpus import csv_files, rows, tar_files, text_files
 from corpus.compression import damage
 from corpus.files import (
     JSON_KINDS,
@@ -109,7 +109,7 @@ Item = Document | Bad | Binary
 _READERS: dict[str, Callable[[Piece, str], Iterator[Item]]] = {
     **dict.fromkeys(LINE_KINDS, text_files.lines),
     **dict.fromkeys(JSON_KINDS, text_files.json_values),
-    **dict.fromkeys(TABLE_KINDS, tables.rows),
+    **dict.fromkeys(TABLE_KINDS, csv_files.rows),
     **dict.fromkeys(TAR_KINDS, tar_files.members),
     **dict.fromkeys(ROW_KINDS, rows.rows),
 }

@@ -22,7 +22,7 @@ from corpus.files import INSTALL
 SHIPPED = (
     'config', 'configs.default', 'corpus.compression', 'corpus.documents', 'corpus.files',
     'corpus.hub_tokenizer', 'corpus.prepare', 'corpus.records', 'corpus.rows', 'corpus.shards',
-    'corpus.tables', 'corpus.tally', 'corpus.tar_files', 'corpus.text_files',
+    'corpus.csv_files', 'corpus.tally', 'corpus.tar_files', 'corpus.text_files',
     'corpus.vocabulary_files', 'corpus.workers', 'machine.command', 'machine.config_flag',
     'machine.progress', 'storage.stores', 'tokenizer',
 )  # fmt: skip

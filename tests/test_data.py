@@ -439,6 +439,7 @@ FLAGS = {
     'inspect': None, 'samples': 0, 'input': ['a.txt'], 'tokenizer': 'bytes', 'output': 'out',
     'validation_share': 0.0, 'text_field': 'text', 'max_bad_share': 0.0, 'workers': 1, 'ray': None,
     'extensions': [],
+    'as_text': False,
 }  # fmt: skip
 
 
