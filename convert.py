@@ -10,6 +10,12 @@ that transformers and inference engines load. Either holds a few tensors in memo
 what is cut short does not look finished.
 """
 
+if __name__ == '__main__':  # before the imports that take seconds
+    from machine import startup
+
+    startup.quick_interrupts()
+
+import math
 import os
 import shutil
 import tempfile
@@ -27,12 +33,13 @@ from families import files
 from families.exporting import Saved, check_zeros, write_weights
 from families.family import Family
 from families.fields import Released, read_config
-from families.importing import check_tensors, host_leaves
+from families.importing import check_tensors, host_leaves, saved_bytes
 from families.quantized import dequantized
 from families.rules import Leaf
 from families.table import check_name, family_for, family_of
 from machine import command, processes
 from machine.memory import keep_freed_memory, memory_use
+from machine.progress import SILENT_SECONDS, Progress, interruption
 from optimizer import AVERAGE
 from runtime.config_checks import validate
 from runtime.lease import Lease
@@ -104,7 +111,14 @@ def import_model(folder: str, workdir: str) -> ConfigDict:
         checkpoints.clean()
         lease.hold()
         said += processes.agreed(lambda: keep_files(folder, workdir, config))
-        checkpoints.save_leaves(0, host_leaves(leaves, tensors), config.to_dict(), None, WRITING)
+        silent = math.inf if jax.process_index() else SILENT_SECONDS
+        total = saved_bytes(leaves, tensors) // jax.process_count()
+        with (
+            interruption(f'{workdir} holds no checkpoint yet; give the same command again'),
+            Progress('writing weights', total, silent=silent) as progress,
+        ):
+            saved = host_leaves(leaves, tensors, progress.add)
+            checkpoints.save_leaves(0, saved, config.to_dict(), None, WRITING)
     for line in said:
         say(line)
     used = {tensors[name] for leaf in leaves for name in leaf.names.values()}
@@ -201,7 +215,8 @@ def export_model(
         saved = Saved(checkpoints.reader(step), at, metadata['leaves'])
         end = -1 if released else end_of(workdir)
         described = files.exported_config(m, family, released, config.seq_len, end)
-        nbytes = write_folder(folder, leaves, saved, dtype, most_bytes, small, described)
+        with interruption(f'nothing is left of {folder}; give the same command again'):
+            nbytes = write_folder(folder, leaves, saved, dtype, most_bytes, small, described)
     say(summary(f'{family.name}: {folder} holds', nbytes, started))
 
 
@@ -325,4 +340,5 @@ def define_flags() -> None:
 
 
 if __name__ == '__main__':
+    startup.hear_interrupts()
     command.run(main, define_flags)

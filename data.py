@@ -17,6 +17,11 @@ the manifests: training resumes from a step number, on any number of processes, 
 reads only its own rows.
 """
 
+if __name__ == '__main__':  # before the imports that take a second
+    from machine import startup
+
+    startup.quick_interrupts()
+
 import math
 import os
 import sys
@@ -33,12 +38,13 @@ from ml_collections import ConfigDict
 
 from config import ConfigError
 from corpus.direct import DirectSplit, direct_splits, is_direct, parsed_path
-from corpus.documents import Bad
 from corpus.files import KINDS, find_files, split_inputs
 from corpus.inspection import inspect
 from corpus.prepare import Job, prepare
+from corpus.records import Bad
 from corpus.shards import CACHE_BYTES, Split, mix, read_manifest
 from corpus.stdlib import stdlib_corpus
+from corpus.tally import binary_note
 from corpus.token_files import (
     BORDERS,
     FORMATS,
@@ -48,6 +54,7 @@ from corpus.token_files import (
 )
 from corpus.workers import WorkerError
 from machine import command
+from machine.progress import patiently
 from storage.stores import open_store
 
 MAX_PERIOD = 10_000  # at most so many samples, then the order of a mixture's sources repeats
@@ -436,22 +443,18 @@ def _define_flags() -> None:
     flags.DEFINE_multi_string(
         'input',
         None,
-        f'Paths, folders, globs or URLs of {", ".join(KINDS)} files; several with commas, or as '
-        'further words.',
+        f'Paths, folders, globs, URLs: {" ".join(KINDS)}; several with commas, or as words.',
     )
-    flags.DEFINE_list('extensions', [], 'Endings of further files to read as text, as in rst,c.')
+    flags.DEFINE_list('extensions', [], 'Endings of further files that are text: rst,c.')
+    flags.DEFINE_boolean('as_text', False, 'Read files of any ending, but binary ones, as text.')
     command.DEFINE_path(
-        'tokenizer', None, "A tiktoken name, 'bytes', a .tiktoken file, or a tokenizer.json."
+        'tokenizer', None, "tiktoken's name, 'bytes', a .tiktoken or tokenizer.json."
     )
     command.DEFINE_path('output', None, 'Folder or URL to write.')
-    flags.DEFINE_float(
-        'validation_share', 0.01, 'Share of the documents held out for validation; 0: none.'
-    )
+    flags.DEFINE_float('validation_share', 0.01, 'Share of documents held out.')
     flags.DEFINE_integer('workers', os.cpu_count(), 'Number of processes.', lower_bound=1)
-    flags.DEFINE_string('ray', None, "Address of a Ray cluster to work on, or 'auto' or 'local'.")
-    flags.DEFINE_string(
-        'text_field', 'text', 'Field of a record that holds the text; doc.text: a field inside.'
-    )
+    flags.DEFINE_string('ray', None, "Address of a Ray cluster, or 'auto' or 'local'.")
+    flags.DEFINE_string('text_field', 'text', 'Field of the text; doc.text: inside another.')
     flags.DEFINE_enum(
         'format', None, list(FORMATS), 'Files of token ids instead of text, written by others.'
     )
@@ -468,9 +471,9 @@ def _define_flags() -> None:
         ['', *BORDERS],
         'A document is a record, or what lies between end-of-text tokens across records.',
     )
-    flags.DEFINE_float('max_bad_share', 0.001, 'Share of bad records above which the job stops.')
-    command.DEFINE_path('inspect', None, 'Prepared folder or URL to describe and verify instead.')
-    flags.DEFINE_integer('samples', 3, 'Documents of a split that --inspect shows.', lower_bound=0)
+    flags.DEFINE_float('max_bad_share', 0.001, 'Bad records that stop the job.')
+    command.DEFINE_path('inspect', None, 'Prepared folder or URL to verify and describe.')
+    flags.DEFINE_integer('samples', 3, 'Documents that --inspect shows.', lower_bound=0)
 
 
 def main(words: list[str]) -> None:
@@ -493,10 +496,11 @@ def main(words: list[str]) -> None:
             args.max_bad_share,
             tokens,
         )
-        if tokens:
-            files = find_token_files(inputs, tokens)
-        else:
-            files = find_files(inputs, args.extensions)
+        with patiently(f'looking for the files of {", ".join(inputs)} ...'):
+            if tokens:
+                files = find_token_files(inputs, tokens)
+            else:
+                files = find_files(inputs, args.extensions, args.as_text)
         manifest = prepare(files, job, args.workers, progress=True, ray=args.ray)
     for name, split in manifest['splits'].items():
         print(
@@ -507,6 +511,8 @@ def main(words: list[str]) -> None:
         print(note)
     read = manifest['input']
     print(f'{read["empty"]:,} empty documents left out, {read["bad"]:,} bad records')
+    if 'binary' in read:
+        print(binary_note(read['binary']))
     for report in read['reports'][:10]:
         print('  ' + Bad(**report).message(report['file']))
 
@@ -549,4 +555,5 @@ def held_out(manifest: dict[str, Any]) -> str:
 
 
 if __name__ == '__main__':
+    startup.hear_interrupts()
     command.run(main, _define_flags, takes_words=True)

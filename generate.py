@@ -10,6 +10,11 @@ and finish_reason ('stop': end of text or a stop string, which the text leaves o
 The text is runtime/sampling.py's business, the tokens decoding.py's.
 """
 
+if __name__ == '__main__':  # before the imports that take seconds
+    from machine import startup
+
+    startup.quick_interrupts()
+
 import json
 import math
 import os
@@ -248,32 +253,29 @@ def main(_: list[str]) -> None:
 def define_flags() -> None:
     command.DEFINE_path('workdir', None, 'The run, as train.py left it.')
     flags.DEFINE_integer('step', None, 'Checkpoint to load; by default the newest.', lower_bound=0)
-    flags.DEFINE_boolean(
-        'averaged', None, 'Take the weights that optimizer.ema averages; by default as evaluated.'
-    )
-    flags.DEFINE_multi_string('prompt', [], 'Text to continue; may be given several times.')
-    command.DEFINE_path(
-        'prompts_file', '', 'A prompt per line, blank ones left out; .jsonl: JSON strings.'
-    )
+    flags.DEFINE_boolean('averaged', None, 'Averaged weights; by default those evaluated.')
+    flags.DEFINE_multi_string('prompt', [], 'Text to continue; several are allowed.')
+    command.DEFINE_path('prompts_file', '', 'A prompt per line; .jsonl: JSON strings.')
     flags.DEFINE_integer('max_tokens', 200, 'Most tokens to add to a prompt.', lower_bound=1)
     flags.DEFINE_integer(
         'context', 0, 'Most tokens of prompt and text; 0: as trained.', lower_bound=0
     )
     flags.DEFINE_float('temperature', 0.8, 'Randomness; 0 takes the likeliest token.')
     flags.DEFINE_integer('top_k', 0, 'Draw from the k likeliest tokens; 0: from all.')
-    flags.DEFINE_float('top_p', 1.0, 'Draw from the likeliest tokens of this total probability.')
-    flags.DEFINE_float('min_p', 0.0, "Least probability, as a share of the likeliest token's.")
+    flags.DEFINE_float('top_p', 1.0, 'Draw from the likeliest that sum to this.')
+    flags.DEFINE_float('min_p', 0.0, 'Least probability, as a share of the largest.')
     flags.DEFINE_integer('seed', 0, 'Random seed.', lower_bound=0, upper_bound=2**32 - 1)
     flags.DEFINE_multi_string('stop', [], 'Text that ends a completion; several are allowed.')
     command.DEFINE_path('tokenizer', '', "The run's vocabulary, if its file has moved.")
-    flags.DEFINE_integer('tp', 1, 'Shards of heads, feed-forward and vocabulary.')
+    flags.DEFINE_integer('tp', 1, 'Shards of heads, feed-forward, vocabulary.')
     flags.DEFINE_integer('fsdp', 1, 'Shards of weights and prompts.')
     flags.DEFINE_enum('dtype', '', ['', 'float32', 'bfloat16'], "Compute type; the run's if empty.")
     flags.DEFINE_integer(
         'cpu_devices', 0, 'Devices to simulate on the CPU.', lower_bound=0, upper_bound=4096
     )
-    flags.DEFINE_boolean('json', False, 'Print one JSON object per completion, and nothing else.')
+    flags.DEFINE_boolean('json', False, 'Print a JSON object per completion alone.')
 
 
 if __name__ == '__main__':
+    startup.hear_interrupts()
     command.run(main, define_flags)

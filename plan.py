@@ -13,6 +13,11 @@ requirements/gpu.txt. Any field may be overridden, as in train.py. With --json t
 all figures as one JSON object.
 """
 
+if __name__ == '__main__':  # before the imports that take seconds
+    from machine import startup
+
+    startup.quick_interrupts()
+
 import dataclasses
 import json
 import math
@@ -115,4 +120,5 @@ def define_flags() -> None:
 
 
 if __name__ == '__main__':
+    startup.hear_interrupts()
     command.run(main, define_flags)

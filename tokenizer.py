@@ -12,6 +12,11 @@ A vocabulary of your own is two files (corpus/vocabulary_files.py): NAME.tiktoke
 and NAME.json, its sidecar, with the pattern that splits text into pieces and the special tokens.
 """
 
+if __name__ == '__main__':  # before the imports that take seconds
+    from machine import startup
+
+    startup.quick_interrupts()
+
 import hashlib
 import json
 import os
@@ -28,6 +33,7 @@ from config import ConfigError
 from corpus import hub_tokenizer
 from corpus.vocabulary_files import read_ranks, read_sidecar, write_vocabulary
 from machine import command
+from machine.progress import interruptible, interruption, track
 
 if TYPE_CHECKING:
     import tokenizers
@@ -127,7 +133,7 @@ def encode(enc: tiktoken.Encoding, text: str, n_bytes: int | None = None) -> np.
     if isinstance(enc, hub_tokenizer.HubEncoding):  # whose normalizer may change the text
         kept, whole = enc.kept(text, ids)
     else:
-        kept = int(cached_token_bytes(enc).take(ids).sum())
+        kept = int(np.add.reduce(cached_token_bytes(enc).take(ids)))
         whole = len(text.encode()) if n_bytes is None else n_bytes
     if kept != whole:  # what the pattern does not match, tiktoken leaves out
         raise ConfigError(
@@ -154,7 +160,7 @@ def cached_token_bytes(enc: tiktoken.Encoding) -> np.ndarray:
     for kept, lengths in _kept_lengths:
         if kept is enc:
             return lengths
-    lengths = token_bytes(enc)
+    lengths = token_bytes(enc).astype(np.int64)  # which numpy adds without a conversion
     _kept_lengths[:] = [(enc, lengths)]  # no lru_cache, which Ray cannot send to machines
     return lengths
 
@@ -202,7 +208,7 @@ def _tokens(enc: tiktoken.Encoding) -> list[tuple[int, bytes]]:
     """Returns (id, bytes) of each token that is not special, ordered by id; ids may have gaps."""
     if isinstance(enc, hub_tokenizer.HubEncoding):
         return enc.tokens()
-    return sorted((enc.encode_single_token(token), token) for token in enc.token_byte_values())
+    return sorted((i, token) for token, i in enc._mergeable_ranks.items())
 
 
 def _found(name: str) -> str:
@@ -351,14 +357,15 @@ def train(
     names = [*names, *(f'text {i}' for i in range(len(names), len(texts)))]
     ranks = {bytes([i]): i for i in range(256)}
     alphabet = checked_encoding(output, 'tokenizer.PATTERN', PATTERN, ranks, {})
-    for name, text in zip(names, texts, strict=True):
+    named = list(zip(names, texts, strict=True))
+    for name, text in track(named, 'splitting texts', len(named)):
         _encode_named(alphabet, text, name)  # before the training, which takes longer
     trained = learn_merges(texts, vocab_size)
     byte_of = hub_tokenizer.byte_of_character()
     ranks = {bytes(byte_of[c] for c in token): rank for token, rank in trained.get_vocab().items()}
     special_tokens = {END_OF_TEXT: vocab_size - 1}
     enc = checked_encoding(output, output, PATTERN, ranks, special_tokens)
-    for name, text in zip(names, texts, strict=True):
+    for name, text in track(named, 'checking the vocabulary', len(named)):
         if _encode_named(enc, text, name).tolist() != trained.encode(text).ids:
             raise ValueError(
                 f'tiktoken and the trainer encode {name} differently with the trained vocabulary: '
@@ -425,9 +432,9 @@ def learn_merges(texts: list[str], vocab_size: int) -> 'tokenizers.Tokenizer':
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 1,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        show_progress=sys.stderr.isatty(),
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    interruptible(tokenizer.train_from_iterator, texts, trainer)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, in_bytes])
     if tokenizer.get_vocab_size() < vocab_size - 1:
         raise ConfigError(
@@ -468,10 +475,11 @@ def _define_flags() -> None:
     flags.DEFINE_string('end_of_text', '', 'With --from_hf: the token that ends a document.')
     flags.DEFINE_string('text_field', 'text', 'Field of a record that holds the text.')
     flags.DEFINE_list('extensions', [], 'Endings of further files to read as text, as in rst,c.')
+    flags.DEFINE_boolean('as_text', False, 'Read files of any ending as text; not binary ones.')
 
 
 def _read_texts(
-    inputs: Sequence[str], text_field: str, extensions: Sequence[str]
+    inputs: Sequence[str], text_field: str, extensions: Sequence[str], as_text: bool = False
 ) -> tuple[list[tuple[str, str]], list[str]]:
     """Returns the inputs' documents, as (name, text), and a message for each bad record.
 
@@ -480,20 +488,21 @@ def _read_texts(
     Raises ConfigError if there is no text.
     """
     # Here, so that whoever only encodes needs none of it.
-    from corpus.documents import Bad, cut_into_parts, documents
+    from corpus.documents import cut_into_parts, documents
     from corpus.files import File, find_files
+    from corpus.records import Bad, Document
 
     patterns = [name for name in inputs if name != 'stdlib']
-    files = find_files(patterns, extensions) if patterns else []
+    files = find_files(patterns, extensions, as_text) if patterns else []
     if len(patterns) < len(inputs):
         files += [File(name, path) for name, path in stdlib_files()[0]]
     found, bad = [], []
     for part in cut_into_parts(files, sys.maxsize, text_field):
-        for piece in part:
+        for piece in track(part, 'reading', len(part)):
             for item in documents(piece, text_field):
                 if isinstance(item, Bad):
                     bad.append(item.message(piece.file.path))
-                else:
+                elif isinstance(item, Document):
                     path, name = piece.file.path, piece.file.name
                     folder = path.removesuffix(name) if path.endswith(name) else ''
                     found.append((f'{folder}{item.id}', item.text))
@@ -520,7 +529,8 @@ def main(words: list[str]) -> None:
         if args.from_hf and args['vocab_size'].present:
             raise ConfigError('--vocab_size does not go with --from_hf: leave it out')
         _check_output(args.output, ('.tiktoken', '.json') if args.from_hf else ('.tiktoken',))
-        found, bad = _read_texts(inputs, args.text_field, args.extensions) if inputs else ([], [])
+        given = args.text_field, args.extensions, args.as_text
+        found, bad = _read_texts(inputs, *given) if inputs else ([], [])
         names, texts = [name for name, _ in found], [text for _, text in found]
         for message in bad[:10]:
             print(message, file=sys.stderr)
@@ -528,7 +538,8 @@ def main(words: list[str]) -> None:
             print(_converted(args.from_hf, args.output, args.end_of_text, texts), file=sys.stderr)
             return
         print(f'training on {len(found):,} documents ...', file=sys.stderr)
-        enc = train(texts, args.vocab_size, args.output, names)
+        with interruption(f'{args.output} is not written; give the same command again'):
+            enc = train(texts, args.vocab_size, args.output, names)
     size = sum(len(text.encode()) for text in texts)
     tokens = sum(len(encode(enc, text)) for text in texts)
     left_out = f', {len(bad):,} bad records left out' if bad else ''
@@ -555,4 +566,5 @@ def _converted(path: str, output: str, end: str, texts: list[str]) -> str:
 
 
 if __name__ == '__main__':
+    startup.hear_interrupts()
     command.run(main, _define_flags, takes_words=True)

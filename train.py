@@ -502,13 +502,12 @@ def start(words: list[str]) -> None:
 
 def define_flags() -> None:
     command.DEFINE_config('config', 'Config file, e.g. configs/tiny.py or just tiny.')
-    command.DEFINE_path('workdir', None, 'Folder or URL of the run; a new one in runs/ by default.')
-    command.DEFINE_path('init_from', None, 'Run or checkpoint folder to take the parameters from.')
+    command.DEFINE_path('workdir', None, 'Folder or URL of the run; by default a new one in runs/.')
+    command.DEFINE_path('init_from', None, 'Run or checkpoint that the parameters come from.')
     flags.DEFINE_boolean(
         'averaged',
         None,
-        'With --eval_only (there as the run does it) or --init_from: the weights '
-        'that optimizer.ema averages.',
+        'With --eval_only or --init_from: the averaged weights.',
     )
     flags.DEFINE_integer(
         'cpu_devices', 0, 'Devices to simulate on the CPU, per process.',
@@ -520,11 +519,11 @@ def define_flags() -> None:
     flags.DEFINE_flag(
         flags.Flag(
             StepParser(), None, 'eval_only', None,
-            'Evaluate a checkpoint of --workdir, by default the newest, and exit.',
+            'Evaluate a checkpoint, by default the newest.',
             boolean=True,  # only such flags may stand without a value
         )
     )  # fmt: skip
-    command.DEFINE_paths('plot', None, 'Draw the curves of these runs as a PNG, and exit.')
+    command.DEFINE_paths('plot', None, 'Draw the curves of these runs as a PNG.')
     command.DEFINE_path('plot_output', None, 'The PNG; WORKDIR/metrics.png by default.')
 
 

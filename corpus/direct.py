@@ -30,8 +30,8 @@ import numpy as np
 import tiktoken
 
 from config import ConfigError
-from corpus.documents import Piece
 from corpus.files import File
+from corpus.records import Piece
 from corpus.shards import UnreadableError
 from corpus.token_documents import (
     byte_lengths,

@@ -10,6 +10,7 @@ import glob
 import io
 import os
 import posixpath
+import re
 import sys
 import time
 from collections import Counter
@@ -22,10 +23,18 @@ if TYPE_CHECKING:
     import fsspec
 
 FILE_KINDS = ('.txt', '.py', '.md')  # one document per file
-LINE_KINDS = ('.jsonl', '.jsonl.gz', '.jsonl.zst')  # one document per line
+LINE_KINDS = ('.jsonl',)  # one document per line
 ROW_KINDS = ('.parquet',)  # one document per row
-MANY_KINDS = LINE_KINDS + ROW_KINDS  # many documents per file
+TABLE_KINDS = ('.csv', '.tsv')  # one document per row
+JSON_KINDS = ('.json',)  # one document per value
+TAR_KINDS = ('.tar',)  # one document per member
+# Folders hold such files beside the text (package.json), so they are read where --input names the
+# ending.
+NAMED_KINDS = JSON_KINDS + TABLE_KINDS + TAR_KINDS
+MANY_KINDS = LINE_KINDS + ROW_KINDS + NAMED_KINDS  # many documents per file
 KINDS = FILE_KINDS + MANY_KINDS
+PACKINGS = ('.gz', '.zst', '.xz', '.bz2')  # compressions, of all kinds but ROW_KINDS
+SHORT_PACKINGS = {'.tgz': '.tar.gz', '.tbz2': '.tar.bz2', '.txz': '.tar.xz', '.tzst': '.tar.zst'}
 
 READ_BYTES = 4 << 20  # bytes requested at a time from a remote file or a compressed stream
 ATTEMPTS = 4  # to read a remote file
@@ -47,6 +56,13 @@ class File:
     path: str  # or URL
     size: int | None = None  # bytes; None: not asked for yet, or unknown to the server
     version: str = ''  # a time or a tag, which changes with the content; '': unknown
+    as_text: bool = False  # True: it is one document, whatever its ending, or none if it is binary
+
+    @property
+    def kind(self) -> str:
+        """One of the KINDS, '.txt' for all that is one document."""
+        kind = kind_of(self.name)
+        return '.txt' if kind not in (TAR_KINDS if self.as_text else MANY_KINDS) else kind
 
 
 def _remote(url: str, fn: Callable[..., T], *args: Any) -> T:
@@ -67,6 +83,29 @@ def has_kind(name: str, kinds: tuple[str, ...]) -> bool:
     return name.lower().endswith(kinds)
 
 
+def packing(name: str) -> str:
+    """Returns the ending of a compressed file that says how, '' for another file."""
+    name = name.lower()
+    for short, ending in SHORT_PACKINGS.items():
+        name = name[: -len(short)] + ending if name.endswith(short) else name
+    return next((ending for ending in PACKINGS if name.endswith(ending)), '')
+
+
+def unpacked(name: str) -> str:
+    """Returns the name without the ending of a compression, with which ids do not change."""
+    for short, ending in SHORT_PACKINGS.items():
+        if has_kind(name, (short,)):
+            name = name[: -len(short)] + ending
+    return name[: len(name) - len(packing(name))]
+
+
+def kind_of(name: str) -> str:
+    """Returns the one of the KINDS that a file's name ends in, before a compression, or ''."""
+    if has_kind(unpacked(name), ROW_KINDS) and packing(name):
+        return ''  # Parquet compresses its own pages
+    return next((kind for kind in KINDS if has_kind(unpacked(name), (kind,))), '')
+
+
 def split_inputs(values: Iterable[str]) -> list[str]:
     """Returns the paths, globs and URLs of values that may each hold several, 'a.txt,b.txt'.
 
@@ -85,20 +124,21 @@ def split_inputs(values: Iterable[str]) -> list[str]:
 
 
 def find_files(
-    patterns: Sequence[str], extensions: Sequence[str] = (), kinds: Sequence[str] = ()
+    patterns: Sequence[str],
+    extensions: Sequence[str] = (),
+    as_text: bool = False,
+    kinds: Sequence[str] = (),
 ) -> list[File]:
     """Returns the files of paths, folders, globs and URLs, each once.
 
     A file's name is its path below the folder, or below the fixed part of the glob; names that
     several files would share are longer (`_with_own_names`). Files with one of the `extensions` are
-    read as text. Other files that have none of the KINDS are skipped, and how many is printed. If
-    `kinds` are given, files with these endings alone are meant, and others are no news.
-    Raises ConfigError for a pattern that matches no file that can be read.
+    read as text, with `as_text` all files but tar archives, whose members are. Other files that
+    have none of the KINDS, or one of the NAMED_KINDS that the pattern does not name, are skipped,
+    and how many is printed. If `kinds` are given, files with these endings alone are meant, and
+    others are no news. Raises ConfigError for a pattern that matches no file that can be read.
     """
-    others = not kinds  # say how files with other endings are read
-    kinds = tuple(kinds) or KINDS + tuple(
-        '.' + e.strip().lstrip('.').lower() for e in extensions if e.strip()
-    )
+    text = tuple('.' + e.strip().lstrip('.').lower() for e in extensions if e.strip())
     files: dict[str, File] = {}
     for pattern in patterns:
         found = _find_urls(pattern) if '://' in pattern else _find_local(pattern)
@@ -108,24 +148,59 @@ def find_files(
                 f'no file matches --input={pattern}{place}: check the path; names that start with '
                 'a dot are left out'
             )
-        known = [file for file in found if has_kind(file.name, kinds)]
-        skipped = Counter(_ending(file.name) for file in found if not has_kind(file.name, kinds))
-        endings = ', '.join(f'{n:,} {ending}' for ending, n in skipped.most_common(8))
-        if not known:
-            raise ConfigError(
-                f'--input={pattern} has no file that can be read: there are {endings}, and what is '
-                f'read is {", ".join(kinds)}'
-                + ('; others are read as text by --extensions=rst,c' if others else '')
-            )
-        if skipped and others:
-            print(
-                f'skipped in {pattern}: {endings}; to read some as text, name their endings, as in '
-                '--extensions=rst,c',
-                file=sys.stderr,
-            )
+        if kinds:
+            known = [file for file in found if has_kind(file.name, tuple(kinds))]
+            if not known:
+                raise ConfigError(
+                    f'--input={pattern} has no file that can be read: what is read is '
+                    f'{", ".join(kinds)}'
+                )
+        else:
+            known = _known(pattern, found, text, as_text)
         for file in sorted(known, key=lambda file: file.name):
             files.setdefault(_place(file), file)
     return _with_own_names(list(files.values()))
+
+
+def _is_read(file: File, pattern: str) -> bool:
+    """Returns whether a file that the pattern matches is of a kind that is read."""
+    kind = kind_of(file.name)
+    if kind not in NAMED_KINDS:
+        return bool(kind)
+    *_, last = unpacked(pattern.rstrip('/')).split('/')
+    return bool(re.search(re.escape(kind) + '(?![a-z0-9])', last.lower()))
+
+
+def _known(pattern: str, found: Sequence[File], text: tuple[str, ...], as_text: bool) -> list[File]:
+    """Returns those of the files that are read. Prints which others there are."""
+    known, skipped = [], []
+    for file in found:
+        named = has_kind(unpacked(file.name), text)
+        if as_text or (named and kind_of(file.name) in NAMED_KINDS):
+            known.append(dataclasses.replace(file, as_text=True))
+        elif named or _is_read(file, pattern):
+            known.append(file)
+        else:
+            skipped.append(file)
+    if not known or skipped:
+        _say_skipped(pattern, known, skipped)
+    return known
+
+
+def _say_skipped(pattern: str, known: list[File], skipped: list[File]) -> None:
+    """Prints which files are skipped. Raises ConfigError if there are no others."""
+    counts = Counter(ending_of(file.name) for file in skipped)
+    endings = ', '.join(f'{n:,} {ending}' for ending, n in counts.most_common(8))
+    named = sorted({kind_of(file.name) for file in skipped} - {''})
+    hint = '--extensions=rst,c, or all by --as_text'
+    if named:
+        hint += f"; {', '.join(named)} by an --input that names the ending, as in '*{named[0]}'"
+    if not known:
+        raise ConfigError(
+            f'--input={pattern} has no file that can be read: there are {endings}, and what is '
+            f'read is {", ".join(KINDS)}; others are read as text by {hint}'
+        )
+    print(f'skipped in {pattern}: {endings}; to read some as text: {hint}', file=sys.stderr)
 
 
 def _place(file: File) -> str:
@@ -155,9 +230,10 @@ def _with_own_names(files: list[File]) -> list[File]:
     return [dataclasses.replace(f, name=renamed.get(_place(f), f.name)) for f in files]
 
 
-def _ending(name: str) -> str:
+def ending_of(name: str) -> str:
     """Returns the ending of a file's name, or words that say that it has none."""
-    return os.path.splitext(name)[1].lower() or 'without an ending'
+    ending = os.path.splitext(unpacked(name))[1].lower() + packing(name)
+    return ending or 'without an ending'
 
 
 def _matches(pattern: str) -> bool:
@@ -195,7 +271,7 @@ def _find_local(pattern: str) -> list[File]:
     folders = [path for name, path in found if os.path.isdir(path)]
     no_file = not files
     for folder in folders:
-        if no_file or has_kind(folder, MANY_KINDS):
+        if no_file or kind_of(folder) in MANY_KINDS:
             files += _walk(folder, prefix or '.')
     _say_left_out(pattern, folders, [file.path for file in files])
     return list({file.path: file for file in files}.values())
@@ -250,7 +326,7 @@ def _find_urls(pattern: str) -> list[File]:
     if not is_glob and found.get(path, {}).get('type') == 'directory':
         root = path
     for name, info in list(found.items()):
-        if info.get('type') == 'directory' and (not is_glob or has_kind(name, MANY_KINDS)):
+        if info.get('type') == 'directory' and (not is_glob or kind_of(name) in MANY_KINDS):
             found |= _remote(pattern, functools.partial(system.find, name, detail=True))
     if is_glob:
         folders = [name for name, info in found.items() if info.get('type') == 'directory']

@@ -18,6 +18,7 @@ from corpus.shards import (
     read_checksums,
     read_manifest,
 )
+from machine.progress import Progress
 from storage.stores import open_store
 
 SAMPLE_TOKENS = 200  # at most, of a document that --inspect shows
@@ -35,7 +36,18 @@ def inspect(path: str, n_samples: int = 3) -> list[str]:
     for split in summary['splits'].values():
         split['shards'] = len(split['shards'])
     print(json.dumps(summary, indent=1))
-    damage = []
+    tokens = sum(split['tokens'] for split in manifest['splits'].values())
+    with Progress('checking', tokens) as progress:
+        damage = _check_splits(path, manifest, n_samples, progress)
+    print(f'\n{len(damage)} damaged shards' if damage else '\nall shards are as the manifest says')
+    return damage
+
+
+def _check_splits(
+    path: str, manifest: dict[str, Any], n_samples: int, progress: Progress
+) -> list[str]:
+    """Checks and describes the splits; returns a line for each damaged shard."""
+    store, damage = open_store(path), []
     for name, split in manifest['splits'].items():
         if not split['tokens']:
             print(f'\n{name}: empty')
@@ -44,14 +56,14 @@ def inspect(path: str, n_samples: int = 3) -> list[str]:
         lengths: list[np.ndarray] = []
         for shard in split['shards']:
             try:
-                _check_shard(store, shard, manifest, counts, lengths)
+                _check_shard(store, shard, manifest, counts, lengths, progress)
             except (ValueError, OSError) as error:
                 damage.append(f'{path}/{shard["path"]} is damaged: {error}')
+        progress.close()
         if not damage:
             whole = Split(path, name)
             _print_statistics(whole, counts, np.concatenate(lengths))
             _print_samples(whole, np.concatenate(lengths), n_samples)
-    print(f'\n{len(damage)} damaged shards' if damage else '\nall shards are as the manifest says')
     return damage
 
 
@@ -61,6 +73,7 @@ def _check_shard(
     manifest: dict[str, Any],
     counts: np.ndarray,
     lengths: list[np.ndarray],
+    progress: Progress,
 ) -> None:
     """Adds the shard's ids to `counts` [n_vocab] and the lengths of its documents to `lengths`.
 
@@ -78,6 +91,7 @@ def _check_shard(
             counts += new
             ends.append(n + np.flatnonzero(tokens == manifest['tokenizer']['end_of_text']))
             n += len(tokens)
+            progress.add(len(tokens))
             yield tokens
 
     array = ts.open(array_spec(store, shard['path']), read=True).result()

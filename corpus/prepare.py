@@ -16,6 +16,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import sys
@@ -28,8 +29,9 @@ import tensorstore as ts
 import tiktoken
 
 from config import ConfigError
-from corpus.documents import Bad, Document, Piece, cut_into_parts, documents
-from corpus.files import MANY_KINDS, File, has_kind, retry
+from corpus.documents import cut_into_parts, documents
+from corpus.files import FILE_KINDS, File, ending_of, retry, unpacked
+from corpus.records import Bad, Binary, Document, Piece
 from corpus.shards import (
     MANIFEST,
     SPLITS,
@@ -43,7 +45,8 @@ from corpus.shards import (
 from corpus.tally import COUNTS, ProgressBar, Tally, add_bad, total
 from corpus.token_files import TokenOptions, cut_tokens, is_flat
 from corpus.token_import import write_tokens
-from corpus.workers import run
+from corpus.workers import run, start_server
+from machine.progress import Progress, interruption
 from storage.stores import local_folder, open_store, store_errors
 from tokenizer import END_OF_TEXT, encode, end_of_text, fingerprint, get_encoding
 
@@ -98,11 +101,15 @@ def prepare(
     """
     enc = _checked_encoding(job, workers)
     _check_output(job.output)
+    if workers > 1 and len(files) > 1 and not ray:
+        start_server()  # it is ready when the files are cut
     store = open_store(job.output)
+    silent = 1.0 if progress else math.inf
     if job.tokens:
         parts = cut_tokens(files, job.tokens, part_bytes)
     else:
-        parts = cut_into_parts(files, part_bytes, job.text_field)
+        with Progress('cutting files into parts', len(files), silent=silent) as cutting:
+            parts = cut_into_parts(files, part_bytes, job.text_field, cutting.show)
     manifest = _empty_manifest(job, enc, parts, part_bytes)
     with store_errors(f'{job.output} cannot be read'):
         finished = store.read(MANIFEST).result()
@@ -120,13 +127,20 @@ def prepare(
     if ray:
         tasks = [_absolute(*task) for task in tasks]
     tally = Tally(parts, job.max_bad_share)
-    bar = ProgressBar(tally, done) if progress else None
     threads = job.tokens is not None and is_flat(job.tokens)
-    with contextlib.closing(run(_retry_part, enc, tasks, workers, ray, threads)) as results:
+    with (
+        interruption(
+            lambda: (
+                f'{len(_committed_parts(store, keys))} of {len(parts)} parts are done, and '
+                f'stay in {job.output}; give the same command again to go on'
+            )
+        ),
+        contextlib.closing(ProgressBar(tally, done if progress else None)) as bar,
+        contextlib.closing(run(_retry_part, enc, tasks, workers, ray, threads)) as results,
+    ):
         for i in range(len(parts)):
             tally.add(done[i] if i in done else next(results))
-            if bar:
-                bar.show()
+            bar.show()
     if not any(result['shards'] for result in tally.results):
         what = 'tokens' if job.tokens else 'text'
         raise ConfigError(
@@ -139,7 +153,8 @@ def prepare(
         shards = [result['shards'][name] for result in tally.results if name in result['shards']]
         manifest['splits'][name] = total(shards) | {'shards': shards}
     reports = [report for result in tally.results for report in result['reports']]
-    manifest['input'] |= {**tally.counts, 'reports': reports}
+    binary = {'binary': dict(sorted(tally.binary.items()))} if tally.binary else {}
+    manifest['input'] |= {**tally.counts, **binary, 'reports': reports}
     with store_errors(f'{job.output} cannot be written'):
         write_manifest(store, manifest)
         _remove_leftovers(store, manifest)
@@ -148,9 +163,9 @@ def prepare(
 
 def _lone_document(job: Job, files: Sequence[File]) -> Move | None:
     """Returns the move of the only document, if the names of the files tell that there is one."""
-    of_many = job.tokens or has_kind(files[0].name, MANY_KINDS)
+    of_many = job.tokens or files[0].kind not in FILE_KINDS
     if job.validation_share and len(files) == 1 and not of_many:
-        return Move(files[0].name, 'validation', tail=True)
+        return Move(unpacked(files[0].name), 'validation', tail=True)
     return None
 
 
@@ -243,7 +258,7 @@ def _empty_manifest(
 ) -> dict[str, Any]:
     """Returns the manifest without its splits and counts, which reading the parts will tell."""
     files = {piece.file for part in parts for piece in part}
-    listing = sorted((file.name, file.size) for file in files)
+    listing = sorted((f.name, f.size, *(['text'] * f.as_text)) for f in files)
     return {
         'version': 0,  # `write_manifest` knows it
         'tokenizer': {
@@ -311,7 +326,11 @@ def _part_key(manifest: dict[str, Any], part: list[Piece], move: Move | None) ->
     shared += [manifest['validation_share'], manifest['input']['text_field']]
     shared += [manifest['input']['tokens']] if 'tokens' in manifest['input'] else []
     shared += [move] if move else []
-    return _digest([shared, [dataclasses.astuple(piece) for piece in part]])
+    pieces = []
+    for piece in part:
+        file, *rest = dataclasses.astuple(piece)
+        pieces.append([file if piece.file.as_text else file[:-1], *rest])
+    return _digest([shared, pieces])
 
 
 def _committed_parts(store: ts.KvStore, keys: list[str]) -> dict[int, dict[str, Any]]:
@@ -369,7 +388,8 @@ def write_part(
     """Writes the arrays of one part, reads them back, commits the part and returns its result.
 
     The result, a JSON object, holds the key, the COUNTS, the shards by split, the `first`
-    documents by their hash, as (hash, id, bytes), and reports of bad records.
+    documents by their hash, as (hash, id, bytes), reports of bad records, and if there are any the
+    number of binary files by their ending.
     """
     store = open_store(job.output)
     commit = f'parts/{index:05d}.json'
@@ -382,7 +402,11 @@ def write_part(
         if job.tokens:
             write_tokens(enc, job, piece, move, arrays, result)
             continue
-        for item, texts in _encoded(enc, piece, job, move):
+        for item, hashed, texts in _encoded(enc, piece, job, move):
+            if isinstance(item, Binary):
+                binary = result.setdefault('binary', {})
+                binary[ending_of(item.name)] = binary.get(ending_of(item.name), 0) + 1
+                continue
             if isinstance(item, Bad):
                 add_bad(result, item)
                 continue
@@ -391,9 +415,9 @@ def write_part(
             for split, ids, n_bytes in texts:
                 arrays[split].append(ids, n_bytes)
             if texts:
-                first = (document_hash(item.id), item.id, item.n_bytes)
-                if len(result['first']) < 2 or first < result['first'][-1]:
-                    result['first'] = sorted([*result['first'], first])[:2]
+                first = result['first']
+                if len(first) < 2 or hashed <= first[-1][0]:
+                    result['first'] = sorted([*first, (hashed, item.id, item.n_bytes)])[:2]
                 if move and item.id == move.document:
                     move = None  # a file and its compressed copy have the same ids
     for split, array in arrays.items():
@@ -406,26 +430,29 @@ def write_part(
 
 def _encoded(
     enc: tiktoken.Encoding, piece: Piece, job: Job, move: Move | None
-) -> Iterator[tuple[Document | Bad, list[tuple[str, np.ndarray, int]]]]:
-    """Yields the documents and the bad records of a piece.
+) -> Iterator[tuple[Document | Bad | Binary, str, list[tuple[str, np.ndarray, int]]]]:
+    """Yields the documents, bad records and binary files of a piece.
 
-    With each document come the texts that it gives: (split, ids, bytes). An empty one gives none.
+    With each document come the hash of its id, and the texts that it gives: (split, ids, bytes). An
+    empty one gives none.
     """
     items = documents(piece, job.text_field)
     for item in ahead(items) if '://' in piece.file.path else items:
-        if isinstance(item, Bad):
-            yield item, []
+        if not isinstance(item, Document):
+            yield item, '', []
             continue
+        hashed = document_hash(item.id)
         if move and item.id == move.document:
             texts = _moved(item, job, move)
         else:
-            texts = [(split_of(item.id, job.validation_share), item.text, item.n_bytes)]
+            split = split_of(item.id, job.validation_share, hashed)
+            texts = [(split, item.text, item.n_bytes)]
         try:
             encoded = [(split, encode(enc, text, n), n) for split, text, n in texts if n]
         except ConfigError as error:
-            yield Bad(piece.file.name, f'document {item.id}', str(error)), []
+            yield Bad(piece.file.name, f'document {item.id}', str(error)), '', []
         else:
-            yield item, encoded
+            yield item, hashed, encoded
 
 
 def _moved(item: Document, job: Job, move: Move) -> list[tuple[str, str, int]]:

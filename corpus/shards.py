@@ -52,9 +52,12 @@ def array_spec(store: ts.KvStore, path: str) -> dict[str, Any]:
     }
 
 
-def split_of(document: str, validation_share: float) -> str:
-    """Returns the split of the document with this id. It does not depend on other documents."""
-    below = int(document_hash(document), 16) < validation_share * 2**64
+def split_of(document: str, validation_share: float, hashed: str = '') -> str:
+    """Returns the split of the document with this id. It does not depend on other documents.
+
+    `hashed` is its `document_hash`, where that is there already.
+    """
+    below = int(hashed or document_hash(document), 16) < validation_share * 2**64
     return 'validation' if below else 'train'
 
 
@@ -102,8 +105,14 @@ class ArrayWriter:
 
         Raises ConfigError if an object cannot be written, OSError if it reads back otherwise.
         """
-        self._put(ids)
-        self._put(self._end)
+        start, stop = self._n_waiting, self._n_waiting + len(ids)
+        if stop < OBJECT_TOKENS - 1:  # most documents
+            self._waiting[start:stop] = ids
+            self._waiting[stop] = self._end[0]
+            self._n_waiting = stop + 1
+        else:
+            self._put(ids)
+            self._put(self._end)
         self.documents += 1
         self._bytes += n_bytes
 
@@ -156,7 +165,10 @@ class ArrayWriter:
                 self._array = self._array.resize(
                     exclusive_max=[stop], resize_metadata_only=True
                 ).result()
-            self._array[start:stop].write(tokens).result()
+            writing = self._array[start:stop].write(tokens)
+            # Without waiting for the disk; if the write fails, nobody asks for the digest.
+            self._hash.update(tokens.astype(tokens.dtype.newbyteorder('<'), copy=False))
+            writing.result()
             written = ts.open(array_spec(self._store, self._path), read=True).result()
             same = np.array_equal(written[start:stop].read().result(), tokens)
         if not same:
@@ -164,7 +176,6 @@ class ArrayWriter:
                 f'{self._name} reads back otherwise than it was written: check the storage and '
                 'start again'
             )
-        self._hash.update(tokens.astype(tokens.dtype.newbyteorder('<'), copy=False))
         self._n_written, self._n_waiting = stop, 0
 
     def _create(self, length: int) -> ts.TensorStore:

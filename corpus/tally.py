@@ -1,13 +1,13 @@
 """Totals and progress of a preparation, and the limit on its bad records."""
 
 import math
-import sys
-import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection
 from typing import Any
 
 from config import ConfigError
-from corpus.documents import Bad, Piece
+from corpus.records import Bad, Piece
+from machine.progress import Progress
 
 REPORTS = 100  # bad records of one part that the manifest names; the others are only counted
 REPORTS_SHOWN = 10  # bad records that an error message names
@@ -29,6 +29,7 @@ class Tally:
     def __init__(self, parts: list[list[Piece]], max_bad_share: float):
         self.results: list[dict[str, Any]] = []
         self.counts = dict.fromkeys(COUNTS, 0)
+        self.binary: Counter[str] = Counter()  # files that are left out, by their ending
         self.tokens = self.documents = self.bytes_read = self._bad_files = self._bad_bytes = 0
         self.sizes = [sum(piece.size for piece in part) for part in parts]
         self.bytes_in_all = max(1, sum(self.sizes))
@@ -46,6 +47,7 @@ class Tally:
         self.results.append(result)
         for name in COUNTS:
             self.counts[name] += result[name]
+        self.binary.update(result.get('binary', {}))
         for shard in result['shards'].values():
             self.tokens += shard['tokens']
             self.documents += shard['documents']
@@ -80,10 +82,13 @@ class Tally:
 
     def complaint(self, problem: str) -> str:
         """Returns a message of the problem and, a line each, the first bad records."""
-        lines, named = [problem], 0
+        lines, named, shown = [problem], 0, 0
+        if self.binary:
+            lines.append(binary_note(self.binary))
         for result, part in zip(self.results, self._parts, strict=False):
             paths = {piece.file.name: piece.file.path for piece in part}
-            for report in result['reports'][: REPORTS_SHOWN + 1 - len(lines)]:
+            for report in result['reports'][: max(0, REPORTS_SHOWN - shown)]:
+                shown += 1
                 lines.append(Bad(**report).message(paths[report['file']]))
                 named += report['count']
         if named < self.counts['bad']:
@@ -92,37 +97,41 @@ class Tally:
 
 
 class ProgressBar:
-    """The progress of a job: one line, rewritten, on a terminal; elsewhere a line per tenth."""
+    """The progress of a job, which counts the bytes of its input."""
 
-    def __init__(self, tally: Tally, done: dict[int, Any]):
-        """`done` are the results of parts that were there before, which the speed leaves out."""
-        self._tally, self._started, self._tenths = tally, time.monotonic(), 0
-        self._bytes_before = sum(tally.sizes[i] for i in done)
-        shards = [shard for result in done.values() for shard in result['shards'].values()]
-        self._tokens_before = total(shards)['tokens']
+    def __init__(self, tally: Tally, done: dict[int, Any] | None):
+        """`done` are the results of parts that were there before, which the speed leaves out; None
+        says nothing."""
+        silent, done = (math.inf, {}) if done is None else (0.0, done)
+        before = sum(tally.sizes[i] for i in done)
+        self._tally = tally
+        self._tokens = {i: total(r['shards'].values())['tokens'] for i, r in done.items()}
+        self._progress = Progress('', tally.bytes_in_all, before, silent)
 
     def show(self) -> None:
-        """Writes the present state to stderr."""
+        """Says how far the parts are that the tally has, after one of them was done."""
         tally = self._tally
-        n, n_parts, terminal = len(tally.results), len(tally.sizes), sys.stderr.isatty()
-        share = 1.0 if n == n_parts else tally.bytes_read / tally.bytes_in_all
-        if not terminal and int(share * 10) <= self._tenths:
-            return
-        self._tenths = int(share * 10)
-        seconds = max(time.monotonic() - self._started, 1e-9)
-        speed = max(0, tally.tokens - self._tokens_before) / seconds
-        read = max(1, tally.bytes_read - self._bytes_before)
-        left = round((tally.bytes_in_all - tally.bytes_read) / read * seconds)
+        n, n_parts = len(tally.results), len(tally.sizes)
+        later = sum(tally.sizes[i] for i in self._tokens if i >= n)
+        tokens = tally.tokens - sum(tokens for i, tokens in self._tokens.items() if i < n)
         line = (
-            f'[{"#" * int(20 * share):20}] {share:4.0%}  {n}/{n_parts} parts  '
-            f'{tally.documents:,} documents  {tally.tokens:,} tokens  '
-            f'{speed / 1e6:.2f}M tokens/s  '
-            f'ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}'
+            f'{n}/{n_parts} parts  {tally.documents:,} documents  {tally.tokens:,} tokens  '
+            f'{tokens / self._progress.seconds / 1e6:.2f}M tokens/s'
         )
-        end = '\r' if terminal and n < n_parts else '\n'
-        print(line, end=end, file=sys.stderr, flush=True)
+        all_done = tally.bytes_in_all if n == n_parts else tally.bytes_read + later
+        self._progress.show(all_done, line)
+
+    def close(self) -> None:
+        """Ends the line on a terminal."""
+        self._progress.close()
 
 
-def total(shards: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def total(shards: Collection[dict[str, Any]]) -> dict[str, Any]:
     """Returns the shards' tokens, documents and bytes of text in all."""
     return {key: sum(shard[key] for shard in shards) for key in ('tokens', 'documents', 'bytes')}
+
+
+def binary_note(binary: dict[str, int]) -> str:
+    """Returns a line on files that were left out because they are no text; by their ending."""
+    endings = ', '.join(f'{n:,} {ending}' for ending, n in Counter(binary).most_common(8))
+    return f'{sum(binary.values()):,} files left out as binary (NUL bytes, or no UTF-8): {endings}'

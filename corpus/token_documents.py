@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from corpus.documents import Bad
+from corpus.records import Bad
 from corpus.shards import mix
 
 COUNTED = 1 << 16  # tokens whose bytes are looked up at a time, which stay in the cache

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from config import ConfigError
-from corpus.documents import Piece, grouped
+from corpus.documents import grouped
 from corpus.files import File, find_files, retry, with_size
+from corpus.records import Piece
 from corpus.token_documents import Block, as_stream
 from corpus.token_flat import (
     Flat,

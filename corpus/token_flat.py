@@ -13,8 +13,8 @@ import numpy as np
 import tensorstore as ts
 
 from config import ConfigError
-from corpus.documents import Piece
 from corpus.files import File, open_file, with_size
+from corpus.records import Piece
 from corpus.token_documents import Block, ends_in
 from corpus.token_rows import exists, parsed_json
 from storage.stores import open_store

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tiktoken
 
-from corpus.documents import Piece
+from corpus.records import Piece
 from corpus.shards import ArrayWriter
 from corpus.tally import add_bad
 from corpus.token_documents import (

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from config import ConfigError
-from corpus.documents import Piece, arrow_errors, parquet, raise_unless_content, row_group_pieces
 from corpus.files import INSTALL, File, find_files, open_file, with_size
+from corpus.records import Piece
+from corpus.rows import arrow_errors, parquet, raise_unless_content, row_group_pieces
 from corpus.token_documents import Block
 
 if TYPE_CHECKING:

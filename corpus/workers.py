@@ -3,6 +3,7 @@
 import importlib
 import multiprocessing
 import os
+import signal
 import socket
 import tempfile
 import threading
@@ -10,6 +11,8 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.context import BaseContext
 from typing import Any
 
 from config import ConfigError
@@ -17,12 +20,15 @@ from corpus.files import INSTALL
 
 # The project's modules that a task's code comes from, for machines that do not have them.
 SHIPPED = (
-    'config', 'configs.default', 'corpus.documents', 'corpus.files', 'corpus.hub_tokenizer',
-    'corpus.prepare', 'corpus.shards', 'corpus.tally', 'corpus.token_documents',
-    'corpus.token_files', 'corpus.token_flat', 'corpus.token_import', 'corpus.token_rows',
-    'corpus.vocabulary_files', 'corpus.workers', 'machine.command', 'machine.config_flag',
-    'storage.stores', 'tokenizer',
+    'config', 'configs.default', 'corpus.compression', 'corpus.csv_files', 'corpus.documents',
+    'corpus.files', 'corpus.hub_tokenizer', 'corpus.prepare', 'corpus.records', 'corpus.rows',
+    'corpus.shards', 'corpus.tally', 'corpus.tar_files', 'corpus.text_files',
+    'corpus.token_documents', 'corpus.token_files', 'corpus.token_flat', 'corpus.token_import',
+    'corpus.token_rows', 'corpus.vocabulary_files', 'corpus.workers', 'machine.command',
+    'machine.config_flag', 'machine.progress', 'storage.stores', 'tokenizer',
 )  # fmt: skip
+
+PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 # The path of a socket has at most 107 bytes, of which the names of a session take this away:
 # /ray/session_2026-01-31_12-00-00_123456_1234567/sockets/plasma_store.1 and a margin.
@@ -78,18 +84,56 @@ def _run_in_threads(
 def _run_in_processes(
     fn: Callable[..., Any], shared: Any, tasks: Sequence[tuple], workers: int
 ) -> Iterator[Any]:
-    # A forked child would inherit the locks of tensorstore's threads without the threads.
-    context = multiprocessing.get_context('spawn')
+    context, others = start_server(), multiprocessing.active_children()
     pool = ProcessPoolExecutor(min(workers, len(tasks)), context, _start_worker, (fn, shared))
+    # Not pool.map, which cancels futures that the pool sets when the workers are ended.
+    futures, yielded = [pool.submit(_work, task) for task in tasks], 0
     try:
-        yield from pool.map(_work, tasks)
+        for future in futures:
+            result = future.result()
+            yielded += 1
+            yield result
     except BrokenProcessPool as error:
         raise WorkerError(
             'a worker was killed, most likely for want of memory: start again with fewer workers; '
             'the parts that are done stay'
         ) from error
+    except BaseException:  # Ctrl-C, or an error: what the workers are at is not waited for
+        for child in multiprocessing.active_children() if yielded < len(tasks) else ():
+            if child not in others:
+                child.terminate()
+        raise
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown()
+
+
+def start_server() -> BaseContext:
+    """Starts the process that worker processes are forked from, if there is none yet.
+
+    A child that this process forked would inherit the locks of tensorstore's threads without the
+    threads. The server has only imported what a part needs, once for all workers: half a second of
+    CPU time each. Returns the context of multiprocessing; one that starts each worker anew where
+    processes cannot be forked.
+    """
+    if 'forkserver' not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context('spawn')
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(['corpus.prepare'])
+    # The server ignores the path that it is given, and imports that fail.
+    before = os.environ.get('PYTHONPATH')
+    os.environ['PYTHONPATH'] = os.pathsep.join([PROJECT, *([before] if before else [])])
+    # Ctrl-C reaches all processes; this one ends the workers, which inherit that they hear nothing.
+    resource_tracker.ensure_running()  # which lets signals through again
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if before is None:
+            del os.environ['PYTHONPATH']
+        else:
+            os.environ['PYTHONPATH'] = before
+    return context
 
 
 _given: list[Any] = []  # in a worker process: fn and shared
@@ -101,6 +145,7 @@ def _start_worker(fn: Callable[..., Any], shared: Any) -> None:
     A worker that outlived a killed parent would write into the work of the next job.
     """
     _given[:] = fn, shared
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where it was started anew
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

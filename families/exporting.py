@@ -12,6 +12,7 @@ import numpy as np
 from config import ConfigError
 from families.importing import AHEAD_BYTES, THREADS
 from families.rules import Leaf, fill_tensor, row_wise, tensor_shape
+from machine.progress import Progress
 from storage.leaves import Box
 from storage.reading import Reader, windowed
 from storage.safetensors import INDEX, Entry, file_name, index, nbytes, split, write_file
@@ -128,20 +129,29 @@ def check_zeros(leaves: list[Leaf], saved: Saved) -> None:
 def write_weights(
     folder: str, leaves: list[Leaf], saved: Saved, dtype: str, most_bytes: int
 ) -> int:
-    """Writes all tensors and their index; returns their bytes."""
+    """Writes all tensors and their index, and says how far it is; returns their bytes."""
     tensors = tensors_of(leaves)
     entries = {name: entry_of(name, parts, saved, dtype) for name, parts in tensors.items()}
     groups = split(entries.values(), most_bytes)
     files = {file_name(i, len(groups)): group for i, group in enumerate(groups)}
-    made = made_ahead(list(entries.values()), tensors, saved)
-    for file, group in files.items():
-        write_file(os.path.join(folder, file), group, made)
+    total = sum(nbytes(entry) for entry in entries.values())
+    with Progress('writing weights', total) as progress:
+        made = counted(made_ahead(list(entries.values()), tensors, saved), progress)
+        for file, group in files.items():
+            write_file(os.path.join(folder, file), group, made)
     if len(files) > 1:
         with open(os.path.join(folder, INDEX), 'w', encoding='utf-8') as f:
             f.write(index(files))
             f.flush()
             os.fsync(f.fileno())
-    return sum(nbytes(entry) for entry in entries.values())
+    return total
+
+
+def counted(pieces: Iterator[np.ndarray], progress: Progress) -> Iterator[np.ndarray]:
+    """Yields the pieces, and tells the progress of each once it is written."""
+    for piece in pieces:
+        yield piece
+        progress.add(piece.nbytes)
 
 
 def made_ahead(

@@ -3,7 +3,7 @@
 import itertools
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -83,10 +83,15 @@ def left_out_as(name: str, family: Family, released: Released) -> str:
     return ''
 
 
-def host_leaves(leaves: Iterable[Leaf], tensors: Mapping[str, Tensor]) -> list[HostLeaf]:
+def host_leaves(
+    leaves: Iterable[Leaf],
+    tensors: Mapping[str, Tensor],
+    done: Callable[[int], None] = lambda nbytes: None,
+) -> list[HostLeaf]:
     """Returns the leaves as a checkpoint saves them, in the types that the tensors have.
 
-    Chunks are read while they are written. Of several processes, each reads what it writes.
+    Chunks are read while they are written. Of several processes, each reads what it writes, and
+    calls `done` with the bytes of each chunk.
     """
     found = []
     for leaf in leaves:
@@ -95,8 +100,13 @@ def host_leaves(leaves: Iterable[Leaf], tensors: Mapping[str, Tensor]) -> list[H
         chunk = chunk_shape(shape, dtype.itemsize)
         entry = {'shape': list(shape), 'dtype': dtype.name, 'chunk': chunk}
         name = f'{PARAMS}.{leaf.name}'
-        found.append(HostLeaf(name, entry, chunks(leaf, tensors, chunk, dtype)))
+        found.append(HostLeaf(name, entry, chunks(leaf, tensors, chunk, dtype, done)))
     return found
+
+
+def saved_bytes(leaves: Iterable[Leaf], tensors: Mapping[str, Tensor]) -> int:
+    """Returns the bytes of what `host_leaves` saves, of all processes together."""
+    return sum(math.prod(leaf.param.shape) * leaf_dtype(leaf, tensors).itemsize for leaf in leaves)
 
 
 def leaf_dtype(leaf: Leaf, tensors: Mapping[str, Tensor]) -> np.dtype:
@@ -106,7 +116,11 @@ def leaf_dtype(leaf: Leaf, tensors: Mapping[str, Tensor]) -> np.dtype:
 
 
 def chunks(
-    leaf: Leaf, tensors: Mapping[str, Tensor], chunk: list[int], dtype: np.dtype
+    leaf: Leaf,
+    tensors: Mapping[str, Tensor],
+    chunk: list[int],
+    dtype: np.dtype,
+    done: Callable[[int], None],
 ) -> Iterator[tuple[Box, np.ndarray]]:
     """Yields this process's chunks of a leaf, read ahead of what is written."""
     boxes = list(slabs(leaf, chunk))[jax.process_index() :: jax.process_count()]
@@ -119,7 +133,9 @@ def chunks(
             x = task.result()
             for inner in chunks_of(box, chunk):
                 bounds = zip(inner, box, strict=True)
-                yield inner, x[tuple(slice(i - at, j - at) for (i, j), (at, _) in bounds)]
+                part = x[tuple(slice(i - at, j - at) for (i, j), (at, _) in bounds)]
+                yield inner, part
+                done(part.nbytes)
 
 
 def slab_bytes(box: Box, dtype: np.dtype) -> int:

@@ -37,7 +37,8 @@ flags.disclaim_key_flags()  # flags defined here belong to the command that asks
 
 HELP = ('--help', '-help', '-h', '--helpshort', '--helpfull')
 INTERRUPTED = 130  # the exit code that shells use for Ctrl-C
-NAME_WIDTH = 26  # columns of --help for the names of flags
+RARE = ('coordinator', 'num_processes', 'process_id')  # flags that --helpfull alone shows
+NAME_WIDTH = 24  # columns of --help for the names of flags
 
 # ---------------------------------------------------------------------------------------------
 # Starting and ending
@@ -59,8 +60,8 @@ def run(
     with messages():
         if define_flags:
             define_flags()
-        if any(argument in HELP for argument in sys.argv[1:]):
-            print(help_text(main))
+        if asked := [argument for argument in sys.argv[1:] if argument in HELP]:
+            print(help_text(main, '--helpfull' in asked))
             return
         words = parse(sys.argv[1:])
         if words and not takes_words:
@@ -73,8 +74,8 @@ def run(
 def messages(*kinds: type[Exception]) -> Iterator[None]:
     """Ends the process with code 1 and the message alone for a mistake of the user.
 
-    These are ConfigError, the given kinds, and operating-system errors that name a file. A bug
-    keeps its traceback.
+    These are ConfigError, the given kinds, and operating-system errors that name a file. Ctrl-C
+    ends it with code 130. A bug keeps its traceback.
     """
     try:
         yield
@@ -87,8 +88,8 @@ def messages(*kinds: type[Exception]) -> Iterator[None]:
         if error.filename is None:
             raise
         sys.exit(f'{error.filename}: {error.strerror}')
-    except KeyboardInterrupt:
-        print('interrupted', file=sys.stderr)
+    except KeyboardInterrupt as error:  # with what stands, and how to go on
+        print(': '.join(['interrupted', *map(str, error.args)]), file=sys.stderr)
         sys.exit(INTERRUPTED)
 
 
@@ -197,27 +198,37 @@ def DEFINE_config(name: str, help: str) -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-def help_text(main: Callable) -> str:
-    """Returns the text of --help for the command whose main function this is."""
+def help_text(main: Callable, every: bool = True) -> str:
+    """Returns the text of --help for the command whose main function this is.
+
+    `every` is for --helpfull, with the RARE flags.
+    """
     module = sys.modules[main.__module__]
     width = min(shutil.get_terminal_size().columns, 100)
     about, *more = (module.__doc__ or '').strip().split('\n\n')
     examples = [paragraph for paragraph in more if paragraph.startswith(' ')]
     lines = ['\n\n'.join([about, *examples]), '']
-    for flag in FLAGS.get_key_flags_for_module(module):
+    named_flags = FLAGS.get_key_flags_for_module(module)
+    shown = [flag for flag in named_flags if every or flag.name not in RARE]
+    for flag in shown:
         text = re.sub('^<.*>: ', '', flag.help) + default_text(flag)  # of a choice: the choices
+        text = re.sub(r';\s+repeat this option to specify a list of values', '', text)
         name = f'  {named(flag)}'
         if len(name) > NAME_WIDTH - 2:
             lines.append(name)
             name = ''
         indents = {'initial_indent': f'{name:<{NAME_WIDTH}}', 'subsequent_indent': ' ' * NAME_WIDTH}
         lines += textwrap.wrap(text, width, **indents)
+    if len(shown) < len(named_flags):
+        lines.append(
+            f'  {"--helpfull":{NAME_WIDTH - 2}}All flags, also those for several machines.'
+        )
     if 'config' in FLAGS:
         groups = [name for name, value in default.get_config().items() if hasattr(value, 'items')]
         fields = (
-            f'configs/default.py explains the {len(flat(default.get_config().to_dict()))} fields '
-            f'of a config. A flag overrides each: --config.steps=500, --config.optimizer.peak_lr='
-            f'3e-4, --config.model.block=dense,moe. Groups: {", ".join(groups)}.'
+            f'A flag sets each of the {len(flat(default.get_config().to_dict()))} fields of a '
+            f'config, which configs/default.py explains: --config.steps=500, '
+            f'--config.optimizer.peak_lr=3e-4. Groups: {", ".join(groups)}.'
         )
         lines += ['', *textwrap.wrap(fields, width, break_on_hyphens=False)]
     return '\n'.join(lines)

@@ -66,12 +66,22 @@ def decoration(stream: io.TextIOWrapper | None, descriptor: int) -> io.TextIOWra
     )
 
 
+def quick_interrupts() -> None:
+    """Lets Ctrl-C end the process at once, without a traceback of what it is importing."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def hear_interrupts() -> None:
+    """Lets Ctrl-C raise KeyboardInterrupt again."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def prepare() -> None:
     """Makes the terminal decoration, and lets Ctrl-C end the process at once until a run hears it.
 
     A KeyboardInterrupt within an import is lost where the import catches it, and shows a traceback
     where not. For programs whose results are files: a failed print goes unnoticed.
     """
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    quick_interrupts()
     open_closed_streams()
     sys.stdout, sys.stderr = decoration(sys.stdout, 1), decoration(sys.stderr, 2)

@@ -14,20 +14,14 @@ import time
 from collections.abc import Iterator
 from typing import TextIO
 
+from machine.progress import CLEAR, hours
 from parallel import Array
 
-CLEAR = '\r\x1b[K'  # moves to the start of the line and erases it
 REDRAW_SECONDS = 0.1
 WORD_SECONDS = 1.0  # after which the reader is told what takes so long
 BAR = '━─'  # done and to do
 MIN_BAR, MAX_BAR = 5, 30  # characters
 SEPARATOR = '  '  # between the fields of a line
-
-
-def hours(seconds: float) -> str:
-    """Formats a duration as h:mm:ss."""
-    minutes, seconds = divmod(round(seconds), 60)
-    return f'{minutes // 60}:{minutes % 60:02}:{seconds:02}'
 
 
 def printable(text: str, stream: TextIO) -> str:

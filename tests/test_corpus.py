@@ -14,8 +14,10 @@ from servers import serve_folder, serve_hub
 from config import ConfigError
 from corpus import documents as module
 from corpus import files as corpus_files
-from corpus.documents import Bad, Document, cut_into_parts, documents
+from corpus.documents import cut_into_parts, documents
 from corpus.files import File, RemoteError, find_files, split_inputs
+from corpus.records import Bad, Document
+from corpus.text_files import BOM
 
 pa = pytest.importorskip('pyarrow')
 pq = pytest.importorskip('pyarrow.parquet')
@@ -181,12 +183,12 @@ def test_zstd_with_a_long_window(tmp_path, window_log):
 
 
 def test_byte_order_marks_are_no_text(tmp_path):
-    (tmp_path / 'a.txt').write_bytes(module.BOM + 'é'.encode())
+    (tmp_path / 'a.txt').write_bytes(BOM + 'é'.encode())
     assert read(f'{tmp_path}/a.txt') == [Document('a.txt', 'é', 2)]
-    (tmp_path / 'b.jsonl').write_bytes(module.BOM + as_lines(['x', '\ufeffy', 'z']))
+    (tmp_path / 'b.jsonl').write_bytes(BOM + as_lines(['x', '\ufeffy', 'z']))
     for part_bytes in (1 << 20, 20):
         assert texts(read(f'{tmp_path}/b.jsonl', part_bytes)) == ['x', '\ufeffy', 'z']
-    (tmp_path / 'c.jsonl.gz').write_bytes(gzip.compress(module.BOM + as_lines(['x'])))
+    (tmp_path / 'c.jsonl.gz').write_bytes(gzip.compress(BOM + as_lines(['x'])))
     assert texts(read(f'{tmp_path}/c.jsonl.gz')) == ['x']
     (tmp_path / 'd.txt').write_bytes('text'.encode('utf-16'))
     (bad,) = read(f'{tmp_path}/d.txt')

@@ -438,8 +438,8 @@ def test_command(tmp_path):
 FLAGS = {
     'inspect': None, 'samples': 0, 'input': ['a.txt'], 'tokenizer': 'bytes', 'output': 'out',
     'validation_share': 0.0, 'text_field': 'text', 'max_bad_share': 0.0, 'workers': 1, 'ray': None,
-    'extensions': [], 'format': None, 'token_field': '', 'token_dtype': '', 'end_of_text': -1,
-    'borders': '',
+    'extensions': [], 'as_text': False, 'format': None, 'token_field': '', 'token_dtype': '',
+    'end_of_text': -1, 'borders': '',
 }  # fmt: skip
 
 

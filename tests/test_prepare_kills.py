@@ -30,6 +30,7 @@ sys.path.insert(0, {root!r})
 from corpus import prepare as module, shards
 from corpus.files import find_files
 from corpus.prepare import Job, prepare
+from machine import command
 
 def killer(fn, nth):
     calls = 0
@@ -59,7 +60,8 @@ if __name__ == '__main__':
         owner = {{'finish': shards.ArrayWriter, 'array_spec': shards}}.get(where, module)
         setattr(owner, where, killer(getattr(owner, where), int(nth)))
     job = Job(output, {shipped!r}, 0.25)
-    prepare(find_files([pattern]), job, int(workers), part_bytes={part_bytes})
+    with command.messages():
+        prepare(find_files([pattern]), job, int(workers), part_bytes={part_bytes})
 """
 
 
@@ -73,7 +75,7 @@ def start(tmp_path, files, workers: int, where: str, nth: int) -> subprocess.Pop
     script.write_text(RUN.format(root=ROOT, shipped=SHIPPED, part_bytes=PART_BYTES))
     pattern = f'{os.path.commonpath([file.path for file in files])}/**/*'
     command = [sys.executable, script, pattern, f'{tmp_path}/out', str(workers), where, str(nth)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
 def finish(tmp_path, files) -> None:
@@ -114,8 +116,8 @@ def test_killed_with_workers_and_by_a_killed_worker(corpus, tmp_path):
     _, output, files = corpus
     process = start(tmp_path, files, 2, 'hold', 4)
     wait_for_parts(tmp_path, process, 4)
-    workers = children(process)
-    assert workers
+    workers = [pid for server in children(process.pid) for pid in children(server)]
+    assert len(workers) == 2
     process.kill()
     process.wait()
     process.stderr.close()
@@ -130,13 +132,28 @@ def test_killed_with_workers_and_by_a_killed_worker(corpus, tmp_path):
 
     process = start(tmp_path, files, 2, 'hold', 7)
     wait_for_parts(tmp_path, process, 7)
-    for pid in children(process):
-        with open(f'/proc/{pid}/cmdline') as f:
-            if 'spawn_main' in f.read():
-                os.kill(pid, signal.SIGKILL)
-                break
+    workers = [pid for server in children(process.pid) for pid in children(server)]
+    os.kill(workers[0], signal.SIGKILL)
     assert 'WorkerError: a worker was killed' in process.communicate()[1]
     assert process.returncode == 1
+    finish(tmp_path, files)
+    assert contents(tmp_path / 'out') == contents(output)
+
+
+@pytest.mark.parametrize('workers', [1, 2])
+def test_ctrl_c_ends_at_once_and_says_how_to_go_on(corpus, tmp_path, workers):
+    _, output, files = corpus
+    process = start(tmp_path, files, workers, 'hold', 4)
+    wait_for_parts(tmp_path, process, 4)
+    started = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: all processes hear it
+    said = process.communicate(timeout=30)[1]
+    assert time.monotonic() - started < 20  # and not after the part, which takes a minute
+    assert said == (
+        f'interrupted: 4 of 13 parts are done, and stay in {tmp_path}/out; give the same command '
+        'again to go on\n'
+    )
+    assert process.returncode == 130
     finish(tmp_path, files)
     assert contents(tmp_path / 'out') == contents(output)
 
@@ -148,8 +165,9 @@ def wait_for_parts(tmp_path, process: subprocess.Popen, n: int) -> None:
         time.sleep(0.01)
 
 
-def children(process: subprocess.Popen) -> list[int]:
-    return [int(pid) for pid in os.listdir('/proc') if pid.isdigit() and parent(pid) == process.pid]
+def children(process: int) -> list[int]:
+    """Returns the running children of a process. Those of the server are the workers."""
+    return [int(pid) for pid in os.listdir('/proc') if pid.isdigit() and parent(pid) == process]
 
 
 def parent(pid: str) -> int | None:

@@ -284,7 +284,7 @@ def test_command_ends_with_the_message_of_an_error(tmp_path, monkeypatch, inputs
     (tmp_path / 'a.txt').write_bytes(content)
     given = types.SimpleNamespace(
         input=inputs[:1], vocab_size=300, output='out.tiktoken', text_field='text', extensions=[],
-        from_hf=None, end_of_text='',
+        from_hf=None, end_of_text='', as_text=False,
     )  # fmt: skip
     monkeypatch.setattr(tokenizer, 'flags', types.SimpleNamespace(FLAGS=given))
     with pytest.raises(SystemExit, match=message):
