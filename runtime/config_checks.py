@@ -18,11 +18,14 @@ from config import (
     ConfigError,
     divisors,
     flat,
+    in_phase,
     indivisible,
     layer_kind,
     model_config,
     model_kinds,
     of_layer,
+    phases,
+    schedule_entries,
 )
 from configs import default
 from data import source_errors
@@ -81,7 +84,7 @@ RANGES: dict[str, tuple[float, float]] = {
         ('optimizer.warmup_steps', 'optimizer.decay_steps', 'eval.every', 'eval.batches',
          'log.every', 'log.loads_every', 'log.sample_every', 'checkpoint.every', 'checkpoint.keep',
          'checkpoint.keep_every', 'guard.max_skips', 'model.first_dense', 'model.n_shared_experts',
-         'model.q_rank', 'model.window', 'model.rotary_dim'),
+         'model.q_rank', 'model.window', 'model.rotary_dim', 'data.max_documents'),
         (0, INT32),
     ),
     'model.document_end': (-1, INT32),
@@ -131,10 +134,8 @@ def validate(
     if needs_data and isinstance(config.data.sources, tuple):
         errors += source_errors(config)
     if not errors:
-        errors += layout_errors(config)
-        errors += kind_errors(config)
+        errors += phase_errors(config)
         errors += remat_errors(config)
-        errors += pipeline_errors(config)
         errors += device_errors(config, n_devices, n_processes)
     refuse(errors)
 
@@ -180,6 +181,7 @@ def choice_errors(fields: dict[str, Any]) -> Iterator[str]:
     """Yields errors for names that do not exist."""
     choices = {
         'compute_dtype': ('float32', 'bfloat16'),
+        'data.packing': ('stream', 'best_fit'),
         'model.attention': ATTENTION,
         'model.attention_bias': ('none', 'qkv', 'qkvo'),
         'model.norms': ('before', 'after'),
@@ -259,13 +261,79 @@ def value_errors(config: ConfigDict) -> Iterator[str]:
             f'log.sample_every={config.log.sample_every} continues log.prompts='
             f'{config.log.prompts!r}; give texts that are not empty'
         )
+    yield from schedule_errors(config)
+    yield from packing_errors(config)
     if config.optimizer.name in OPTIMIZERS:
         yield from OPTIMIZERS[config.optimizer.name].rules(config)
+
+
+def schedule_errors(config: ConfigDict) -> Iterator[str]:
+    """Yields errors for schedules of batch_size and seq_len that cannot be kept."""
+    for name in ('batch_size', 'seq_len'):
+        try:
+            values = [value for _, value in schedule_entries(name, config.schedule[name])]
+        except ConfigError as error:
+            yield str(error)
+            continue
+        if values and (min(values) < 1 or max(values) != config[name]):
+            yield (
+                f'schedule.{name}={tuple(config.schedule[name])} goes up to {max(values)}, and '
+                f'{name}={config[name]}, which evaluation and plan.py take, is the largest one; '
+                f'use {name}={max(values)}'
+                if min(values)
+                else f'schedule.{name}={tuple(config.schedule[name])} holds a 0; use 1 or more'
+            )
+        for value in dict.fromkeys(values) if name == 'seq_len' else ():
+            if value and config.seq_len % value:
+                yield (
+                    f'schedule.seq_len={tuple(config.schedule.seq_len)} holds {value}, which does '
+                    f'not divide seq_len={config.seq_len}, of whose windows shorter rows are parts'
+                )
+
+
+def packing_errors(config: ConfigDict) -> Iterator[str]:
+    """Yields errors for choices that do not go with data.packing."""
+    d = config.data
+    if d.packing != 'best_fit':
+        if d.max_documents:
+            yield (
+                f'data.max_documents={d.max_documents} limits the documents of packed windows, and '
+                f"data.packing={d.packing!r}; use 0, or 'best_fit'"
+            )
+        return
+    if not d.isolate_documents:
+        yield (
+            "data.packing='best_fit' puts documents into windows that have nothing to do with each "
+            'other, and data.isolate_documents=False lets attention cross their borders; use True'
+        )
+    if config.schedule.seq_len:
+        yield (
+            f"data.packing='best_fit' keeps documents whole, and schedule.seq_len="
+            f"{tuple(config.schedule.seq_len)} cuts windows; use data.packing='stream', or no "
+            f'schedule.seq_len (one of batch_size goes with both)'
+        )
 
 
 # ---------------------------------------------------------------------------------------------
 # Sizes, kinds and devices, of a config whose values are right
 # ---------------------------------------------------------------------------------------------
+
+
+def phase_errors(config: ConfigDict) -> Iterator[str]:
+    """Yields errors of the sizes of each phase of config.schedule, and of the sizes of the config,
+    which are those of evaluation: each once."""
+    found: dict[str, str] = {}
+    whole = config.copy_and_resolve_references()
+    whole.schedule.update(batch_size=(), seq_len=())
+    sized = {'': whole}
+    for phase in phases(config):
+        name = f'from step {phase.start} on: ' if phase.start else 'from the first step on: '
+        sized[name] = in_phase(config, phase)
+    for name, own in sized.items():
+        for errors in (layout_errors, kind_errors, pipeline_errors):
+            for error in errors(own):
+                found.setdefault(error, f'{name}{error}')
+    yield from found.values()
 
 
 def layout_errors(config: ConfigDict) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """The record of a run's data in its checkpoints: whether another start has the same.
 
-{'sources': {name: {'digest', 'tokens'}}, 'tokenizer': {'name', 'fingerprint'}}
+{'sources': {name: {'digest', 'tokens'}}, 'tokenizer': {'name', 'fingerprint'}}; of packed sources
+also the 'windows', and the share of 'padding' in them.
 
 With another vocabulary the parameters mean nothing, so that it is refused; other tokens are said.
 """
@@ -22,6 +23,7 @@ def data_record(sources: Sequence[Source], encoding: tiktoken.Encoding) -> dict[
     return {
         'sources': {
             source.name: {'digest': source.train.digest, 'tokens': source.train.n_tokens}
+            | (source.packed.record() if source.packed else {})
             for source in sources
         },
         'tokenizer': {'name': encoding.name, 'fingerprint': fingerprint(encoding)},
