@@ -186,9 +186,12 @@ def open_sources(
     return loader, opened
 
 
-def open_data(config: ConfigDict) -> tuple[Loader | Mixture, list[Source], tiktoken.Encoding]:
+def open_data(
+    config: ConfigDict, training: bool = True
+) -> tuple[Loader | Mixture, list[Source], tiktoken.Encoding]:
     """Opens a config's data: the training stream, its sources with evaluation sets, the tokenizer.
 
+    Where it is not for `training`, nothing is packed, which can take a while.
     Raises ConfigError if the data cannot be read, if its vocabulary is larger than
     model.vocab_size, or if eval.every is above 0 and a source has no validation documents.
     """
@@ -201,7 +204,7 @@ def open_data(config: ConfigDict) -> tuple[Loader | Mixture, list[Source], tikto
         config.seq_len,
         config.seed,
         config.eval.batches,
-        d.packing,
+        d.packing if training else 'stream',
         d.max_documents,
         phases(config),
     )

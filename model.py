@@ -417,6 +417,15 @@ def declared_params(config: ConfigDict) -> Tree:
     return model_params(model_config(config), config.pipeline.chunks)
 
 
+def input_ids(tokens_BT: Array, cfg: ModelConfig) -> Array:
+    """Returns the inputs of rows of tokens, [B, T + 1] -> [B, T], -1 where there is none.
+
+    With cfg.padded, -2 - id is an input as well, which is no target.
+    """
+    ids_BT = tokens_BT[:, :-1]
+    return jnp.where(ids_BT < -1, -2 - ids_BT, ids_BT) if cfg.padded else ids_BT
+
+
 def first_layers(params: Tree, ids_BT: Array, cfg: ModelConfig, key: Array) -> Array:
     """Runs embedding and the dense layers before the blocks: int32 [B, T] -> [B, T/tp, D].
 
@@ -469,10 +478,10 @@ def loss(
     """Returns this device's share of the summed loss over valid targets; of its cross-entropy
     (nats); of the routers' losses, averaged over the microbatch; and the routers' statistics.
 
-    tokens_BT: int32 [B, T + 1]; position t predicts t + 1, and a target of -1 is left out. `key`
+    tokens_BT: int32 [B, T + 1]; position t predicts t + 1, and a target below 0 is left out. `key`
     is for dropout: the same on all devices, different each step and microbatch.
     """
-    ids_BT, labels_BT = tokens_BT[:, :-1], tokens_BT[:, 1:]
+    ids_BT, labels_BT = input_ids(tokens_BT, cfg), tokens_BT[:, 1:]
     x_BtD, stats = hidden_states(params, ids_BT, cfg, key)
     labels_Bt = own_positions(labels_BT, 1)
     x_tD, labels_t = x_BtD.reshape(-1, cfg.d_model), labels_Bt.reshape(-1)

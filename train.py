@@ -256,12 +256,14 @@ def doing(text: str, r: Run, at_once: bool = False) -> Iterator[None]:
         yield
 
 
-def opened_data(config: ConfigDict) -> tuple[Loader | Mixture, list[Source], tiktoken.Encoding]:
+def opened_data(
+    config: ConfigDict, training: bool = True
+) -> tuple[Loader | Mixture, list[Source], tiktoken.Encoding]:
     """Returns the training stream, its sources and their tokenizer.
 
     Raises ConfigError on all processes if one of them cannot open the data, or has another.
     """
-    opened = processes.agreed(functools.partial(open_data, config), 'open the data')
+    opened = processes.agreed(functools.partial(open_data, config, training), 'open the data')
     agreement.check_same(data_record(*opened[1:]))
     return opened
 
@@ -398,7 +400,7 @@ def evaluate_only(
     arguments = {'workdir': workdir, 'eval_only': step, 'averaged': averaged}
     agreement.check_same(agreement.start_facts(config, **arguments))
     validate(config, jax.device_count())
-    _, sources, encoding = opened_data(config)
+    _, sources, encoding = opened_data(config, training=False)
     path = os.path.join(workdir, CHECKPOINTS, str(step))
     terminal = Terminal(config.steps, jax.process_index() == 0)
     with Checkpointer(os.path.dirname(path)) as checkpoints:

@@ -27,6 +27,7 @@ from model import (
     block_params,
     declared_params,
     first_layers,
+    input_ids,
     loss,
     model_for,
     position_tables,
@@ -257,7 +258,7 @@ def run_stages(
     """Cuts the model into the functions of a stage, and runs them by the schedule."""
 
     def ids(i: Array) -> Array:
-        return tokens_MBT[i, :, :-1]
+        return input_ids(tokens_MBT[i], cfg)
 
     def first(shared: Tree, i: Array) -> Array:
         return first_layers(shared, ids(i), cfg, jax.random.fold_in(key, i))

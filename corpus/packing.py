@@ -7,7 +7,7 @@ decreasing, Johnson 1974). The order within a window is that of the stream.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,13 +24,14 @@ class PackedWindows:
 
     A window is seq_len + 1 tokens: documents one after the other, then -1. A document of n tokens
     with its end has n - 1 targets, those after its first token, and a piece of a longer one begins
-    with the last token of the piece before: each is a target in one window exactly. Where a
-    document follows another one in a window, its first token is a target too, of the end of the
-    other, as it is in the plain stream. Documents of one token have nothing to predict and are left
-    out. The windows follow from the lengths of the documents alone.
+    with the last token of the piece before: each is a target in one window exactly. That token is
+    written as -2 - id where a piece may follow another document: an input, and no target. The first
+    token of a document that follows another one in a window is a target too, of the end of the
+    other, as in the plain stream: so the model learns how documents begin. Documents of one token
+    have nothing to predict and are left out. The windows follow from the lengths alone.
 
     Attributes: n_windows; targets int64 [n_windows], of each window; padding, the share of
-    positions without a target. Memory: 12 bytes a piece, and 16 bytes a window.
+    positions without a target. Memory: 13 bytes a piece, and 16 bytes a window.
     """
 
     def __init__(self, split: Split, seq_len: int, max_documents: int = 0):
@@ -40,15 +41,16 @@ class PackedWindows:
         by which attention tells them apart.
         """
         self.split, self.seq_len = split, seq_len
-        packed = pack(split.document_lengths(), seq_len, max_documents)
-        self._starts, self._sizes, self._first = packed
+        pieces = pack(split.document_lengths(), seq_len, max_documents)
+        self._starts, self._sizes, self._continues, self._first = pieces
         self.n_windows = len(self._first) - 1
         if not self.n_windows:
             raise ConfigError(
                 'no document of the split has two tokens, so there is nothing to predict: prepare '
                 'more text'
             )
-        self.targets = np.add.reduceat(self._sizes, self._first[:-1], dtype=np.int64) - 1
+        held, again = (np.add.reduceat(x, self._first[:-1], dtype=np.int64) for x in pieces[1:3])
+        self.targets = held - 1 - again + self._continues[self._first[:-1]]
         self.padding = 1 - float(self.targets.sum()) / (self.n_windows * seq_len)
         try:
             self.read(np.unique(np.linspace(0, self.n_windows - 1, SAMPLED).astype(np.int64)))
@@ -60,7 +62,7 @@ class PackedWindows:
         return {'windows': self.n_windows, 'padding': round(self.padding, 6)}
 
     def read(self, windows: np.ndarray) -> np.ndarray:
-        """Returns these windows, int32 [len(windows), seq_len + 1], with -1 behind the documents.
+        """Returns these windows, int32 [len(windows), seq_len + 1], as the class says.
 
         Each piece is read by itself. Raises UnreadableError if the split cannot be read, or a
         document does not end with the end-of-text token.
@@ -79,6 +81,7 @@ class PackedWindows:
         for w in np.unique(width):
             of = np.flatnonzero(width == w)
             tokens = self.split.read_windows(starts[of], int(w))
+            tokens[:, 0] = np.where(self._continues[piece[of]], -2 - tokens[:, 0], tokens[:, 0])
             kept = np.arange(w) < sizes[of, None]
             place = (row[of] * length + column[of])[:, None] + np.arange(w)
             out.reshape(-1)[place[kept]] = tokens[kept]
@@ -100,52 +103,41 @@ class PackedWindows:
             )
 
 
-def pack(
-    lengths: np.ndarray, seq_len: int, max_documents: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Packs documents of these lengths into windows of seq_len + 1 tokens, group by group.
+class Pieces(NamedTuple):
+    """Pieces of documents in order of the windows."""
 
-    Returns the pieces in order of the windows, where each starts in the stream, int64, and its
-    tokens, int32; and the number of the first piece of each window and, at the end, of all pieces,
-    int64 [windows + 1].
-    """
-    starts, sizes, counts, start = [], [], [np.zeros(1, np.int64)], 0
+    starts: np.ndarray  # in the stream, int64
+    sizes: np.ndarray  # in tokens, int32
+    continues: np.ndarray  # whether it is the rest of a longer document, bool
+    first: np.ndarray  # the first piece of each window, and all pieces: int64 [windows + 1]
+
+
+def pack(lengths: np.ndarray, seq_len: int, max_documents: int) -> Pieces:
+    """Packs documents of these lengths into windows of seq_len + 1 tokens, group by group."""
+    groups, start, n = [], 0, 0
     for i in range(0, len(lengths), GROUP):
         group = lengths[i : i + GROUP]
-        new_starts, new_sizes, new_counts = pack_group(group, seq_len, max_documents)
-        starts.append(start + new_starts)
-        sizes.append(new_sizes)
-        counts.append(new_counts)
-        start += int(group.sum())
-    empty = np.zeros(0, np.int64)
-    return (
-        np.concatenate([empty, *starts]),
-        np.concatenate([empty.astype(np.int32), *sizes]),
-        np.cumsum(np.concatenate(counts)),
-    )
+        found = pack_group(group, seq_len, max_documents)
+        groups.append(found._replace(starts=found.starts + start, first=found.first[i > 0 :] + n))
+        start, n = start + int(group.sum()), n + len(found.sizes)
+    return Pieces(*map(np.concatenate, zip(*groups, strict=True)))
 
 
-def pack_group(
-    lengths: np.ndarray, seq_len: int, max_documents: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Packs the documents of one group: first the windows that are packed, then the whole pieces.
-
-    Returns the starts and the sizes of the pieces, in order of the windows, and the number of
-    pieces of each window.
-    """
+def pack_group(lengths: np.ndarray, seq_len: int, max_documents: int) -> Pieces:
+    """Packs the documents of one group: first the windows that are packed, then the whole pieces."""
     begin = np.cumsum(lengths) - lengths
     whole, rest = np.divmod(np.maximum(lengths - 1, 0), seq_len)  # in targets
     to_pack = np.flatnonzero(rest)
-    sizes = rest[to_pack] + 1
-    window, n_windows = best_fit(sizes, seq_len + 1, max_documents)
-    order = np.argsort(window, kind='stable')
+    """Packs the documents of one group: first the windows that share, then the whole pieces."""
+    packed = to_pack[np.argsort(window, kind='stable')]
     cut = np.repeat(np.arange(len(lengths)), whole)
     nth = np.arange(len(cut)) - np.repeat(np.cumsum(whole) - whole, whole)
-    starts = (begin + whole * seq_len)[to_pack][order]
-    return (
-        np.concatenate((starts, begin[cut] + nth * seq_len)),
-        np.concatenate((sizes[order], np.full(len(cut), seq_len + 1))).astype(np.int32),
-        np.concatenate((np.bincount(window, minlength=n_windows), np.ones(len(cut), np.int64))),
+    counts = (np.bincount(window, minlength=n_windows), np.ones(len(cut), np.int64))
+    return Pieces(
+        np.concatenate(((begin + whole * seq_len)[packed], begin[cut] + nth * seq_len)),
+        np.concatenate((rest[packed] + 1, np.full(len(cut), seq_len + 1))).astype(np.int32),
+        np.concatenate((whole[packed] > 0, np.zeros(len(cut), bool))),
+        np.cumsum(np.concatenate((np.zeros(1, np.int64), *counts))),
     )
 
 

@@ -67,9 +67,11 @@ def changed_data(old: Mapping[str, Any], new: Mapping[str, Any], holder: str) ->
         return ''
     said = []
     for name in sorted(there.keys() | here.keys()):
-        a, b = there.get(name), here.get(name)
+        a, b = amount(there.get(name)), amount(here.get(name))
         if a != b:
-            said.append(f'{name}: {amount(a)} there, {amount(b)} here')
+            said.append(f'{name}: {a} there, {b} here')
+    if not said:
+        return ''
     return f'the data differs from what {holder} was trained on: {", ".join(said)}'
 
 
