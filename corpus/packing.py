@@ -124,11 +124,11 @@ def pack(lengths: np.ndarray, seq_len: int, max_documents: int) -> Pieces:
 
 
 def pack_group(lengths: np.ndarray, seq_len: int, max_documents: int) -> Pieces:
-    """Packs the documents of one group: first the windows that are packed, then the whole pieces."""
+    """Packs the documents of one group: windows that several share first, then whole pieces."""
     begin = np.cumsum(lengths) - lengths
     whole, rest = np.divmod(np.maximum(lengths - 1, 0), seq_len)  # in targets
     to_pack = np.flatnonzero(rest)
-    """Packs the documents of one group: first the windows that share, then the whole pieces."""
+    window, n_windows = best_fit(rest[to_pack] + 1, seq_len + 1, max_documents)
     packed = to_pack[np.argsort(window, kind='stable')]
     cut = np.repeat(np.arange(len(lengths)), whole)
     nth = np.arange(len(cut)) - np.repeat(np.cumsum(whole) - whole, whole)
