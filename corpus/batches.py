@@ -40,9 +40,9 @@ class Batches:
             return self.targets_before(phase.windows + rows)
         return phase.positions + rows * phase.seq_len
 
-    # What a subclass has:
+    # What a subclass has, beside n_tokens:
 
-    packed: list[PackedWindows]  # of each source; empty for plain streams
+    packed: Sequence[PackedWindows] = ()  # of each source; none of plain streams
 
     def windows(self, sample: np.ndarray, part: np.ndarray | int, parts: int) -> np.ndarray:
         """Returns the part, of equal `parts`, of each of these samples, with its last target."""
@@ -50,7 +50,7 @@ class Batches:
 
     def targets_before(self, n: int) -> int:
         """Returns the targets of the first n samples."""
-        raise NotImplementedError
+        return n * self.seq_len
 
 
 class Loader(Batches):
@@ -86,7 +86,7 @@ class Loader(Batches):
             )
         self.split, self.seed = split, seed
         self.n_tokens = split.n_tokens
-        self.packed = [packed] if packed else []
+        self.packed = (packed,) if packed else ()
         self._counted = 0, 0  # samples, and the targets of these
 
     def windows(self, sample: np.ndarray, part: np.ndarray | int = 0, parts: int = 1) -> np.ndarray:
@@ -110,7 +110,7 @@ class Loader(Batches):
     def targets_before(self, n: int) -> int:
         """Returns the targets of the first n samples."""
         if not self.packed:
-            return n * self.seq_len
+            return super().targets_before(n)
         targets, known = self.packed[0].targets, self._counted
         epochs = n // self.n_windows
         start, total = epochs * self.n_windows, epochs * total_targets(self.packed[0])
@@ -160,7 +160,7 @@ class Mixture(Batches):
             Loader(split, batch_size, seq_len, seed, windows)
             for split, windows in zip(splits, packed or [None] * len(splits), strict=True)
         ]
-        self.packed = [windows for loader in self.loaders for windows in loader.packed]
+        self.packed = tuple(windows for loader in self.loaders for windows in loader.packed)
         self.n_tokens = sum(split.n_tokens for split in splits)
         counts = whole_shares(weights)
         self.period, self._counts = sum(counts), np.array(counts)

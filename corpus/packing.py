@@ -220,8 +220,8 @@ def packing_note(packed: Sequence[PackedWindows]) -> str:
     n, targets = (sum(f(p) for p in packed) for f in (lambda p: p.n_windows, total_targets))
     seq_len = packed[0].seq_len
     return (
-        f'packed: {n:,} windows of whole documents, {1 - targets / (n * seq_len):.2%} of their '
-        f'{n * seq_len:,} positions are padding'
+        f'packed: {n:,} windows of whole documents; {1 - targets / (n * seq_len):.2%} of their '
+        f'{n * seq_len:,} positions have no target'
     )
 
 

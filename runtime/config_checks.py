@@ -327,7 +327,7 @@ def phase_errors(config: ConfigDict) -> Iterator[str]:
     whole.schedule.update(batch_size=(), seq_len=())
     sized = {'': whole}
     for phase in phases(config):
-        name = f'from step {phase.start} on: ' if phase.start else 'from the first step on: '
+        name = f'from step {phase.start + 1} on: ' if phase.start else 'from the first step on: '
         sized[name] = in_phase(config, phase)
     for name, own in sized.items():
         for errors in (layout_errors, kind_errors, pipeline_errors):

@@ -202,7 +202,7 @@ def test_a_batch_reads_its_own_pieces_alone():
     np.testing.assert_array_equal(loader.batch_at(3, slice(2, 4)), whole[2:4])
     assert split.n_read == 10 * 4
     assert packing_note([loader.packed[0]]) == (
-        'packed: 1,000 windows of whole documents, 0.00% of their 35,000 positions are padding'
+        'packed: 1,000 windows of whole documents; 0.00% of their 35,000 positions have no target'
     )
 
 

@@ -144,16 +144,16 @@ def test_sources_of_a_mixture_have_their_phases_together():
             r'from the first step on: batch_size=6 is not divisible by mesh.dp .*=4; use a multip',
         ),
         (
-            {'seq_len': ('0:256', '7:32'), 'batch_size': ('0:32',)},
-            r'from step 8 on: seq_len=32 is not a multiple of model.attention_block=64',
+            {'seq_len': ('0:256', '7:2'), 'batch_size': ('0:32',)},
+            r'from step 8 on: seq_len=2 is not divisible by mesh.tp=4; use a tp of 1 or 2',
         ),
     ],
 )
 def test_schedules_that_cannot_be_kept(fields, said):
     config = scheduled(256, 32, **fields)
-    config.mesh.dp, config.model.attention_block = 4, 64
+    config.mesh.dp = config.mesh.tp = 4
     with pytest.raises(ConfigError, match=said):
-        validate(config, 4)
+        validate(config, 16)
 
 
 def test_speed_and_flops_are_those_of_each_phase():
