@@ -406,19 +406,15 @@ def test_padding_counts_for_nothing():
     assert min(s['dropped'].min() for s in want['router'].values()) > 0
     assert_trees_close(got['grads'], want['grads'], TOLERANCE)
     assert_trees_close(got['params'], want['params'], TOLERANCE)
-    ignored = one_step(training_config(True, packing='stream', **options), padded)
-    with pytest.raises(AssertionError):  # without the mask they count
-        assert_trees_close(ignored['router'], want['router'], 1e-3)
 
 
 @pytest.mark.parametrize(
     'sizes',
     [
-        (1, 2, 2, 2),
-        (1, 1, 1, 2, 2, 2),
+        (1, 1, 2, 1, 2, 2),
         *(
             pytest.param(sizes, marks=pytest.mark.slow)
-            for sizes in [(2, 2, 2), (1, 1, 2, 1, 2, 2), (1, 2, 1, 4)]
+            for sizes in [(1, 2, 2, 2), (1, 1, 1, 2, 2, 2), (1, 2, 1, 4)]
         ),
     ],
     ids=str,

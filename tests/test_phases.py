@@ -236,10 +236,10 @@ def test_a_run_cannot_go_on_with_another_schedule(whole, tokens, tmp_path):
 @pytest.mark.parametrize(
     'mesh',
     [
-        {'fsdp': 2, 'tp': 2, 'pp': 2},
+        {'dp': 2, 'cp': 2, 'tp': 2},
         *(
             pytest.param(mesh, marks=pytest.mark.slow)
-            for mesh in [{'dp': 2, 'cp': 2, 'tp': 2}, {'dp': 8}]
+            for mesh in [{'fsdp': 2, 'tp': 2, 'pp': 2}, {'dp': 8}]
         ),
     ],
     ids=str,
