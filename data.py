@@ -28,7 +28,7 @@ import tiktoken
 from absl import flags
 from ml_collections import ConfigDict
 
-from config import ConfigError, Phase, phases
+from config import ConfigError, Phase, divisors, phases, schedule_entries
 from corpus.batches import Loader, Mixture, check_sizes
 from corpus.documents import Bad
 from corpus.files import KINDS, find_files, split_inputs
@@ -135,6 +135,53 @@ def source_errors(config: ConfigDict) -> Iterator[str]:
     names = [source[0] for source in d.sources]
     if len(set(names)) < len(names):
         yield f'data.sources names {names} twice; use a name of its own for each source'
+
+
+def schedule_errors(config: ConfigDict) -> Iterator[str]:
+    """Yields errors for schedules of batch_size and seq_len that cannot be kept."""
+    for name in ('batch_size', 'seq_len'):
+        try:
+            values = [value for _, value in schedule_entries(name, config.schedule[name])]
+        except ConfigError as error:
+            yield str(error)
+            continue
+        written = f'schedule.{name}={tuple(config.schedule[name])}'
+        if 0 in values:
+            yield f'{written} holds a 0; use 1 or more'
+        elif values and max(values) != config[name]:
+            yield (
+                f'{written} goes up to {max(values)}, and {name}={config[name]}, which evaluation '
+                f'takes, is the largest one; use {name}={max(values)}'
+            )
+        uneven = [x for x in dict.fromkeys(values) if x and config[name] % x]
+        if name == 'seq_len' and uneven:
+            yield (
+                f'{written} holds {uneven[0]}, which does not divide seq_len={config.seq_len}, of '
+                f'whose windows shorter rows are parts; use one of {divisors(config.seq_len)}'
+            )
+
+
+def packing_errors(config: ConfigDict) -> Iterator[str]:
+    """Yields errors for choices that do not go with data.packing."""
+    d = config.data
+    if d.packing != 'best_fit':
+        if d.max_documents:
+            yield (
+                f'data.max_documents={d.max_documents} limits the documents of packed windows, and '
+                f"data.packing={d.packing!r}; use 0, or 'best_fit'"
+            )
+        return
+    if not d.isolate_documents:
+        yield (
+            "data.packing='best_fit' puts documents into windows that have nothing to do with each "
+            'other, and data.isolate_documents=False lets attention cross their borders; use True'
+        )
+    if config.schedule.seq_len:
+        yield (
+            f"data.packing='best_fit' keeps documents whole, and schedule.seq_len="
+            f"{tuple(config.schedule.seq_len)} cuts windows; use data.packing='stream', or no "
+            f'schedule.seq_len (one of batch_size goes with both)'
+        )
 
 
 class Source(NamedTuple):

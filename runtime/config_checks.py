@@ -25,10 +25,9 @@ from config import (
     model_kinds,
     of_layer,
     phases,
-    schedule_entries,
 )
 from configs import default
-from data import source_errors
+from data import packing_errors, schedule_errors, source_errors
 from layers.attention import ATTENTION, attention_sizes
 from layers.attention_kernels import ATTENTION_KERNELS
 from layers.context_parallel import STYLES
@@ -265,53 +264,6 @@ def value_errors(config: ConfigDict) -> Iterator[str]:
     yield from packing_errors(config)
     if config.optimizer.name in OPTIMIZERS:
         yield from OPTIMIZERS[config.optimizer.name].rules(config)
-
-
-def schedule_errors(config: ConfigDict) -> Iterator[str]:
-    """Yields errors for schedules of batch_size and seq_len that cannot be kept."""
-    for name in ('batch_size', 'seq_len'):
-        try:
-            values = [value for _, value in schedule_entries(name, config.schedule[name])]
-        except ConfigError as error:
-            yield str(error)
-            continue
-        if values and (min(values) < 1 or max(values) != config[name]):
-            yield (
-                f'schedule.{name}={tuple(config.schedule[name])} goes up to {max(values)}, and '
-                f'{name}={config[name]}, which evaluation and plan.py take, is the largest one; '
-                f'use {name}={max(values)}'
-                if min(values)
-                else f'schedule.{name}={tuple(config.schedule[name])} holds a 0; use 1 or more'
-            )
-        for value in dict.fromkeys(values) if name == 'seq_len' else ():
-            if value and config.seq_len % value:
-                yield (
-                    f'schedule.seq_len={tuple(config.schedule.seq_len)} holds {value}, which does '
-                    f'not divide seq_len={config.seq_len}, of whose windows shorter rows are parts'
-                )
-
-
-def packing_errors(config: ConfigDict) -> Iterator[str]:
-    """Yields errors for choices that do not go with data.packing."""
-    d = config.data
-    if d.packing != 'best_fit':
-        if d.max_documents:
-            yield (
-                f'data.max_documents={d.max_documents} limits the documents of packed windows, and '
-                f"data.packing={d.packing!r}; use 0, or 'best_fit'"
-            )
-        return
-    if not d.isolate_documents:
-        yield (
-            "data.packing='best_fit' puts documents into windows that have nothing to do with each "
-            'other, and data.isolate_documents=False lets attention cross their borders; use True'
-        )
-    if config.schedule.seq_len:
-        yield (
-            f"data.packing='best_fit' keeps documents whole, and schedule.seq_len="
-            f"{tuple(config.schedule.seq_len)} cuts windows; use data.packing='stream', or no "
-            f'schedule.seq_len (one of batch_size goes with both)'
-        )
 
 
 # ---------------------------------------------------------------------------------------------
