@@ -10,6 +10,7 @@ import pytest
 from common_checkpoint import assert_same
 from common_runs import records, share_programs
 from ml_collections import ConfigDict
+from test_interruptions import Worker, arrays, assert_bit_equal
 from test_resume import final_state
 from training_worker import small_run
 
@@ -177,10 +178,16 @@ def test_speed_and_flops_are_those_of_each_phase():
 # ---------------------------------------------------------------------------------------------
 
 
-def phased_run(tokens, **changes) -> ConfigDict:
-    """8 steps: 2 of 8 x 16 tokens, 2 of 8 x 32, then of 16 x 32."""
-    config = small_run(tokens, steps=8, checkpoint__every=1, checkpoint__keep=0, **changes)
-    config.schedule.update(seq_len=('0:16', '2:32'), batch_size=('0:8', '4:16'))
+# 8 steps: 2 of 8 x 16 tokens, 2 of 8 x 32, then of 16 x 32.
+SIZES = {
+    'steps': 8, 'checkpoint.every': 1, 'checkpoint.keep': 0,
+    'schedule.seq_len': ('0:16', '2:32'), 'schedule.batch_size': ('0:8', '4:16'),
+}  # fmt: skip
+
+
+def phased_run(tokens) -> ConfigDict:
+    config = small_run(tokens)
+    config.update_from_flattened_dict(SIZES)
     return config
 
 
@@ -252,3 +259,17 @@ def test_meshes_agree_in_all_phases(mesh, whole, tokens, tmp_path):
     train.train(config, str(tmp_path / 'run'))
     for a, b in zip(records(tmp_path / 'run'), records(whole), strict=True):
         assert a == pytest.approx(b, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_processes_that_are_stopped_at_borders_end_as_one_that_is_not(tokens, tmp_path):
+    config = {name.replace('.', '__'): x for name, x in SIZES.items()}
+    setup = {'tokens': str(tokens), 'cache': str(tmp_path / 'cache'), 'config': config}
+    Worker(tmp_path / 'whole', setup, folder=tmp_path).succeed()
+    for step in (2, 3, 4):  # the last of a phase, the first of the next, and its last
+        said = Worker(tmp_path / 'run', setup, folder=tmp_path, stop_at=[0, step]).succeed()
+        assert f'step {step} is saved' in said
+    Worker(tmp_path / 'run', setup, folder=tmp_path).succeed()
+    assert records(tmp_path / 'run') == records(tmp_path / 'whole')
+    last = [arrays(tmp_path / name / 'checkpoints' / '8') for name in ('run', 'whole')]
+    assert_bit_equal(*last)
