@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import json
 import operator
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -125,6 +126,7 @@ class ModelConfig:
     norms: str = 'before'
     qk_norm_over: str = 'head'
     rotary_dim: int = 0
+    padded: bool = False  # rows may end in -1, no token: experts leave these out; see model_for
     nope: bool = False  # of the config of one layer (`of_layer`): no rotary part
 
     @property
@@ -260,6 +262,85 @@ def optimizer_config(config: ConfigDict) -> OptimizerConfig:
 
 
 # ---------------------------------------------------------------------------------------------
+# Phases
+# ---------------------------------------------------------------------------------------------
+
+
+class Phase(NamedTuple):
+    """The steps of a run, from `start` on, that have one batch size and one sequence length.
+
+    Steps count from 0. windows: those of config.seq_len that the phases before it take, the last
+    one of a phase wholly. positions: batch_size * seq_len of all steps before it.
+    """
+
+    start: int
+    batch_size: int
+    seq_len: int
+    windows: int = 0
+    positions: int = 0
+
+
+def schedule_entries(name: str, entries: Sequence[str]) -> list[tuple[int, int]]:
+    """Returns the (step, value) pairs of a field of config.schedule, written as 'STEP:VALUE'.
+
+    Raises ConfigError if the steps do not rise from 0.
+    """
+    found = [re.fullmatch(r'([0-9]{1,9}):([0-9]{1,9})', entry) for entry in entries]
+    pairs = [(int(match[1]), int(match[2])) for match in found if match]
+    steps = [step for step, _ in pairs]
+    if len(pairs) < len(entries) or steps != sorted(set(steps)) or steps[:1] not in ([], [0]):
+        raise ConfigError(
+            f'schedule.{name}={tuple(entries)!r} is no list of STEP:VALUE whose steps rise from 0; '
+            f'write as in --config.schedule.{name}=0:256,1000:1024, the value after 1000 steps '
+            f'being 1024'
+        )
+    return pairs
+
+
+def phases(config: ConfigDict) -> tuple[Phase, ...]:
+    """Returns the phases of a run: one, unless config.schedule says more."""
+    values = {
+        name: schedule_entries(name, config.schedule[name]) or [(0, config[name])]
+        for name in ('batch_size', 'seq_len')
+    }
+    found: list[Phase] = []
+    for start in sorted({step for pairs in values.values() for step, _ in pairs}):
+        batch_size, seq_len = (
+            [value for step, value in pairs if step <= start][-1] for pairs in values.values()
+        )
+        windows = positions = 0
+        if found:
+            last = found[-1]
+            if (batch_size, seq_len) == (last.batch_size, last.seq_len):
+                continue
+            rows = (start - last.start) * last.batch_size
+            windows = last.windows + -(-rows * last.seq_len // config.seq_len)
+            positions = last.positions + rows * last.seq_len
+        found.append(Phase(start, batch_size, seq_len, windows, positions))
+    return tuple(found)
+
+
+def phase_at(phases: Sequence[Phase], step: int) -> Phase:
+    """Returns the phase that a step belongs to, steps counted from 0."""
+    return [phase for phase in phases if phase.start <= step][-1]
+
+
+def largest_phase(config: ConfigDict) -> Phase:
+    """Returns the phase whose steps take the most positions; of equal ones, the longest rows."""
+    return max(phases(config), key=lambda p: (p.batch_size * p.seq_len, p.seq_len))
+
+
+def in_phase(config: ConfigDict, phase: Phase) -> ConfigDict:
+    """Returns the config with the sizes of a phase, and without a schedule."""
+    if not (config.schedule.batch_size or config.schedule.seq_len):
+        return config
+    config = config.copy_and_resolve_references()
+    config.update(batch_size=phase.batch_size, seq_len=phase.seq_len)
+    config.schedule.update(batch_size=(), seq_len=())
+    return config
+
+
+# ---------------------------------------------------------------------------------------------
 # Compared
 # ---------------------------------------------------------------------------------------------
 
@@ -274,7 +355,10 @@ OF_ROPE_SCALING = (
 )  # fmt: skip
 
 # The fields that a checkpoint, and the meaning of its step, depend on ...
-FIXED = ('seed', 'batch_size', 'seq_len', 'data.isolate_documents', 'model.')
+FIXED = (
+    'seed', 'batch_size', 'seq_len', 'schedule.', 'data.isolate_documents', 'data.packing',
+    'data.max_documents', 'model.',
+)  # fmt: skip
 # ... but for those that say how the model is computed, not which one it is.
 FREE = (
     'model.remat', 'model.remat_keep', 'model.remat_offload', 'model.attention_kernel',

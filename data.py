@@ -13,8 +13,8 @@ split depends on its id alone, unless that leaves a split empty, and the bytes o
 input alone. The same command resumes a job that was killed.
 
 `Loader.batch_at(step)` and `Mixture.batch_at(step)` are pure functions of the seed, the step and
-the manifests: training resumes from a step number, on any number of processes, and each process
-reads only its own rows.
+the manifests (corpus/batches.py): training resumes from a step number, on any number of processes,
+and each process reads only its own rows.
 """
 
 if __name__ == '__main__':  # before the imports that take a second
@@ -28,7 +28,6 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from fractions import Fraction
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -36,13 +35,16 @@ import tiktoken
 from absl import flags
 from ml_collections import ConfigDict
 
-from config import ConfigError
+from config import ConfigError, Phase, divisors, phases, schedule_entries
+from corpus.batches import Loader, Mixture, check_sizes
 from corpus.direct import DirectSplit, direct_splits, is_direct, parsed_path
 from corpus.files import KINDS, find_files, split_inputs
 from corpus.inspection import inspect
+from corpus.order import whole_shares
+from corpus.packing import PackedWindows
 from corpus.prepare import Job, prepare
 from corpus.records import Bad
-from corpus.shards import CACHE_BYTES, Split, mix, read_manifest
+from corpus.shards import CACHE_BYTES, Split, read_manifest
 from corpus.stdlib import stdlib_corpus
 from corpus.tally import binary_note
 from corpus.token_files import (
@@ -57,186 +59,12 @@ from machine import command
 from machine.progress import patiently
 from storage.stores import open_store
 
-MAX_PERIOD = 10_000  # at most so many samples, then the order of a mixture's sources repeats
-
 T = TypeVar('T')
 
 
 # ---------------------------------------------------------------------------------------------
 # Training batches
 # ---------------------------------------------------------------------------------------------
-
-
-class Loader:
-    """Training batches of one split.
-
-    A row is a window of seq_len + 1 tokens; windows start every seq_len tokens, so the last target
-    of one is the first input of the next. Up to seq_len - 1 tokens at the end of the stream, which
-    fill no window, are not used. Each epoch takes all windows in a new seeded permutation.
-    """
-
-    def __init__(self, split: Split, batch_size: int, seq_len: int, seed: int):
-        """`batch_size` is the number of rows of the global batch, `seq_len` of targets per row.
-
-        Raises ConfigError if the split is shorter than a window.
-        """
-        _check_sizes(batch_size, seq_len)
-        if seed < 0:
-            raise ValueError(f'the seed of the data order must be 0 or more, but is {seed}')
-        self.n_windows = (split.n_tokens - 1) // seq_len
-        if self.n_windows < 1:
-            raise ConfigError(
-                f'a window needs seq_len + 1 = {seq_len + 1} tokens, but the split has '
-                f'{split.n_tokens}: prepare more text or take a smaller seq_len'
-            )
-        self.split, self.batch_size, self.seq_len, self.seed = split, batch_size, seq_len, seed
-        self.n_tokens = split.n_tokens
-
-    def batch_at(self, step: int, rows: slice = slice(None)) -> np.ndarray:
-        """Returns the given rows of the global batch of this step, int32 [rows, seq_len + 1]."""
-        return self.windows(step * self.batch_size + np.arange(self.batch_size)[rows])
-
-    def windows(self, sample: np.ndarray) -> np.ndarray:
-        """Returns the windows with these sample numbers, int32 [len(sample), seq_len + 1].
-
-        Samples are numbered from 0 through all epochs, in the order in which they are trained on.
-        """
-        epoch, index = np.divmod(sample, self.n_windows)
-        window = np.empty_like(index)
-        for e in np.unique(epoch):
-            here = epoch == e
-            window[here] = permute(index[here], self.n_windows, self.seed, int(e))
-        return self.split.read_windows(window * self.seq_len, self.seq_len + 1)
-
-
-class Mixture:
-    """Training batches of several sources, each in the order that a Loader of it alone has.
-
-    Sample i of the stream, a row of batch i // batch_size, comes from the source that
-    `source_order` assigns to it. Among any n consecutive samples, a source's number differs from
-    its share of n by less than 2; among any `period` consecutive samples it is exact.
-    """
-
-    def __init__(
-        self,
-        splits: Sequence[Split],
-        weights: Sequence[float],
-        batch_size: int,
-        seq_len: int,
-        seed: int,
-    ):
-        """`weights` are in the ratio of the sources' shares of the rows.
-
-        Raises ConfigError if a weight is not positive, or if the vocabularies differ.
-        """
-        if not splits or len(splits) != len(weights):
-            raise ValueError(
-                f'each source has a weight, but there are {len(splits)} sources and '
-                f'{len(weights)} weights'
-            )
-        if len({split.fingerprint for split in splits}) > 1:
-            names = ', '.join(split.tokenizer for split in splits)
-            raise ConfigError(
-                f'the sources of a mixture share one vocabulary, but were prepared with {names}: '
-                'prepare them with the same one'
-            )
-        self.loaders = [Loader(split, batch_size, seq_len, seed) for split in splits]
-        self.batch_size, self.n_tokens = batch_size, sum(split.n_tokens for split in splits)
-        counts = whole_shares(weights)
-        self.period, self._counts = sum(counts), np.array(counts)
-        self._source = source_order(counts)
-        chosen = self._source[:, None] == np.arange(len(counts))
-        # For each slot of a period, the number of earlier slots of the same source.
-        self._earlier = (np.cumsum(chosen, axis=0) - chosen)[chosen]
-
-    def batch_at(self, step: int, rows: slice = slice(None)) -> np.ndarray:
-        """Returns the given rows of the global batch of this step, int32 [rows, seq_len + 1]."""
-        sample = step * self.batch_size + np.arange(self.batch_size)[rows]
-        period, slot = np.divmod(sample, self.period)
-        source = self._source[slot]
-        nth = period * self._counts[source] + self._earlier[slot]
-        out = np.empty((len(sample), self.loaders[0].seq_len + 1), np.int32)
-        for i in np.unique(source):
-            out[source == i] = self.loaders[i].windows(nth[source == i])
-        return out
-
-
-def whole_shares(weights: Sequence[float]) -> list[int]:
-    """Returns whole numbers in the ratio of the weights, exact to 1 part in MAX_PERIOD.
-
-    Raises ConfigError if a weight is not positive, or too small a part of their sum.
-    """
-    if not all(math.isfinite(weight) and weight > 0 for weight in weights):
-        raise ConfigError(
-            f'the weights of a mixture are finite and above 0, but are {list(weights)}: leave a '
-            'source of weight 0 out'
-        )
-    exact = [Fraction(str(weight)) for weight in weights]
-    shares = [weight / sum(exact) for weight in exact]
-    period = math.lcm(*(share.denominator for share in shares))
-    if period <= MAX_PERIOD:
-        return [int(share * period) for share in shares]
-    counts = [math.floor(share * MAX_PERIOD) for share in shares]
-    most_cut = sorted(range(len(shares)), key=lambda i: counts[i] - shares[i] * MAX_PERIOD)
-    for i in most_cut[: MAX_PERIOD - sum(counts)]:
-        counts[i] += 1
-    if 0 in counts:
-        raise ConfigError(
-            f'a weight of a mixture is at least {1 / MAX_PERIOD:g} of their sum, but they are '
-            f'{list(weights)}: leave the smallest out or raise it'
-        )
-    return counts
-
-
-def source_order(counts: Sequence[int]) -> np.ndarray:
-    """Returns an order of the indices i in which i occurs counts[i] times, int64 [sum(counts)].
-
-    Among the first n places, for any n, the number of places of i differs from
-    n * counts[i] / sum(counts) by less than 1.
-
-    Tijdeman's algorithm (The chairman assignment problem, 1980): each place goes, among the indices
-    that are behind by at least 1 / (2k - 2) of a place (k = len(counts)), to the one with the
-    earliest deadline.
-    """
-    k, period = len(counts), sum(counts)
-    weight, unit = np.array(counts, np.int64), max(1, 2 * k - 2)
-    behind = np.zeros(k, np.int64)  # in units of 1 / (period * unit) places
-    out = np.empty(period, np.int64)
-    for n in range(period):
-        behind += weight * unit
-        deadline = (period * (unit - 1) - behind) / weight
-        out[n] = np.argmin(np.where(behind >= period, deadline, np.inf)) if k > 1 else 0
-        behind[out[n]] -= period * unit
-    return out
-
-
-def _check_sizes(batch_size: int, seq_len: int) -> None:
-    """Raises ValueError for sizes that the rules of a config exclude."""
-    if batch_size < 1 or seq_len < 1:
-        raise ValueError(
-            f'batch_size and seq_len must be 1 or more, but are {batch_size} and {seq_len}'
-        )
-
-
-def permute(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
-    """Returns the images of `index` under a permutation of 0..n-1 that seed and epoch choose.
-
-    int64, in the shape of `index`. A Feistel network permutes 0..4**half-1, up to the next power
-    of 4. Numbers that it sends to n or beyond go through it again until they are below n, which
-    makes it a permutation of 0..n-1 (cycle walking).
-    """
-    half = max(1, math.ceil((n - 1).bit_length() / 2))
-    mask = np.uint64((1 << half) - 1)
-    keys = np.random.SeedSequence([seed, epoch]).generate_state(6, np.uint64)
-    x = np.array(index, np.uint64)
-    beyond = np.ones(x.shape, bool)
-    while beyond.any():
-        left, right = x[beyond] >> np.uint64(half), x[beyond] & mask
-        for key in keys:
-            left, right = right, left ^ (mix(right ^ key) & mask)
-        x[beyond] = left << np.uint64(half) | right
-        beyond = x >= n
-    return x.astype(np.int64)
 
 
 def prefetch(fn: Callable[[int], T], start: int, stop: int, depth: int = 2) -> Iterator[T]:
@@ -275,7 +103,7 @@ class EvaluationSet:
 
         Raises ConfigError if the split has nothing to predict.
         """
-        _check_sizes(batch_size, seq_len)
+        check_sizes(batch_size, seq_len)
         if limit < 0:
             raise ValueError(f'limit counts batches, 0 for all of them, but is {limit}')
         if split.n_tokens < 2:
@@ -337,6 +165,53 @@ def _path_errors(path: Any) -> Iterator[str]:
             yield f'data.path={path!r}: {error}'
 
 
+def schedule_errors(config: ConfigDict) -> Iterator[str]:
+    """Yields errors for schedules of batch_size and seq_len that cannot be kept."""
+    for name in ('batch_size', 'seq_len'):
+        try:
+            values = [value for _, value in schedule_entries(name, config.schedule[name])]
+        except ConfigError as error:
+            yield str(error)
+            continue
+        written = f'schedule.{name}={tuple(config.schedule[name])}'
+        if 0 in values:
+            yield f'{written} holds a 0; use 1 or more'
+        elif values and max(values) != config[name]:
+            yield (
+                f'{written} goes up to {max(values)}, and {name}={config[name]}, which evaluation '
+                f'takes, is the largest one; use {name}={max(values)}'
+            )
+        uneven = [x for x in dict.fromkeys(values) if x and config[name] % x]
+        if name == 'seq_len' and uneven:
+            yield (
+                f'{written} holds {uneven[0]}, which does not divide seq_len={config.seq_len}, of '
+                f'whose windows shorter rows are parts; use one of {divisors(config.seq_len)}'
+            )
+
+
+def packing_errors(config: ConfigDict) -> Iterator[str]:
+    """Yields errors for choices that do not go with data.packing."""
+    d = config.data
+    if d.packing != 'best_fit':
+        if d.max_documents:
+            yield (
+                f'data.max_documents={d.max_documents} limits the documents of packed windows, and '
+                f"data.packing={d.packing!r}; use 0, or 'best_fit'"
+            )
+        return
+    if not d.isolate_documents:
+        yield (
+            "data.packing='best_fit' puts documents into windows that have nothing to do with each "
+            'other, and data.isolate_documents=False lets attention cross their borders; use True'
+        )
+    if config.schedule.seq_len:
+        yield (
+            f"data.packing='best_fit' keeps documents whole, and schedule.seq_len="
+            f"{tuple(config.schedule.seq_len)} cuts windows; use data.packing='stream', or no "
+            f'schedule.seq_len (one of batch_size goes with both)'
+        )
+
+
 class Source(NamedTuple):
     """One source of the training data, with its own evaluation set."""
 
@@ -344,6 +219,7 @@ class Source(NamedTuple):
     share: float  # of the training rows
     train: Split | DirectSplit
     evaluation: EvaluationSet | None  # None: no document was held out
+    packed: PackedWindows | None = None  # of `train`; None: a plain stream
 
 
 def open_sources(
@@ -353,28 +229,37 @@ def open_sources(
     seq_len: int,
     seed: int,
     eval_batches: int,
+    packing: str = 'stream',
+    max_documents: int = 0,
+    phases: Sequence[Phase] = (),
 ) -> tuple[Loader | Mixture, list[Source]]:
     """Opens (name, path, weight) sources: their training stream, and their evaluation sets.
 
     An evaluation set takes at most `eval_batches` batches; 0 takes its whole validation split. A
-    source without validation documents has none. The path 'stdlib' stands for Python's standard
-    library, prepared with `tokenizer`, and one as 'megatron:PREFIX' for token files as they lie.
+    source without validation documents has none; the others are plain streams, whatever the
+    `packing` of the training data. The path 'stdlib' stands for Python's standard library, prepared
+    with `tokenizer`, and one as 'megatron:PREFIX' for token files as they lie.
     """
     names, paths, weights = zip(*sources, strict=True)
     paths = [stdlib_corpus(tokenizer) if path == 'stdlib' else path for path in paths]
     splits = [_open_splits(path, tokenizer, CACHE_BYTES // len(paths)) for path in paths]
     train = [split for split, _ in splits]
+    packed: list[PackedWindows | None] = [None] * len(train)
+    if packing == 'best_fit':
+        packed = [PackedWindows(split, seq_len, max_documents) for split in train]
     if len(sources) == 1:
-        loader = Loader(train[0], batch_size, seq_len, seed)
+        loader = Loader(train[0], batch_size, seq_len, seed, packed[0], phases)
     else:
-        loader = Mixture(train, weights, batch_size, seq_len, seed)
+        loader = Mixture(train, weights, batch_size, seq_len, seed, packed, phases)
     counts = whole_shares(weights)
     opened = []
-    for name, count, (split, validation) in zip(names, counts, splits, strict=True):
+    for name, count, (split, validation), windows in zip(
+        names, counts, splits, packed, strict=True
+    ):
         evaluation = None
         if validation:
             evaluation = EvaluationSet(validation, batch_size, seq_len, eval_batches)
-        opened.append(Source(name, count / sum(counts), split, evaluation))
+        opened.append(Source(name, count / sum(counts), split, evaluation, windows))
     return loader, opened
 
 
@@ -390,9 +275,12 @@ def _open_splits(
     return train, Split(path, 'validation')
 
 
-def open_data(config: ConfigDict) -> tuple[Loader | Mixture, list[Source], tiktoken.Encoding]:
+def open_data(
+    config: ConfigDict, training: bool = True
+) -> tuple[Loader | Mixture, list[Source], tiktoken.Encoding]:
     """Opens a config's data: the training stream, its sources with evaluation sets, the tokenizer.
 
+    Where it is not for `training`, nothing is packed, which can take a while.
     Raises ConfigError if the data cannot be read, if its vocabulary is larger than
     model.vocab_size, or if eval.every is above 0 and a source has no validation documents.
     """
@@ -405,6 +293,9 @@ def open_data(config: ConfigDict) -> tuple[Loader | Mixture, list[Source], tikto
         config.seq_len,
         config.seed,
         config.eval.batches,
+        d.packing if training else 'stream',
+        d.max_documents,
+        phases(config),
     )
     without = [p for (_, p, _), source in zip(named, sources, strict=True) if not source.evaluation]
     if without and config.eval.every:

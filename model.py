@@ -71,6 +71,7 @@ def model_for(config: ConfigDict, platform: str, end_of_text: int = -1) -> Model
         expert_kernel=choose(EXPERT_KERNELS, cfg.expert_kernel, layers, platform),
         ragged=platform != 'cpu',
         document_end=end,
+        padded=config.data.packing != 'stream',
     )
 
 
@@ -128,12 +129,13 @@ def layer(
     key: Array,
     cfg: ModelConfig,
     kind: str,
+    held_Bt: Array | None = None,
 ) -> tuple[Array, Tree, dict[str, Array]]:
     """Runs one layer, with `attend` (parameters, input) as its attention.
 
     x_BtD: [B, T/tp, D] -> the same, the arrays that attention keeps for decoding, and the
     feed-forward's statistics. Each part is x + f(norm(x)), or with norms 'after' x + norm(f(x)), as
-    in OLMo 2 (2025, section 3.1).
+    in OLMo 2 (2025, section 3.1). Where held_Bt is False there is no token, and no expert for it.
     """
     _, feed_forward = layer_kinds(cfg, kind)
 
@@ -148,7 +150,8 @@ def layer(
     x_BtD = checkpoint_name(x_BtD, RESIDUAL)
     h_BtD = norm(x_BtD, 'ffn_norm', 'before')
     with jax.named_scope(layer_kind(kind).feed_forward):
-        h_BtD, stats = feed_forward.forward(params['ffn'], h_BtD, cfg)
+        held = () if held_Bt is None or not feed_forward.routed else (held_Bt,)
+        h_BtD, stats = feed_forward.forward(params['ffn'], h_BtD, cfg, *held)
     h_BtD = norm(h_BtD, 'ffn_norm', 'after')
     x_BtD = x_BtD + dropout(h_BtD, cfg.dropout, jax.random.fold_in(key, 1))
     return checkpoint_name(x_BtD, RESIDUAL), kept, stats
@@ -208,11 +211,12 @@ def run_blocks(
     the block: {name: {statistic: [blocks, ...]}}.
     """
     names = block_names(kinds)
+    held = next(iter(tables.values())).held  # the same in all tables
 
     def one_layer(x_BtD: Array, scanned: tuple[Tree, Array], kind: str):
         params, number = scanned
         layer_key, attend = jax.random.fold_in(key, number), attention_of(cfg, kind, tables)
-        x_BtD, _, stats = layer(params, x_BtD, attend, layer_key, cfg, kind)
+        x_BtD, _, stats = layer(params, x_BtD, attend, layer_key, cfg, kind, held)
         return x_BtD, stats
 
     def block(x_BtD: Array, scanned: tuple[Tree, Array]):
@@ -413,9 +417,21 @@ def declared_params(config: ConfigDict) -> Tree:
     return model_params(model_config(config), config.pipeline.chunks)
 
 
+def input_ids(tokens_BT: Array, cfg: ModelConfig) -> Array:
+    """Returns the inputs of rows of tokens, [B, T + 1] -> [B, T], -1 where there is none.
+
+    With cfg.padded, -2 - id is an input as well, which is no target.
+    """
+    ids_BT = tokens_BT[:, :-1]
+    return jnp.where(ids_BT < -1, -2 - ids_BT, ids_BT) if cfg.padded else ids_BT
+
+
 def first_layers(params: Tree, ids_BT: Array, cfg: ModelConfig, key: Array) -> Array:
-    """Runs embedding and the dense layers before the blocks: int32 [B, T] -> [B, T/tp, D]."""
-    x_BtD = embed(params['embed'], zigzag(ids_BT, CP, 1), cfg)
+    """Runs embedding and the dense layers before the blocks: int32 [B, T] -> [B, T/tp, D].
+
+    An id of -1, which is no token, has the embedding of token 0.
+    """
+    x_BtD = embed(params['embed'], zigzag(jnp.maximum(ids_BT, 0), CP, 1), cfg)
     x_BtD = dropout(x_BtD, cfg.dropout, jax.random.fold_in(key, cfg.n_layers))
     if cfg.first_dense:
         tables, kinds = position_tables(ids_BT, cfg), (cfg.first_kind,)
@@ -424,8 +440,15 @@ def first_layers(params: Tree, ids_BT: Array, cfg: ModelConfig, key: Array) -> A
 
 
 def position_tables(ids_BT: Array, cfg: ModelConfig) -> Tables:
-    """Returns the rotations and documents of these tokens, for each kind of layer."""
-    return tables_of(cfg, functools.partial(positions, ids_BT))
+    """Returns the rotations and documents of these tokens, for each kind of layer.
+
+    With cfg.padded, also which positions of this device hold a token: ids of -1 are none.
+    """
+    tables = tables_of(cfg, functools.partial(positions, ids_BT))
+    if not cfg.padded:
+        return tables
+    held_Bt = own_positions(ids_BT >= 0, 1)
+    return {rotary: table._replace(held=held_Bt) for rotary, table in tables.items()}
 
 
 def hidden_states(params: Tree, ids_BT: Array, cfg: ModelConfig, key: Array) -> tuple[Array, Tree]:
@@ -455,10 +478,10 @@ def loss(
     """Returns this device's share of the summed loss over valid targets; of its cross-entropy
     (nats); of the routers' losses, averaged over the microbatch; and the routers' statistics.
 
-    tokens_BT: int32 [B, T + 1]; position t predicts t + 1, and a target of -1 is left out. `key`
+    tokens_BT: int32 [B, T + 1]; position t predicts t + 1, and a target below 0 is left out. `key`
     is for dropout: the same on all devices, different each step and microbatch.
     """
-    ids_BT, labels_BT = jnp.maximum(tokens_BT[:, :-1], 0), tokens_BT[:, 1:]
+    ids_BT, labels_BT = input_ids(tokens_BT, cfg), tokens_BT[:, 1:]
     x_BtD, stats = hidden_states(params, ids_BT, cfg, key)
     labels_Bt = own_positions(labels_BT, 1)
     x_tD, labels_t = x_BtD.reshape(-1, cfg.d_model), labels_Bt.reshape(-1)

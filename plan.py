@@ -29,7 +29,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from config import ConfigError
+from config import ConfigError, in_phase, largest_phase
 from machine import command
 from machine.chips import CHIPS, Chip, measured_cpu
 from machine.memory import OutOfMemoryError
@@ -62,14 +62,28 @@ def plan(config: ConfigDict, name: str) -> dict[str, Any]:
     chip = chip_named(FLAGS.chip or FLAGS.compile.partition(':')[0] or config.chip, devices)
     if FLAGS.search:
         found, tried = search(config, devices, chip, progress=Progress())
+        print(phase_text(config), end='')
         print(report.search_title(name, devices, chip))
         print(report.search_text(found, tried, config, FLAGS.best))
         return report.search_record(found, tried, FLAGS.best)
     validate(config, devices, needs_data=False)
+    print(phase_text(config), end='')
+    config = in_phase(config, largest_phase(config))
     e = estimate(config, chip)
     print(report.table(config, name, e))
     compiled = compile_for(config, FLAGS.compile, e) if FLAGS.compile else {}
     return report.record(config, e) | compiled
+
+
+def phase_text(config: ConfigDict) -> str:
+    """Returns lines that say which steps of config.schedule are planned; '' without one."""
+    largest = largest_phase(config)
+    if in_phase(config, largest) is config:
+        return ''
+    return (
+        f'planned for the largest steps of config.schedule, from step {largest.start + 1} on: '
+        f'batch_size {largest.batch_size}, seq_len {largest.seq_len}\n\n'
+    )
 
 
 class Progress:

@@ -39,6 +39,7 @@ from ml_collections import ConfigDict
 
 from checkpoint import Checkpointer, CheckpointError
 from config import ConfigError
+from corpus.packing import packing_note
 from corpus.shards import UnreadableError
 from data import Loader, Mixture, Source, open_data, prefetch, vocabulary_note
 from machine import command, processes
@@ -65,6 +66,7 @@ from runtime.guards import (
 from runtime.lease import Lease, OwnedSaves
 from runtime.metrics import Progress, Writer
 from runtime.next_commands import say_next, say_unfinished
+from runtime.phased_step import PhasedStep
 from runtime.plot import need_matplotlib, plot
 from runtime.resume import (
     compared_data,
@@ -88,7 +90,7 @@ from runtime.workdir import (
     start_entry,
     tokenizer_record,
 )
-from train_step import Setup, abstract_state, init_state, lower_train_step, put_batch, setup
+from train_step import Setup, abstract_state, init_state, lower_train_step, setup
 
 T = TypeVar('T')
 
@@ -159,17 +161,21 @@ def run(r: Run) -> dict[str, Any]:
     writer.say(
         f'{count(s.declared):,} parameters · {loader.n_tokens:,} tokens · workdir {writer.workdir}'
     )
-    progress = Progress(s, writer)
+    if loader.packed:
+        writer.say(packing_note(loader.packed))
+    progress = Progress(s, writer, loader.tokens_before)
     state = start_state(s, r.checkpoints, r.start, r.init_from, r.averaged)
-    train_step = compiled_step(s, r)
+    phased = PhasedStep(s, loader, r.start, functools.partial(compiled_step, r=r))
     evaluate, evaluation, evaluated = make_evaluation(s, encoding), {}, 0
 
     r.stop.begin()
     progress.start(r.start)
-    batches = prefetch(functools.partial(put_batch, loader.batch_at, s=s), r.start, config.steps)
+    batches = prefetch(phased.batch, r.start, config.steps)
     for step, batch in enumerate(batches, start=r.start + 1):
+        if phased.begins(step - 1):
+            enter_phase(phased, step, state, progress)
         r.tracer.before(step, state)
-        state, metrics = train_step(state, batch)
+        state, metrics = phased.step(state, batch)
         writer.terminal.follow(step, metrics['loss'])
         progress.log()  # the step before, while this one runs
         if r.tracer.after(step, state):
@@ -217,7 +223,7 @@ def run(r: Run) -> dict[str, Any]:
     elif evaluation and writer.active:
         evaluation |= over_sources(sources, functools.partial(zlib_bits_per_byte, encoding))
     writer.say(f'summary at step {step} of {config.steps}:')
-    return summary_of(s, r.start, step, seconds) | evaluation
+    return summary_of(s, r, step, seconds) | evaluation
 
 
 def record_start(s: Setup, r: Run) -> None:
@@ -226,14 +232,14 @@ def record_start(s: Setup, r: Run) -> None:
     r.writer.record_start(start_entry(r.config, s.mesh, r.start))
 
 
-def summary_of(s: Setup, start: int, step: int, seconds: float) -> dict[str, float]:
-    """Returns the numbers of a run that ends at `step`, and of this start after step `start`."""
-    step_tokens = s.config.batch_size * s.config.seq_len
+def summary_of(s: Setup, r: Run, step: int, seconds: float) -> dict[str, float]:
+    """Returns the numbers of a run that ends at `step`, and of this start of it."""
+    tokens_before = r.data[0].tokens_before
     return {
         'parameters': count(s.declared),
         'active_parameters': count(s.declared, active=True),
-        'tokens': step * step_tokens,
-        'tokens_of_this_start': (step - start) * step_tokens,
+        'tokens': tokens_before(step),
+        'tokens_of_this_start': tokens_before(step) - tokens_before(r.start),
         'seconds_of_this_start': seconds,
     }
 
@@ -250,12 +256,14 @@ def doing(text: str, r: Run, at_once: bool = False) -> Iterator[None]:
         yield
 
 
-def opened_data(config: ConfigDict) -> tuple[Loader | Mixture, list[Source], tiktoken.Encoding]:
+def opened_data(
+    config: ConfigDict, training: bool = True
+) -> tuple[Loader | Mixture, list[Source], tiktoken.Encoding]:
     """Returns the training stream, its sources and their tokenizer.
 
     Raises ConfigError on all processes if one of them cannot open the data, or has another.
     """
-    opened = processes.agreed(functools.partial(open_data, config), 'open the data')
+    opened = processes.agreed(functools.partial(open_data, config, training), 'open the data')
     agreement.check_same(data_record(*opened[1:]))
     return opened
 
@@ -277,6 +285,17 @@ def start_state(
 def evaluated_params(state: Tree, config: ConfigDict) -> Tree:
     """Returns the parameters that evaluation and samples are about."""
     return state['moments'][AVERAGE] if config.eval.averaged else state['params']
+
+
+def enter_phase(phased: PhasedStep, step: int, state: Tree, progress: Progress) -> None:
+    """Compiles the step for the sizes that a schedule has from `step` on, and says them; that takes
+    no time of the steps."""
+    progress.log()
+    jax.block_until_ready(state)
+    _, seconds = timed(phased.enter, step - 1)
+    progress.pause(seconds)
+    sizes = f'batch_size {phased.phase.batch_size} · seq_len {phased.phase.seq_len}'
+    progress.writer.say(f'from step {step} on: {sizes}')
 
 
 def compiled_step(s: Setup, r: Run) -> Callable[[Tree, jax.Array], tuple[Tree, dict]]:
@@ -381,7 +400,7 @@ def evaluate_only(
     arguments = {'workdir': workdir, 'eval_only': step, 'averaged': averaged}
     agreement.check_same(agreement.start_facts(config, **arguments))
     validate(config, jax.device_count())
-    _, sources, encoding = opened_data(config)
+    _, sources, encoding = opened_data(config, training=False)
     path = os.path.join(workdir, CHECKPOINTS, str(step))
     terminal = Terminal(config.steps, jax.process_index() == 0)
     with Checkpointer(os.path.dirname(path)) as checkpoints:

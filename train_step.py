@@ -27,6 +27,7 @@ from model import (
     block_params,
     declared_params,
     first_layers,
+    input_ids,
     loss,
     model_for,
     position_tables,
@@ -257,7 +258,7 @@ def run_stages(
     """Cuts the model into the functions of a stage, and runs them by the schedule."""
 
     def ids(i: Array) -> Array:
-        return jnp.maximum(tokens_MBT[i, :, :-1], 0)
+        return input_ids(tokens_MBT[i], cfg)
 
     def first(shared: Tree, i: Array) -> Array:
         return first_layers(shared, ids(i), cfg, jax.random.fold_in(key, i))
@@ -406,7 +407,7 @@ def eval_step(params: Tree, tokens_MBT: Array, token_bytes_V: Array, s: Setup) -
 
 def nats_share(params: Tree, tokens_MBT: Array, s: Setup) -> Array:
     """Returns this device's share of the summed cross-entropy of a batch, without dropout."""
-    cfg = dataclasses.replace(s.model, dropout=0.0)
+    cfg = dataclasses.replace(s.model, dropout=0.0, padded=False)
     key, one = jax.random.key(0), jnp.ones_like(tokens_MBT, shape=(), dtype=jnp.float32)
     if s.schedule is not None:
         forward = make_schedule(

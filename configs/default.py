@@ -14,6 +14,11 @@ def get_config() -> ConfigDict:
     c.batch_size = 32  # sequences per optimizer step, over all devices
     c.seq_len = 256  # tokens per sequence
     c.microbatches = 1  # parts of a batch, whose gradients are accumulated
+    # the two in steps, as in ('0:64', '500:256') or --config.schedule.seq_len=0:64,500:256: the
+    # value after so many steps. The largest is that of batch_size or seq_len, which () has always
+    c.schedule = h = ConfigDict()
+    h.batch_size = ()
+    h.seq_len = ()  # each divides seq_len
     c.compute_dtype = 'float32'  # for matmuls and residual stream: 'float32' | 'bfloat16'
     c.check_vma = True  # let shard_map check replication; most kernels of TPU and GPU need it off
     c.compiler_options = ''  # for the train step: 'name=value ...', over those of train_step.py
@@ -112,6 +117,10 @@ def get_config() -> ConfigDict:
     # 'llmc:FILES', 'nanogpt:FILE,dtype=uint16': token files as they lie, with data.tokenizer
     d.path = ''
     d.sources = ()  # or several: ((name, path, weight), ...); rows in the ratio of the weights
+    # 'stream': windows of the tokens as they stand | 'best_fit': whole documents, those that fit a
+    # window; the rest of it is padding. With isolate_documents
+    d.packing = 'stream'
+    d.max_documents = 0  # best_fit: the most documents of a window; 0: as many as fit
     d.isolate_documents = False  # attention stays within a document; positions restart in each
     d.tokenizer = 'vocab/stdlib-4096.tiktoken'  # for 'stdlib', token files; a folder has its own
 

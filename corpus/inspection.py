@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
+from corpus.lengths import read_lengths
 from corpus.shards import (
     CHECKSUMS,
     Split,
@@ -110,6 +111,8 @@ def _check_shard(
         if shard.get(which, found) != found:
             raise ValueError(f'it was written anew: its {which} are others than the manifest says')
     lengths.append(np.diff(ends, prepend=-1))
+    if 'lengths' in shard and not np.array_equal(read_lengths(store, shard), lengths[-1]):
+        raise ValueError('the lengths of its documents are others than its tokens say')
 
 
 def _print_statistics(split: Split, counts: np.ndarray, lengths: np.ndarray) -> None:

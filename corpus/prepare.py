@@ -56,7 +56,7 @@ TAIL = 4096  # characters held out of a lone document, at least, unless they are
 T = TypeVar('T')
 
 _PART_FILE = re.compile(rb'\d{5,}\.json')
-_ARRAY_FILE = re.compile(rb'(\d{5,})/(zarr\.json|c/\d+)')
+_ARRAY_FILE = re.compile(rb'(\d{5,})(/zarr\.json|/c/\d+|\.lengths)')
 
 
 @dataclasses.dataclass(frozen=True)

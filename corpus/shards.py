@@ -1,7 +1,8 @@
 """Token shards: zarr3 arrays of token ids and the manifest that lists them.
 
 Each array DIR/train/00000 and so on holds the documents of one part of the input, one after the
-other, each followed by the end-of-text token. DIR is a local folder or a tensorstore URL. Each
+other, each followed by the end-of-text token, and DIR/train/00000.lengths the documents' lengths
+(corpus/lengths.py). DIR is a local folder or a tensorstore URL. Each
 chunk has a crc32c checksum, which is checked as it is read. The manifest holds a digest of each
 shard, which inspection checks, others of the checksums in it, which are checked when it is opened,
 and a digest of itself.
@@ -11,6 +12,8 @@ import hashlib
 import json
 import math
 import re
+import sys
+from array import array as compact_array
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -19,6 +22,7 @@ import tensorstore as ts
 import tiktoken
 
 from config import ConfigError
+from corpus.lengths import found_lengths, read_lengths, write_lengths
 from storage.stores import expanded, local_folder, open_store, store_errors
 from tokenizer import fingerprint, get_encoding
 
@@ -97,6 +101,7 @@ class ArrayWriter:
         self._end = np.array([end_of_text], dtype)
         self._waiting = np.empty(OBJECT_TOKENS, dtype)
         self._n_waiting = self._n_written = 0
+        self._lengths = compact_array('I')  # of the documents
         self._array: ts.TensorStore | None = None
         self._hash = hashlib.blake2b(digest_size=16)
 
@@ -113,13 +118,18 @@ class ArrayWriter:
         else:
             self._put(ids)
             self._put(self._end)
+        self._lengths.append(len(ids) + 1)
         self.documents += 1
         self._bytes += n_bytes
 
-    def append_ended(self, ids: np.ndarray, n_documents: int, n_bytes: int) -> None:
-        """Adds documents that have their end-of-text tokens already. Raises as `append`."""
+    def append_ended(self, ids: np.ndarray, lengths: np.ndarray, n_bytes: int) -> None:
+        """Adds documents of these lengths, which have their end-of-text tokens already.
+
+        Raises as `append`.
+        """
         self._put(ids)
-        self.documents += n_documents
+        self._lengths.frombytes(lengths.astype(np.uintc).tobytes())
+        self.documents += len(lengths)
         self._bytes += n_bytes
 
     def _put(self, ids: np.ndarray) -> None:
@@ -137,12 +147,15 @@ class ArrayWriter:
         """Writes the rest and returns the shard's entry of the manifest. Raises as `append`."""
         if self._n_waiting:
             self._flush()
+        with store_errors(f'{self._name} cannot be written and read back'):
+            lengths = write_lengths(self._store, self._path, self._lengths)
         return {
             'path': self._path,
             'tokens': self._n_written,
             'documents': self.documents,
             'bytes': self._bytes,
             'digest': self._hash.hexdigest(),
+            'lengths': lengths,
             **self._checksums(),
         }
 
@@ -440,6 +453,31 @@ class Split:
         except (OSError, ValueError) as error:  # of one process alone: no ConfigError
             raise UnreadableError(self._unreadable(error)) from error
         return out
+
+    def document_lengths(self) -> np.ndarray:
+        """Returns the tokens of each document, its end-of-text token included: int64, in order.
+
+        They stand beside the shards; shards of older preparations are read for them once, which is
+        said. Raises ConfigError if they cannot be read.
+        """
+        old = sum('lengths' not in shard for shard in self._shards)
+        if old:
+            print(
+                f'{self._path} has no lengths of documents for {old:,} shards, which are read for '
+                'them; prepare the data again, into another folder, for a faster start',
+                file=sys.stderr,
+            )
+        found = []
+        try:
+            for shard in self._shards:
+                if 'lengths' in shard:
+                    found.append(read_lengths(self._store, shard))
+                    continue
+                blocks = read_blocks(self._store, shard['path'])
+                found.append(found_lengths(blocks, self.end_of_text))
+        except (OSError, ValueError) as error:
+            raise ConfigError(self._unreadable(error)) from error
+        return np.concatenate(found)
 
     def _unreadable(self, error: Exception) -> str:
         """Returns the message that something of the data cannot be read."""

@@ -57,9 +57,11 @@ def write_tokens(
             documents, in_validation = _moved(documents, in_validation, name, move, job)
         tokens, behind = joined(block.tokens, documents, end)
         for start, stop, validation in runs(in_validation):
-            taken = tokens[behind[start - 1] if start else 0 : behind[stop - 1]]
+            begin = behind[start - 1] if start else 0
+            taken = tokens[begin : behind[stop - 1]]
+            sizes = np.diff(behind[start:stop], prepend=begin)
             array = arrays['validation' if validation else 'train']
-            array.append_ended(taken, stop - start, count_bytes(taken, lengths))
+            array.append_ended(taken, sizes, count_bytes(taken, lengths))
 
 
 def _keep_first(

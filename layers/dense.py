@@ -42,10 +42,13 @@ class FeedForward(NamedTuple):
     residual stream, and statistics: none, or those of `moe.route` where it is `routed`. width(m) is
     the hidden size, for a ModelConfig or the config's own group of fields. rules(config) yields
     what cannot run.
+
+    A `routed` forward takes one more argument where rows are padded: bool [B, T/tp], the positions
+    that hold a token. The others count for nothing, neither in what is added to them.
     """
 
     params: Callable[[ModelConfig], Tree]
-    forward: Callable[[Tree, Array, ModelConfig], tuple[Array, dict[str, Array]]]
+    forward: Callable[..., tuple[Array, dict[str, Array]]]
     routed: bool
     width: Callable[[Any], int]
     rules: Callable[[ConfigDict], Iterator[str]]

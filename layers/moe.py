@@ -76,17 +76,21 @@ def moe_params(cfg: ModelConfig) -> Tree:
     }
 
 
-def moe(params: Tree, x_BtD: Array, cfg: ModelConfig) -> tuple[Array, dict[str, Array]]:
+def moe(
+    params: Tree, x_BtD: Array, cfg: ModelConfig, held_Bt: Array | None = None
+) -> tuple[Array, dict[str, Array]]:
     """Runs routed experts plus shared ones: [B, T/tp, D] -> the same, and `route`'s statistics.
 
     Each device routes its own positions; tokens and choices are then gathered over tp, rows
-    travel over ep to their experts and back, and every tp device adds its slice of F.
+    travel over ep to their experts and back, and every tp device adds its slice of F. Positions
+    where held_Bt is False hold no token: they have no expert, take nobody's room, and count for
+    nothing.
     """
     declared = moe_params(cfg)
     w = unshard(params['experts'], declared['experts'], x_BtD.dtype)
     if cfg.expert_bias:
         w['b_down'] /= lax.axis_size(TP)  # each tp device adds an equal share
-    expert_BtC, weight_BtC, stats = route(params, x_BtD, cfg)
+    expert_BtC, weight_BtC, stats = route(params, x_BtD, cfg, held_Bt)
     x_BTD, expert_BTC, weight_BTC = (all_gather(y, TP, 1) for y in (x_BtD, expert_BtC, weight_BtC))
     expert_BTC = keep_within_capacity(expert_BTC, cfg)
     slots, expert_BTC = keep_within_buffers(expert_BTC, cfg)
@@ -107,6 +111,8 @@ def moe(params: Tree, x_BtD: Array, cfg: ModelConfig) -> tuple[Array, dict[str, 
             partial_BTD += shared_experts(params, x_BtD, x_BTD, cfg)
     # every tp device counts the same drops
     stats['dropped'] = jnp.sum(expert_BTC == cfg.n_experts, dtype=jnp.float32) / lax.axis_size(TP)
+    if held_Bt is not None:  # what never had an expert was not dropped
+        stats['dropped'] -= cfg.experts_per_token * jnp.sum(~held_Bt, dtype=jnp.float32)
     return reduce_scatter(partial_BTD, TP, 1), stats
 
 
@@ -135,7 +141,9 @@ def float32_product(x_BtD: Array, w_DE: Array) -> Array:
 
 
 @jax.named_scope('router')
-def route(params: Tree, x_BtD: Array, cfg: ModelConfig) -> tuple[Array, Array, dict[str, Array]]:
+def route(
+    params: Tree, x_BtD: Array, cfg: ModelConfig, held_Bt: Array | None = None
+) -> tuple[Array, Array, dict[str, Array]]:
     """Chooses the experts of each token, int32 [B, T/tp, C], and their weights, float32.
 
     The bias enters the choice and not the weight (auxiliary-loss-free balancing, Wang et al.
@@ -145,7 +153,7 @@ def route(params: Tree, x_BtD: Array, cfg: ModelConfig) -> tuple[Array, Array, d
     All in float32, and weights and probabilities from logarithms of the scores, so that they add up
     to 1 where the scores themselves underflow. Statistics are sums over this device's tokens:
     `load` [E] assignments, `entropy` nats, `tokens`; and `loss`, its share of the balance and
-    z-losses' mean over the microbatch.
+    z-losses' mean over the microbatch. Positions that hold no token choose E, and are left out.
     """
     logits_BtE = float32_product(x_BtD, params['router'])
     if cfg.router_bias:
@@ -163,21 +171,27 @@ def route(params: Tree, x_BtD: Array, cfg: ModelConfig) -> tuple[Array, Array, d
     if cfg.normalize_weights:
         log_score_BtC = jax.nn.log_softmax(log_score_BtC, axis=-1)
     probs_BtE = jnp.exp(log_prob_BtE)
-    entropy = -jnp.sum(probs_BtE * log_prob_BtE)
+    entropy_BtE = -probs_BtE * log_prob_BtE
+    tokens = expert_BtC.shape[0] * expert_BtC.shape[1]
+    if held_Bt is not None:
+        expert_BtC = jnp.where(held_Bt[..., None], expert_BtC, cfg.n_experts)
+        entropy_BtE = jnp.where(held_Bt[..., None], entropy_BtE, 0)
+        tokens = jnp.sum(held_Bt)
+    entropy = jnp.sum(entropy_BtE)
     stats = {
         'load': jnp.sum(count_choices(expert_BtC, cfg.n_experts), axis=0),
         'entropy': lax.stop_gradient(entropy),
-        'tokens': jnp.full_like(entropy, expert_BtC.shape[0] * expert_BtC.shape[1]),
-        'loss': router_losses(logits_BtE, probs_BtE, cfg),
+        'tokens': jnp.full_like(entropy, tokens),
+        'loss': router_losses(logits_BtE, probs_BtE, cfg, held_Bt),
     }
     return expert_BtC, jnp.exp(log_score_BtC) * cfg.routed_scale, stats
 
 
 def count_choices(expert_BtC: Array, n_experts: int) -> Array:
-    """Counts the choices of each expert in each sequence: float32 [B, E]."""
+    """Counts the choices of each expert in each sequence: float32 [B, E]; E is no expert."""
     B = expert_BtC.shape[0]
     zeros_BE = jnp.zeros_like(expert_BtC, shape=(B, n_experts), dtype=jnp.float32)
-    return zeros_BE.at[jnp.arange(B)[:, None, None], expert_BtC].add(1.0)
+    return zeros_BE.at[jnp.arange(B)[:, None, None], expert_BtC].add(1.0, mode='drop')
 
 
 def mask_groups(choice_BtE: Array, cfg: ModelConfig) -> Array:
@@ -189,22 +203,35 @@ def mask_groups(choice_BtE: Array, cfg: ModelConfig) -> Array:
     return jnp.where(kept[..., None], groups, -jnp.inf).reshape(choice_BtE.shape)
 
 
-def router_losses(logits_BtE: Array, probs_BtE: Array, cfg: ModelConfig) -> Array:
+def router_losses(
+    logits_BtE: Array, probs_BtE: Array, cfg: ModelConfig, held_Bt: Array | None = None
+) -> Array:
     """Returns this device's share of the routers' losses, averaged over the microbatch.
 
     balance_loss · Σ_e f_e P_e per sequence (DeepSeek-V3, equations 17-20), and router_z_loss ·
     logsumexp(logits)² per token (ST-MoE, Zoph et al. 2022). f counts the best C experts by their
     scores alone, without biases and groups (equation 18): what the router prefers, not what the
     balancing made of it. Scores rise with logits, so the best logits are the best scores.
+
+    Where rows are padded, both are means over the tokens of each sequence, and then over the
+    sequences: so neither depends on the cut into microbatches.
     """
     _, t, E = probs_BtE.shape
     T, devices = t * lax.axis_size(SEQUENCE), lax.axis_size((*BATCH, *SEQUENCE))
     total = jnp.zeros_like(logits_BtE, shape=())
+    if held_Bt is not None:
+        tokens_B = psum(jnp.sum(held_Bt, axis=1, dtype=jnp.float32), SEQUENCE)
+        T = jnp.maximum(tokens_B, 1)[:, None]  # of each sequence, for [B, E]
+        probs_BtE = jnp.where(held_Bt[..., None], probs_BtE, 0)
     if cfg.router_z_loss:
         z_Bt = jnp.square(jax.nn.logsumexp(logits_BtE, axis=-1))
+        if held_Bt is not None:
+            z_Bt = jnp.where(held_Bt, z_Bt, 0) * (t * lax.axis_size(SEQUENCE) / T)
         total += cfg.router_z_loss * jnp.mean(z_Bt) / devices
     if cfg.balance_loss:
         best_BtC = lax.top_k(lax.stop_gradient(logits_BtE), cfg.experts_per_token)[1]
+        if held_Bt is not None:
+            best_BtC = jnp.where(held_Bt[..., None], best_BtC, E)
         best_BE = count_choices(best_BtC, E)
         chosen_BE, prob_BE = psum(jnp.stack((best_BE, jnp.sum(probs_BtE, axis=1))), SEQUENCE)
         chosen_BE *= E / (cfg.experts_per_token * T)
@@ -217,17 +244,22 @@ def keep_within_capacity(expert_BTC: Array, cfg: ModelConfig) -> Array:
     """Replaces by E, no expert, the choices beyond an expert's capacity.
 
     Each expert takes the first ceil(factor · C · T / E) choices of each sequence, so no token is
-    dropped because of a later one, nor because of what else shares its batch or its device.
+    dropped because of a later one, nor because of what else shares its batch or its device. T
+    counts the tokens of the sequence, where rows are padded.
     """
     if not cfg.capacity_factor:
         return expert_BTC
     expert_BTC = gather_zigzag(expert_BTC, CP, 1)
     B, T, C = expert_BTC.shape
-    capacity = int(np.ceil(cfg.capacity_factor * C * T / cfg.n_experts))
-    group_A = (expert_BTC + cfg.n_experts * jnp.arange(B)[:, None, None]).reshape(-1)
-    kept_A = rank_within(group_A) < capacity
-    kept_BTC = jnp.where(kept_A.reshape(B, T, C), expert_BTC, cfg.n_experts)
-    return zigzag(kept_BTC, CP, 1)
+    capacity = np.ceil(cfg.capacity_factor * C * np.arange(T + 1) / cfg.n_experts).astype(np.int32)
+    room = int(capacity[T])
+    if cfg.padded:
+        room = jnp.asarray(capacity)[jnp.sum(expert_BTC[..., 0] < cfg.n_experts, axis=1)]
+        room = room[:, None, None]
+    # E, no expert, is a group of its own in each sequence.
+    group_A = (expert_BTC + (cfg.n_experts + 1) * jnp.arange(B)[:, None, None]).reshape(-1)
+    kept_BTC = rank_within(group_A).reshape(B, T, C) < room
+    return zigzag(jnp.where(kept_BTC, expert_BTC, cfg.n_experts), CP, 1)
 
 
 def keep_within_buffers(expert_BTC: Array, cfg: ModelConfig) -> tuple[int, Array]:

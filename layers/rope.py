@@ -11,12 +11,14 @@ from parallel import Array
 
 
 class Positions(NamedTuple):
-    """Rotations and documents of the tokens of a batch."""
+    """Rotations and documents of the tokens of a batch, and which of them there are."""
 
     cos: Array  # of the rotation angles, times YaRN's factor: float32 [T, rotary / 2], or [B, 1, T,
     sin: Array  # rotary / 2]
     # [B, S] the number of each token's document, of all positions of a row; None: all are one
     documents: Array | None = None
+    # [B, T/tp] the positions of this device that hold a token, for experts; None: all do
+    held: Array | None = None
 
 
 def rope(x: Array, table: Positions) -> Array:

@@ -23,6 +23,8 @@ from config import (
     RESIDUAL,
     ModelConfig,
     OptimizerConfig,
+    in_phase,
+    largest_phase,
     of_layer,
 )
 from layers.attention import Sizes, attention_sizes
@@ -197,8 +199,11 @@ def layer(cfg: ModelConfig, kind: str) -> Group:
 
 
 def part_of(config: ConfigDict, platform: str) -> Part:
-    """Returns one device's part of a config on devices of this jax platform."""
-    mesh = dict(config.mesh)
+    """Returns one device's part of a config on devices of this jax platform.
+
+    With config.schedule, of the phase with the largest steps.
+    """
+    config, mesh = in_phase(config, largest_phase(config)), dict(config.mesh)
     over = config.microbatches * mesh['dp'] * mesh['fsdp'] * mesh['ep']
     return Part(
         cfg=model_for(config, platform),

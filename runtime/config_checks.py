@@ -18,14 +18,16 @@ from config import (
     ConfigError,
     divisors,
     flat,
+    in_phase,
     indivisible,
     layer_kind,
     model_config,
     model_kinds,
     of_layer,
+    phases,
 )
 from configs import default
-from data import source_errors
+from data import packing_errors, schedule_errors, source_errors
 from layers.attention import ATTENTION, attention_sizes
 from layers.attention_kernels import ATTENTION_KERNELS
 from layers.context_parallel import STYLES
@@ -81,7 +83,7 @@ RANGES: dict[str, tuple[float, float]] = {
         ('optimizer.warmup_steps', 'optimizer.decay_steps', 'eval.every', 'eval.batches',
          'log.every', 'log.loads_every', 'log.sample_every', 'checkpoint.every', 'checkpoint.keep',
          'checkpoint.keep_every', 'guard.max_skips', 'model.first_dense', 'model.n_shared_experts',
-         'model.q_rank', 'model.window', 'model.rotary_dim'),
+         'model.q_rank', 'model.window', 'model.rotary_dim', 'data.max_documents'),
         (0, INT32),
     ),
     'model.document_end': (-1, INT32),
@@ -131,10 +133,8 @@ def validate(
     if needs_data and isinstance(config.data.sources, tuple):
         errors += source_errors(config)
     if not errors:
-        errors += layout_errors(config)
-        errors += kind_errors(config)
+        errors += phase_errors(config)
         errors += remat_errors(config)
-        errors += pipeline_errors(config)
         errors += device_errors(config, n_devices, n_processes)
     refuse(errors)
 
@@ -180,6 +180,7 @@ def choice_errors(fields: dict[str, Any]) -> Iterator[str]:
     """Yields errors for names that do not exist."""
     choices = {
         'compute_dtype': ('float32', 'bfloat16'),
+        'data.packing': ('stream', 'best_fit'),
         'model.attention': ATTENTION,
         'model.attention_bias': ('none', 'qkv', 'qkvo'),
         'model.norms': ('before', 'after'),
@@ -260,6 +261,8 @@ def value_errors(config: ConfigDict) -> Iterator[str]:
             f'log.sample_every={config.log.sample_every} continues log.prompts='
             f'{config.log.prompts!r}; give texts that are not empty'
         )
+    yield from schedule_errors(config)
+    yield from packing_errors(config)
     if config.optimizer.name in OPTIMIZERS:
         yield from OPTIMIZERS[config.optimizer.name].rules(config)
 
@@ -267,6 +270,23 @@ def value_errors(config: ConfigDict) -> Iterator[str]:
 # ---------------------------------------------------------------------------------------------
 # Sizes, kinds and devices, of a config whose values are right
 # ---------------------------------------------------------------------------------------------
+
+
+def phase_errors(config: ConfigDict) -> Iterator[str]:
+    """Yields errors of the sizes of each phase of config.schedule, and of the sizes of the config,
+    which are those of evaluation: each once."""
+    found: dict[str, str] = {}
+    whole = config.copy_and_resolve_references()
+    whole.schedule.update(batch_size=(), seq_len=())
+    sized = {'': whole}
+    for phase in phases(config):
+        name = f'from step {phase.start + 1} on: ' if phase.start else 'from the first step on: '
+        sized[name] = in_phase(config, phase)
+    for name, own in sized.items():
+        for errors in (layout_errors, kind_errors, pipeline_errors):
+            for error in errors(own):
+                found.setdefault(error, f'{name}{error}')
+    yield from found.values()
 
 
 def layout_errors(config: ConfigDict) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """The record of a run's data in its checkpoints: whether another start has the same.
 
-{'sources': {name: {'digest', 'tokens'}}, 'tokenizer': {'name', 'fingerprint'}}
+{'sources': {name: {'digest', 'tokens'}}, 'tokenizer': {'name', 'fingerprint'}}; of packed sources
+also the 'windows', and the share of 'padding' in them.
 
 With another vocabulary the parameters mean nothing, so that it is refused; other tokens are said.
 """
@@ -22,6 +23,7 @@ def data_record(sources: Sequence[Source], encoding: tiktoken.Encoding) -> dict[
     return {
         'sources': {
             source.name: {'digest': source.train.digest, 'tokens': source.train.n_tokens}
+            | (source.packed.record() if source.packed else {})
             for source in sources
         },
         'tokenizer': {'name': encoding.name, 'fingerprint': fingerprint(encoding)},
@@ -65,9 +67,11 @@ def changed_data(old: Mapping[str, Any], new: Mapping[str, Any], holder: str) ->
         return ''
     said = []
     for name in sorted(there.keys() | here.keys()):
-        a, b = there.get(name), here.get(name)
+        a, b = amount(there.get(name)), amount(here.get(name))
         if a != b:
-            said.append(f'{name}: {amount(a)} there, {amount(b)} here')
+            said.append(f'{name}: {a} there, {b} here')
+    if not said:
+        return ''
     return f'the data differs from what {holder} was trained on: {", ".join(said)}'
 
 

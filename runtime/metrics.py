@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from config import phases
 from machine.chips import is_measured, peak_flops
 from machine.memory import memory_use
 from model import flops_per_token
@@ -136,10 +137,11 @@ class Progress:
     A step's metrics are fetched while the next one runs: `keep` notes them, `log` writes them.
     """
 
-    def __init__(self, s: Setup, writer: Writer):
+    def __init__(self, s: Setup, writer: Writer, tokens_before: Callable[[int], int]):
+        """`tokens_before`, of `data.Loader`, counts the targets of the steps before one."""
         self.setup, self.config, self.writer = s, s.config, writer
-        self.step_tokens = s.config.batch_size * s.config.seq_len
-        self.step_flops = self.step_tokens * flops_per_token(s.model, s.config.seq_len)
+        self._phases, self._tokens_before = phases(s.config), tokens_before
+        self._flops = [flops_per_token(s.model, phase.seq_len) for phase in self._phases]
         self.peak, source = peak_flops(s.config, s.mesh)
         self._doubtful = False
         self._pending: tuple[int, dict[str, Array], bool] | None = None
@@ -149,6 +151,21 @@ class Progress:
     def start(self, step: int) -> None:
         """Counts time from now on, `step` steps being done."""
         self.last_time, self.last_step = time.perf_counter(), step
+        self.tokens = self._tokens_before(step)
+
+    def pause(self, seconds: float) -> None:
+        """Leaves out seconds in which no step ran."""
+        self.last_time += seconds
+
+    def flops(self, step: int) -> float:
+        """Returns the useful FLOPs of the steps since `start`, up to `step` of them."""
+        total, done = 0.0, self.tokens
+        after = [*(phase.start for phase in self._phases[1:]), step]
+        for stop, each in zip(after, self._flops, strict=True):
+            if self.last_step < min(stop, step):
+                tokens = self._tokens_before(min(stop, step))
+                total, done = total + each * (tokens - done), tokens
+        return total
 
     def keep(self, step: int, metrics: dict[str, Array], record: bool = True) -> None:
         """Notes the metrics of a step that may still be running; without `record` they are shown,
@@ -166,13 +183,16 @@ class Progress:
         values = {name: float(value) for name, value in metrics.items()}
         every = self.config.log.loads_every
         values |= router_metrics(stats, self.config, loads=bool(every) and step % every == 0)
-        seconds = (time.perf_counter() - self.last_time) / (step - self.last_step)
+        seconds = time.perf_counter() - self.last_time
+        steps, before, flops = step - self.last_step, self.tokens, self.flops(step)
         self.start(step)
-        speed = {'tokens_per_second': self.step_tokens / seconds, 'mfu': self.mfu(seconds)}
+        speed = {
+            'tokens_per_second': (self.tokens - before) / seconds,
+            'mfu': self.mfu(flops / seconds),
+        }
         memory = memory_use()
         if record:
-            tokens = step * self.step_tokens
-            self.writer.write(step=step, tokens=tokens, **values, **speed, **memory)
+            self.writer.write(step=step, tokens=self.tokens, **values, **speed, **memory)
         fields = [f'loss {values["loss"]:.4f}']
         if values['skipped']:
             fields.append(f'{values["skipped"]:.0f} skipped')
@@ -182,15 +202,15 @@ class Progress:
             *([f'MFU {speed["mfu"]:.1%}'] if math.isfinite(speed['mfu']) else []),
             f'{memory.get("device_bytes", memory["host_bytes"]) / 1e9:.1f} GB',
         ]
-        self.writer.terminal.log(step, SEPARATOR.join(fields), seconds)
+        self.writer.terminal.log(step, SEPARATOR.join(fields), seconds / steps)
 
-    def mfu(self, seconds: float) -> float:
-        """Returns the share of the peak that a step of so many seconds uses.
+    def mfu(self, rate: float) -> float:
+        """Returns the share of the peak that a rate in FLOP/s is.
 
         No step beats the peak: where it seems to, the peak was measured while the machine had other
         work, and NaN is returned until `check_peak` has measured again.
         """
-        share = self.step_flops / seconds / self.peak
+        share = rate / self.peak
         if share > 1 and is_measured(self.config, self.setup.mesh):
             self._doubtful = True
             return math.nan
@@ -206,14 +226,14 @@ class Progress:
         if peak > self.peak:
             self.peak = peak
             self.writer.say(f'peak measured again: {peak / 1e12:.3g} TFLOP/s')
-        self.last_time += time.perf_counter() - start
+        self.pause(time.perf_counter() - start)
 
     def log_evaluation(self, step: int, evaluation: dict[str, float], seconds: float) -> None:
         """Writes an evaluation, if there is one, whose seconds do not count as training."""
-        self.last_time += seconds
+        self.pause(seconds)
         if not evaluation:
             return
-        self.writer.write(step=step, tokens=step * self.step_tokens, **evaluation)
+        self.writer.write(step=step, tokens=self._tokens_before(step), **evaluation)
         self.writer.say(
             f'step {step}/{self.config.steps}  eval loss {evaluation["eval_loss"]:.4f}  '
             f'{evaluation["eval_bits_per_byte"]:.4f} bits/byte'
@@ -221,7 +241,7 @@ class Progress:
 
     def log_samples(self, step: int, samples: list[dict[str, str]], seconds: float) -> None:
         """Writes continuations of the prompts, whose seconds do not count as training."""
-        self.last_time += seconds
-        self.writer.write(step=step, tokens=step * self.step_tokens, samples=samples)
+        self.pause(seconds)
+        self.writer.write(step=step, tokens=self._tokens_before(step), samples=samples)
         for sample in samples:
             self.writer.say(f'step {step}/{self.config.steps}  {sample["prompt"]}{sample["text"]}')

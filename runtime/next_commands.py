@@ -59,7 +59,7 @@ def without_flag(arguments: list[str], name: str) -> list[str]:
 def first_words(config: ConfigDict) -> str:
     """Returns the first words of a document that was held out, else of the first one."""
     try:
-        _, sources, encoding = open_data(config)
+        _, sources, encoding = open_data(config, training=False)
         source = sources[0]
         split = source.evaluation.split if source.evaluation else source.train
         tokens = split.read(0, min(PROMPT_TOKENS, split.n_tokens))

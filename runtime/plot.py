@@ -1,6 +1,7 @@
 """Plots the metrics of one or several runs in one PNG."""
 
 import importlib.util
+import json
 import logging
 import os
 import sys
@@ -38,6 +39,10 @@ class Run:
         if config is None:
             raise ConfigError(f'{workdir} holds {METRICS}, but no {CONFIG}: restore it')
         self.step_tokens: int = config['batch_size'] * config['seq_len']
+        # Sizes of a step that change in the run, or differ from those of other runs.
+        schedule = {name: value for name, value in config.get('schedule', {}).items() if value}
+        packing = config.get('data', {}).get('packing', 'stream')
+        self.sizes = json.dumps([self.step_tokens, schedule, packing])
 
     def curve(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Returns the steps that logged this metric, and its values; null is not finite."""
@@ -45,6 +50,13 @@ class Run:
         points = [(r['step'], r[name]) for r in self.records if type(r.get(name, '')) in numbers]
         steps, values = np.array(points, np.float64).reshape(-1, 2).T
         return steps, values
+
+    def tokens(self, steps: np.ndarray) -> np.ndarray:
+        """Returns the tokens of a run after these steps, as they were logged."""
+        known = [(r['step'], r['tokens']) for r in self.records if 'tokens' in r]
+        if not known:
+            return steps * self.step_tokens
+        return np.interp(steps, *np.array(sorted(known), np.float64).T)
 
     def layers(self, statistic: str) -> list[str]:
         """Returns the names of a statistic of all MoE layers: moe/3/load, ..."""
@@ -99,7 +111,7 @@ class Figure:
         self._grid = self.figure.add_gridspec(rows, COLUMNS, wspace=0.05, hspace=0.08)
         self._used = 0
         # Batches of different sizes make steps of different sizes: then x is the tokens.
-        self.by_tokens = len({run.step_tokens for run in runs}) > 1
+        self.by_tokens = len({run.sizes for run in runs}) > 1
         self.colours = [f'C{i % 10}' for i in range(len(runs))]
 
     def panel(self, title: str) -> Any:
@@ -137,7 +149,7 @@ class Figure:
 
     def x(self, run: Run, steps: np.ndarray) -> np.ndarray:
         """Returns the values of the x axis for these steps."""
-        return steps * run.step_tokens if self.by_tokens else steps
+        return run.tokens(steps) if self.by_tokens else steps
 
     def noisy(self, axes: Any, name: str) -> None:
         """Draws a metric of each run: the logged values, faint, and the smoothed ones."""

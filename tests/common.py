@@ -112,7 +112,7 @@ ANY = {
     'remat': 'none', 'remat_keep': (), 'compute_dtype': 'float32', 'dropout': 0.0,
     'capacity_factor': 0.0, 'attention_kernel': 'blockwise', 'expert_kernel': 'blocks',
     'document_end': -1, 'cp': 1, 'cp_style': 'ring', 'ragged': False, 'window': 0, 'rotary_dim': 0,
-    'norms': 'before',
+    'norms': 'before', 'padded': False,
 }  # fmt: skip
 
 

@@ -18,11 +18,12 @@ from ml_collections import ConfigDict
 import data
 from config import ConfigError
 from configs import default
-from corpus import stdlib
+from corpus import order, stdlib
 from corpus.files import RemoteError
+from corpus.order import permute
 from corpus.shards import SPLITS, Split, split_of
 from corpus.workers import WorkerError
-from data import EvaluationSet, Loader, Mixture, open_data, permute, prefetch, vocabulary_note
+from data import EvaluationSet, Loader, Mixture, open_data, prefetch, vocabulary_note
 from tokenizer import get_encoding, stdlib_files
 
 # ---------------------------------------------------------------------------------------------
@@ -236,24 +237,24 @@ def test_source_order_is_never_a_whole_place_off():
     rng = np.random.default_rng(0)
     for _ in range(60):
         counts = rng.integers(1, 90, rng.integers(1, 9))
-        order = data.source_order(counts.tolist())
-        np.testing.assert_array_equal(np.bincount(order), counts)
-        prefix = np.cumsum(order[:, None] == np.arange(len(counts)), axis=0)
-        due = np.arange(1, len(order) + 1)[:, None] * counts / counts.sum()
+        places = order.source_order(counts.tolist())
+        np.testing.assert_array_equal(np.bincount(places), counts)
+        prefix = np.cumsum(places[:, None] == np.arange(len(counts)), axis=0)
+        due = np.arange(1, len(places) + 1)[:, None] * counts / counts.sum()
         assert np.abs(prefix - due).max() < 1
 
 
 def test_whole_shares():
-    assert data.whole_shares([0.7, 0.3]) == [7, 3]
-    assert data.whole_shares([1, 1, 2]) == [1, 1, 2]
-    assert data.whole_shares([0.1, 0.2]) == [1, 2]
-    assert data.whole_shares([1e9]) == [1]
-    assert sum(data.whole_shares([1 / 7, 1 / 11, 0.3])) == data.MAX_PERIOD
+    assert order.whole_shares([0.7, 0.3]) == [7, 3]
+    assert order.whole_shares([1, 1, 2]) == [1, 1, 2]
+    assert order.whole_shares([0.1, 0.2]) == [1, 2]
+    assert order.whole_shares([1e9]) == [1]
+    assert sum(order.whole_shares([1 / 7, 1 / 11, 0.3])) == order.MAX_PERIOD
     for weights in ([1, 0], [1, -1], [float('nan')], [float('inf')]):
         with pytest.raises(ConfigError, match='finite and above 0'):
-            data.whole_shares(weights)
+            order.whole_shares(weights)
     with pytest.raises(ConfigError, match=r'at least 0\.0001 of their sum'):
-        data.whole_shares([1, 1e-9])
+        order.whole_shares([1, 1e-9])
 
 
 def test_mixture_errors(tmp_path):

@@ -171,20 +171,18 @@ def test_no_step_beats_a_peak_that_was_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(chips, 'cpu_flops', lambda _: peaks.pop(0))
     config = small_config()
     with Writer(str(tmp_path), config, 0) as writer:
-        progress = Progress(setup(config, make_mesh({})), writer)
-        progress.step_flops = 4e9
+        progress = Progress(setup(config, make_mesh({})), writer, lambda step: step)
         progress.check_peak()
-        assert progress.mfu(8.0) == 0.5
-        assert math.isnan(progress.mfu(1.0))
+        assert progress.mfu(0.5e9) == 0.5
+        assert math.isnan(progress.mfu(4e9))
         progress.check_peak()
-        assert progress.mfu(1.0) == 0.5
+        assert progress.mfu(4e9) == 0.5
         assert not peaks
     assert 'peak measured again: 0.008 TFLOP/s' in capsys.readouterr().out
     config.peak_flops = 1e9  # a figure that was given is not doubted
     with Writer(str(tmp_path), config, 0) as writer:
-        progress = Progress(setup(config, make_mesh({})), writer)
-        progress.step_flops = 4e9
-        assert progress.mfu(1.0) == 4.0
+        progress = Progress(setup(config, make_mesh({})), writer, lambda step: step)
+        assert progress.mfu(4e9) == 4.0
 
 
 def batches_of(n: int) -> types.SimpleNamespace:

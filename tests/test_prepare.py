@@ -518,12 +518,18 @@ def test_finished_job_is_no_work(corpus, capsys):
 def test_cleaning_up_removes_nothing_of_others(tmp_path):
     out = tmp_path / 'out'
     kept = ['train/photo.jpg', 'train/00009/c/x', 'parts/notes.json', 'train/7/zarr.json', 'a']
-    for name in [*kept, 'train/00007/zarr.json', 'validation/00003/c/0', 'parts/00004.json']:
+    for name in [
+        *kept,
+        'train/00007/zarr.json',
+        'train/00007.lengths',
+        'validation/00003/c/0',
+        'parts/00004.json',
+    ]:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_text('{"key": "another"}')
     (tmp_path / 'a.txt').write_text('text')
     prepare(find_files([f'{tmp_path}/a.txt']), Job(str(out), 'bytes', 0.0))
-    left = {'manifest.json', 'train/00000/zarr.json', 'train/00000/c/0'}
+    left = {'manifest.json', 'train/00000/zarr.json', 'train/00000/c/0', 'train/00000.lengths'}
     assert set(contents(out)) == {*kept, *left}
 
 
