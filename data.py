@@ -415,8 +415,10 @@ def _token_options(args: Any) -> TokenOptions | None:
         args.format or '', args.token_field, args.token_dtype, args.end_of_text, args.borders
     )
     if args.format:
-        if args.text_field != 'text' or args.extensions:
-            raise ConfigError('--text_field and --extensions are of text: leave them, or --format')
+        if args.text_field != 'text' or args.extensions or args.as_text:
+            raise ConfigError(
+                '--text_field, --extensions and --as_text are of text: leave them out, or --format'
+            )
         return checked_options(options)
     if options != TokenOptions(''):
         raise ConfigError(

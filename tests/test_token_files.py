@@ -120,6 +120,8 @@ def test_all_documents_are_read_with_one_end_each(name, tmp_path, small_blocks):
     empty = 1 if options['format'] in ('datasets', 'parquet', 'levanter') else 0
     assert (whole['input']['bad'], whole['input']['empty']) == (0, empty)
     assert inspect(str(tmp_path / 'one'), 0) == []
+    lengths = Split(str(tmp_path / 'one'), 'train').document_lengths()
+    assert (lengths == np.diff(np.flatnonzero(np.array(STREAM) == END), prepend=-1)).all()
     # The same in many parts.
     many = read(GOLDEN / path, options, tmp_path / 'many', part_bytes=300)
     assert stream(tmp_path / 'many') == STREAM
