@@ -1,7 +1,7 @@
 """Log-likelihoods of texts' last tokens, in batches of a few lengths on a run's mesh."""
 
-import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -87,9 +87,9 @@ def by_length(lengths: Sequence[int], rows: Sequence[int], batch_tokens: int) ->
     """
     found: dict[int, list[int]] = {T: [] for T in lengths}
     for i, n in enumerate(rows):
-        found[next(T for T in lengths if T >= n)].append(i)
+        found[next(T for T in lengths if n <= T)].append(i)
     filled = [T for T in lengths if found[T]]
-    for T, longer in zip(filled, filled[1:], strict=False):
+    for T, longer in itertools.pairwise(filled):
         if len(found[T]) * (longer - T) < FEW * batch_tokens:
             found[longer] += found.pop(T)
     return {T: indices for T, indices in found.items() if indices}

@@ -1,17 +1,15 @@
 """Scores of texts' last tokens: against full logits, on every mesh, whatever the rows hold."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import initial_params, kinds_config, on_mesh, on_one_device, set_up, small_config
+from common import initial_params, on_mesh, on_one_device, set_up, small_config
 from ml_collections import ConfigDict
 
-from layers.cross_entropy import label_scores
 from model import logits
 from parallel import make_mesh
 from runtime import scoring
-from runtime.scoring import Request, by_length, make_scorer, row_lengths
+from runtime.scoring import Request, make_scorer
 
 # Of each length once, and a text twice.
 LENGTHS = (2, 3, 5, 9, 16, 17, 25, 33, 33, 30, 12, 2, 20)
