@@ -70,12 +70,14 @@ def evaluated_config(config: ConfigDict, mesh: str, batch_size: int) -> ConfigDi
     return config
 
 
-def loaded(config: ConfigDict, step: int, averaged: bool) -> tuple[Setup, Tree, tiktoken.Encoding]:
+def loaded(
+    workdir: str, config: ConfigDict, step: int, averaged: bool, tokenizer: str = ''
+) -> tuple[Setup, Tree, tiktoken.Encoding]:
     """Returns the setup of a run, its parameters after a step, and its tokenizer."""
-    named = functools.partial(run_encoding, FLAGS.workdir, FLAGS.tokenizer)
+    named = functools.partial(run_encoding, workdir, tokenizer)
     encoding = processes.agreed(named, 'read the tokenizer')
     s = setup(config, make_mesh(config.mesh), end_of_text(encoding))
-    path = os.path.join(FLAGS.workdir, CHECKPOINTS, str(step))
+    path = os.path.join(workdir, CHECKPOINTS, str(step))
     return s, load_params(path, abstract_state(s)['params'], averaged), encoding
 
 
@@ -100,7 +102,7 @@ def evaluate(config: ConfigDict, step: int, averaged: bool) -> dict[str, Any]:
     f, terminal = FLAGS, Terminal(config.steps, jax.process_index() == 0)
     tasks = agreed_tasks(f.tasks or [], f.shots)
     with out_of_memory_explained(config):
-        s, params, encoding = loaded(config, step, averaged)
+        s, params, encoding = loaded(f.workdir, config, step, averaged, f.tokenizer)
         results: dict[str, Any] = {}
         if tasks:
             results, lines = make_tasks(s, tasks, encoding)(params, between=Said(terminal))

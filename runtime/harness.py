@@ -118,7 +118,7 @@ def check_greedy(options: dict[str, Any], s: Setup) -> None:
     """Raises ConfigError for generation that is not greedy, or that the mesh or the length of rows
     does not take."""
     further = sorted(options.keys() - GREEDY)
-    if options['do_sample'] or options['temperature'] or further:
+    if options['do_sample'] or options.get('temperature') or further:
         raise ConfigError(
             f'a task asks for generation with {options}, and answers are greedy here: temperature '
             f'0, and none of {further or "do_sample"}'

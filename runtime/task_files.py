@@ -290,8 +290,8 @@ def chosen_shots(path: str, fixed: tuple[Item, ...], n: int | None) -> tuple[Ite
     """Returns the first n examples; None takes all."""
     if n is not None and n > len(fixed):
         raise ConfigError(
-            f'--shots={n} asks {path} for more examples than the {len(fixed)} that its header has '
-            f'in "shots"; add some, or use {len(fixed)} or fewer'
+            f'--shots={n} asks for more examples than {path} has: {len(fixed)} in "shots" of its '
+            f'header; add some, or use fewer'
         )
     return fixed if n is None else fixed[:n]
 
