@@ -158,6 +158,8 @@ def texts_of(value: Any, what: str, place: str, least: int) -> tuple[str, ...]:
 def read_item(record: dict[str, Any], place: str) -> Item:
     """Reads an item. Raises ConfigError for fields that are missing or make no sense."""
     kinds = {TELLING[name] for name in TELLING if name in record}
+    if SCHEMA in kinds:  # whose continuation has the name of a cloze's
+        kinds.discard(CLOZE)
     if len(kinds) != 1:
         known = ', '.join(TELLING)
         raise ConfigError(
