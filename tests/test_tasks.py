@@ -4,6 +4,8 @@ import json
 import math
 import pathlib
 import re
+import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -383,6 +385,37 @@ def test_the_command_prints_and_keeps_what_it_found(asked, tmp_path):
     assert steps.tolist() == [30, 60, 60]
     assert values[1] == values[2]
     assert pathlib.Path(plot([str(workdir)], str(tmp_path / 'x.png'))).exists()
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_numbers_of_one(asked, tmp_path):
+    """Each makes the rows of its own devices; a file that one alone has is refused by both."""
+    workdir, files = asked
+    own = shutil.copytree(workdir, tmp_path / 'run')
+
+    def ask(*tasks: str) -> list[tuple[int, str]]:
+        with socket.socket() as s:
+            s.bind(('127.0.0.1', 0))
+            port = s.getsockname()[1]
+        running = [
+            subprocess.Popen(
+                [sys.executable, 'evaluate.py', f'--workdir={own}', f'--tasks={task}',
+                 '--cpu_devices=2', '--mesh=fsdp=2,tp=2', f'--coordinator=127.0.0.1:{port}',
+                 '--num_processes=2', f'--process_id={i}'],
+                cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            )
+            for i, task in enumerate(tasks)
+        ]  # fmt: skip
+        said = [process.communicate(timeout=300)[0] for process in running]
+        return [(process.returncode, text) for process, text in zip(running, said, strict=True)]
+
+    found = ask(','.join(files), ','.join(files))
+    assert [code for code, _ in found] == [0, 0], found
+    assert ['task follows' in text for _, text in found] == [True, False]
+    record, want = records(own / 'eval.jsonl')[-1], asked_again(workdir, files)
+    assert {name: record[name] for name in want} == pytest.approx(want, rel=1e-5)
+    refused = ask(files[0], files[1])
+    assert all(code == 1 and 'differs from process 0 in: --tasks' in t for code, t in refused)
 
 
 @pytest.mark.parametrize(
