@@ -15,6 +15,7 @@ if __name__ == '__main__':  # before the imports that take seconds
 
     startup.prepare()
 
+import datetime
 import functools
 import os
 import time
@@ -82,19 +83,25 @@ def loaded(
 
 
 class Said:
-    """Says the time that is over, after batches, where it takes long."""
+    """Says how far scoring is, and when it will be done, where it takes long."""
 
     SECONDS = 10.0
 
     def __init__(self, terminal: Terminal):
-        self.terminal, self.n = terminal, 0
-        self.begun = self.last = time.perf_counter()
+        self.terminal = terminal
+        self.begun: tuple[float, int] | None = None  # time and texts after the first batch
+        self.last = 0.0
 
-    def __call__(self) -> None:
-        self.n += 1
-        if (now := time.perf_counter()) - self.last > self.SECONDS:
-            self.last = now
-            self.terminal.say(f'{self.n} batches are done after {now - self.begun:.0f} s')
+    def __call__(self, done: int, total: int) -> None:
+        now = time.perf_counter()
+        if self.begun is None:  # what was compiled before is no measure
+            self.begun, self.last = (now, done), now
+        start, first = self.begun
+        if now - self.last < self.SECONDS or done == first:
+            return
+        self.last = now
+        left = datetime.timedelta(seconds=round((now - start) * (total - done) / (done - first)))
+        self.terminal.say(f'{done:,} of {total:,} texts are scored  ETA {left}')
 
 
 def evaluate(config: ConfigDict, step: int, averaged: bool) -> dict[str, Any]:
@@ -105,7 +112,7 @@ def evaluate(config: ConfigDict, step: int, averaged: bool) -> dict[str, Any]:
         s, params, encoding = loaded(f.workdir, config, step, averaged, f.tokenizer)
         results: dict[str, Any] = {}
         if tasks:
-            results, lines = make_tasks(s, tasks, encoding)(params, between=Said(terminal))
+            results, lines = make_tasks(s, tasks, encoding)(params, progress=Said(terminal))
             terminal.say('\n'.join(lines))
         if f.lm_eval:
             model = harness.make_model(s, params, encoding)

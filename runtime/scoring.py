@@ -35,10 +35,11 @@ class Score(NamedTuple):
 
 
 Between = Callable[[], None]
+ToldProgress = Callable[[int, int], None]
 Scorer = Callable[..., list[Score]]
 
 
-def _nothing() -> None:
+def _nothing(*_: int) -> None:
     pass
 
 
@@ -98,9 +99,10 @@ def by_length(lengths: Sequence[int], rows: Sequence[int], batch_tokens: int) ->
 def make_scorer(s: Setup) -> Scorer:
     """Returns (params, requests) -> their scores, in order.
 
-    As keyword argument it takes `between`, which is called after each batch, and stops the scoring
-    by an exception. Equal requests are computed once. The scores depend on the mesh only by
-    float32's rounding. With several processes all call it, with the same requests.
+    As keyword arguments it takes `between`, which is called after each batch, and stops the scoring
+    by an exception, and `progress`, which is told (texts under way, texts). Equal requests are
+    computed once. The scores depend on the mesh only by float32's rounding. With several processes
+    all call it, with the same requests.
     """
     n_devices = s.mesh.size
     lengths = row_lengths(s.config, n_devices)
@@ -112,7 +114,10 @@ def make_scorer(s: Setup) -> Scorer:
         return own, make_score_step(own)
 
     def score(
-        params: Tree, requests: Sequence[Request], between: Between = _nothing
+        params: Tree,
+        requests: Sequence[Request],
+        between: Between = _nothing,
+        progress: ToldProgress = _nothing,
     ) -> list[Score]:
         distinct = list(dict.fromkeys(requests))
         check_requests(distinct, s)
@@ -123,7 +128,13 @@ def make_scorer(s: Setup) -> Scorer:
         for T in sorted(groups, reverse=True):  # what takes most memory first
             group = [distinct[i] for i in groups[T]]
             own, step = step_for(T, power_of_two(len(group)))
-            scores = score_group(step, own, params, group, between)
+            done = len(found)
+
+            def after(n: int, done: int = done) -> None:
+                between()
+                progress(done + n, len(distinct))
+
+            scores = score_group(step, own, params, group, after)
             found |= dict(zip(group, scores, strict=True))
         return [found[request] for request in requests]
 
@@ -136,25 +147,32 @@ def power_of_two(n: int) -> int:
 
 
 def score_group(
-    step: Callable, s: Setup, params: Tree, group: Sequence[Request], between: Between
+    step: Callable,
+    s: Setup,
+    params: Tree,
+    group: Sequence[Request],
+    after: Callable[[int], None],
 ) -> list[Score]:
-    """Scores requests in rows of one length."""
+    """Scores requests in rows of one length; `after` each batch it is told how many are under
+    way."""
     B, T = s.config.batch_size, s.config.seq_len
 
     def batch_at(i: int, rows: slice) -> np.ndarray:
-        batch = np.full((B, T + 1), -1, np.int32)
-        for row, (tokens, n_scored) in zip(batch, group[i * B : (i + 1) * B], strict=False):
+        first, last, _ = rows.indices(B)
+        batch = np.full((last - first, T + 1), -1, np.int32)
+        asked = group[i * B + first : i * B + last]
+        for row, (tokens, n_scored) in zip(batch, asked, strict=False):  # the last rows are empty
             row[: len(tokens)] = tokens
             context = row[: len(tokens) - n_scored]
             context[:] = -2 - context
-        return batch[rows]
+        return batch
 
     found = []
     for i in range(-(-len(group) // B)):
         found.append(step(params, put_batch(batch_at, i, s)))
         if i >= AHEAD:
             jax.block_until_ready(found[i - AHEAD])
-        between()
+        after(min((i + 1) * B, len(group)))
     nats, missed = (
         np.concatenate([np.asarray(sums[name]).reshape(-1) for sums in found])[: len(group)]
         for name in ('nats', 'missed')

@@ -270,8 +270,9 @@ def make_tasks(
 ) -> Callable[..., tuple[Results, list[str]]]:
     """Returns (params) -> numbers by name, and a line about each task.
 
-    As keyword argument it takes `between`, as `make_scorer`. All that can be wrong with a task is
-    raised here, as ConfigError, before anything compiles. With several processes all call both.
+    As keyword arguments it takes `between` and `progress`, as `make_scorer`. All that can be wrong
+    with a task is raised here, as ConfigError, before anything compiles. With several processes all
+    call both.
     """
     allowed_tokens(encoding, s.model.vocab_size)  # raises for another vocabulary than the model's
     exact = [task for task in tasks if task.kind == EXACT]
@@ -290,13 +291,14 @@ def make_tasks(
     ready = [prepared(task, s, encoding, continuer) for task in tasks]
     score = make_scorer(s)
 
-    def measure(params: Tree, between: Between = lambda: None) -> tuple[Results, list[str]]:
+    def measure(params: Tree, **options: Callable[..., None]) -> tuple[Results, list[str]]:
         results: Results = {}
         every = [r for p in ready for requests in p.requests for r in requests]
-        scores = iter(score(params, every, between=between) if every else [])
+        scores = iter(score(params, every, **options) if every else [])
         lines = []
         for p in ready:
             if p.task.kind == EXACT:
+                between = options.get('between', lambda: None)
                 found = exact_results(p, params, continuer, between)
             else:
                 judged = [
