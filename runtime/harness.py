@@ -11,6 +11,7 @@ same weights, if both have the same length of context, and no token is put befor
 
 import importlib.util
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -163,6 +164,6 @@ def run(
         f'lm_eval/{task}/{metric.removesuffix(",none")}': float(value)
         for task, values in found['results'].items()
         for metric, value in values.items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
+        if isinstance(value, int | float) and metric != 'sample_len' and math.isfinite(value)
     }
     return numbers, make_table(found)

@@ -199,9 +199,9 @@ def test_borders_without_a_context_or_a_token_of_their_own(encoding):
 
 def test_choices_are_compared_by_four_rules(tmp_path):
     """Each rule prefers another choice of the four."""
-    choices = ['a', 'bb' * 4, 'c' * 16, 'é']  # 1, 8, 16 and 2 bytes
+    choices = ['a', 'bb' * 4, 'é' * 10, 'dd']  # 1, 8, 20 and 2 bytes
     item = {'query': '', 'choices': choices, 'gold': 1}
-    raw, n_tokens, prior = [-2.0, -6.4, -8.0, -3.0], [1, 4, 4, 1], [-1.0, -9.0, -7.0, -8.5]
+    raw, n_tokens, prior = [-2.0, -6.4, -9.0, -3.0], [1, 4, 4, 1], [-1.0, -9.0, -7.0, -8.5]
     tokens = [r / n for r, n in zip(raw, n_tokens, strict=True)]
     n_bytes = [r / len(c.encode()) for r, c in zip(raw, choices, strict=True)]
     gained = [r - p for r, p in zip(raw, prior, strict=True)]
