@@ -92,12 +92,15 @@ def label_scores(x_tD: Array, w_vD: Array, labels_t: Array, chunk: int) -> tuple
     """Returns -log p(label) of each token, and whether greedy decoding would miss it: some other
     token is likelier, or as likely with a lower id. float32 [t] and bool [t].
 
-    Layout and chunks as in `cross_entropy`; 0 and False for negative labels. Not differentiated.
+    Layout and chunks as in `cross_entropy`; 0 and False for negative labels. Tokens with labels
+    come first, and chunks without any are skipped: often few of a text's tokens are asked for. Not
+    differentiated.
     """
     rows_v = lax.axis_index(TP) * w_vD.shape[0] + jnp.arange(w_vD.shape[0])
+    order_t = jnp.argsort(labels_t < 0)
 
-    def step(_: tuple, inputs: tuple[Array, Array]):
-        _, labels_T, logits_Tv, top_T = chunk_logits(*inputs, w_vD)
+    def scores(x_tD: Array, labels_t: Array) -> tuple[Array, Array]:
+        _, labels_T, logits_Tv, top_T = chunk_logits(x_tD, labels_t, w_vD)
         _, sum_T, label_logit_T = chunk_sums(logits_Tv, top_T, labels_T, rows_v)
         nats_T = top_T + jnp.log(sum_T) - label_logit_T
         # As jnp.argmax, which takes the first of equals.
@@ -106,10 +109,20 @@ def label_scores(x_tD: Array, w_vD: Array, labels_t: Array, chunk: int) -> tuple
         missed_T = (label_logit_T < top_T) | (n_before_T > 0)
         valid_T = labels_T >= 0
         own = functools.partial(local_slice, axis=TP, dim=0)
-        return (), (own(jnp.where(valid_T, nats_T, 0)), own(missed_T & valid_T))
+        return own(jnp.where(valid_T, nats_T, 0)), own(missed_T & valid_T)
 
-    _, (nats_t, missed_t) = lax.scan(step, (), in_chunks(x_tD, labels_t, chunk))
-    return nats_t.reshape(-1), missed_t.reshape(-1)
+    def none(_: Array, labels_t: Array) -> tuple[Array, Array]:
+        return jnp.zeros_like(labels_t, dtype=jnp.float32), jnp.zeros_like(labels_t, dtype=bool)
+
+    def step(_: tuple, inputs: tuple[Array, Array]):
+        # The same on all devices of tp, so that each of their collectives is met by all or none.
+        any_label = psum(jnp.sum(inputs[1] >= 0, dtype=jnp.int32), TP) > 0
+        return (), lax.cond(any_label, scores, none, *inputs)
+
+    _, found = lax.scan(step, (), in_chunks(x_tD[order_t], labels_t[order_t], chunk))
+    back_t = jnp.argsort(order_t)
+    nats_t, missed_t = (values.reshape(-1)[back_t] for values in found)
+    return nats_t, missed_t
 
 
 def logit_gradients(
