@@ -23,6 +23,7 @@ from config import (
 )
 from layers.attention import ATTENTION, Attention, attention_sizes, positions
 from layers.attention_kernels import ATTENTION_KERNELS
+from layers.cross_entropy import cross_entropy, label_scores
 from layers.dense import DENSE, FeedForward, dropout, gain, rms_norm
 from layers.expert_kernels import EXPERT_KERNELS
 from layers.kernels import Layer, choose
@@ -44,8 +45,6 @@ from parallel import (
     is_param,
     normal,
     own_positions,
-    pmax,
-    psum,
     reduce_scatter,
     stacked,
     unshard,
@@ -268,7 +267,7 @@ def groups_of_a_kind(kinds: tuple[str, ...], params: Tree, cfg: ModelConfig) -> 
 
 
 # ---------------------------------------------------------------------------------------------
-# Vocabulary: embedding and loss
+# Vocabulary: embedding
 # ---------------------------------------------------------------------------------------------
 
 
@@ -290,101 +289,6 @@ def embed(params: Tree, ids_BT: Array, cfg: ModelConfig) -> Array:
     partial_BTD = w_vD.astype(jnp.float32)[jnp.where(here_BT, row_BT, 0)]
     partial_BTD = jnp.where(here_BT[..., None], partial_BTD, 0).astype(w_vD.dtype)
     return reduce_scatter(partial_BTD, TP, 1)
-
-
-# Its derivative is written by hand, in `_cross_entropy` where it is with_grads: change both.
-# tests/test_derivatives.py compares them.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def cross_entropy(
-    x_tD: Array, w_vD: Array, labels_t: Array, z_loss: float, chunk: int
-) -> tuple[Array, Array]:
-    """Returns this device's share of Σ (-log p(label) + z_loss · logsumexp²), and of the first term
-    alone.
-
-    x_tD holds the tokens of this tp device, w_vD the rows of its part of the vocabulary; labels
-    of -1 are left out. Logits are [chunk · tp, V/tp] at a time: B·T·V of them never exist. Where
-    gradients are wanted, the forward pass computes them chunk by chunk, since d logits follow
-    from the logits at once: three matmuls in all, where rematerialization takes four. Only the
-    first result is differentiable. z-loss: PaLM, section 5.
-    """
-    return _cross_entropy(x_tD, w_vD, labels_t, z_loss, chunk, with_grads=False)[0]
-
-
-def _cross_entropy(
-    x_tD: Array, w_vD: Array, labels_t: Array, z_loss: float, chunk: int, with_grads: bool
-) -> tuple[tuple[Array, Array], tuple]:
-    """Returns both shares, and the gradients of x_tD and w_vD, in float32, if they are wanted."""
-    n_chunks = -(-x_tD.shape[0] // chunk)
-    while x_tD.shape[0] % n_chunks:
-        n_chunks += 1
-    first_row = lax.axis_index(TP) * w_vD.shape[0]
-    rows_v = first_row + jnp.arange(w_vD.shape[0])
-
-    def step(carry: tuple, inputs: tuple[Array, Array]):
-        total, nll_total, dw_vD = carry
-        x_TD, labels_T = all_gather(inputs[0], TP, 0), all_gather(inputs[1], TP, 0)
-        logits_Tv = jnp.einsum('td,vd->tv', x_TD, w_vD, preferred_element_type=jnp.float32)
-        top_T = pmax(jnp.max(logits_Tv, axis=-1), TP)
-        exp_Tv = jnp.exp(logits_Tv - top_T[:, None])
-        row_T = jnp.clip(labels_T - first_row, 0, w_vD.shape[0] - 1)
-        own_logit_T = jnp.take_along_axis(logits_Tv, row_T[:, None], axis=1)[:, 0]
-        own_logit_T = jnp.where(rows_v[row_T] == labels_T, own_logit_T, 0)
-        sum_T, label_logit_T = psum(jnp.stack((jnp.sum(exp_Tv, axis=-1), own_logit_T)), TP)
-        logsumexp_T = top_T + jnp.log(sum_T)
-        valid_T = labels_T >= 0
-        nll = jnp.sum(jnp.where(valid_T, logsumexp_T - label_logit_T, 0))
-        z = jnp.sum(jnp.where(valid_T, z_loss * jnp.square(logsumexp_T), 0))
-        total, nll_total = total + nll + z, nll_total + nll
-        if not with_grads:
-            return (total, nll_total, dw_vD), None
-        scale_T = jnp.where(valid_T, (1 + 2 * z_loss * logsumexp_T) / sum_T, 0)
-        dx_tD, dw = logit_gradients(exp_Tv, scale_T, labels_T[:, None] == rows_v, x_TD, w_vD)
-        return (total, nll_total, dw_vD + dw), dx_tD
-
-    split = functools.partial(jnp.reshape, shape=(n_chunks, -1))
-    chunks = (x_tD.reshape(n_chunks, -1, x_tD.shape[-1]), split(labels_t))
-    zero = jnp.zeros_like(x_tD, dtype=jnp.float32, shape=())
-    dw_vD = jnp.zeros_like(w_vD, dtype=jnp.float32) if with_grads else ()
-    (total, nll, dw_vD), dx_tD = lax.scan(step, (zero, zero, dw_vD), chunks)
-    tp = lax.axis_size(TP)  # all tp devices found the same sums: each takes an equal share
-    if with_grads:
-        dx_tD = dx_tD.reshape(x_tD.shape)
-    return (total / tp, nll / tp), (dx_tD, dw_vD)
-
-
-def logit_gradients(
-    exp_Tv: Array, scale_T: Array, is_label_Tv: Array, x_TD: Array, w_vD: Array
-) -> tuple[Array, Array]:
-    """Computes the gradients of x_tD and w_vD from d logits = exp · scale - is_label.
-
-    exp is evaluated and written once, in the compute type. On TPU each of the two matmuls then
-    makes its d logits from it as it reads, and none are written, if they look like two.
-    """
-    exp_Tv = lax.optimization_barrier(exp_Tv.astype(x_TD.dtype))
-
-    def d_logits(exp_Tv: Array) -> Array:
-        return (exp_Tv * scale_T[:, None] - is_label_Tv).astype(x_TD.dtype)
-
-    dx_tD = reduce_scatter(jnp.einsum('tv,vd->td', d_logits(exp_Tv), w_vD), TP, 0)
-    d_logits_Tv = d_logits(
-        lax.platform_dependent(exp_Tv, tpu=lax.optimization_barrier, default=lambda x: x)
-    )
-    dw_vD = jnp.einsum('tv,td->vd', d_logits_Tv, x_TD, preferred_element_type=jnp.float32)
-    return dx_tD, dw_vD
-
-
-def _cross_entropy_forward(x_tD: Array, w_vD: Array, labels_t: Array, z_loss: float, chunk: int):
-    shares, (dx_tD, dw_vD) = _cross_entropy(x_tD, w_vD, labels_t, z_loss, chunk, with_grads=True)
-    return shares, (dx_tD, dw_vD.astype(w_vD.dtype))
-
-
-def _cross_entropy_backward(z_loss: float, chunk: int, grads: tuple, cotangents: tuple):
-    dx_tD, dw_vD = grads
-    scale = psum(cotangents[0], TP) / lax.axis_size(TP)
-    return (dx_tD * scale).astype(dx_tD.dtype), (dw_vD * scale).astype(dw_vD.dtype), None
-
-
-cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -417,13 +321,13 @@ def declared_params(config: ConfigDict) -> Tree:
     return model_params(model_config(config), config.pipeline.chunks)
 
 
-def input_ids(tokens_BT: Array, cfg: ModelConfig) -> Array:
+def input_ids(tokens_BT: Array) -> Array:
     """Returns the inputs of rows of tokens, [B, T + 1] -> [B, T], -1 where there is none.
 
-    With cfg.padded, -2 - id is an input as well, which is no target.
+    In rows, -2 - id stands for an id that is an input and no target.
     """
     ids_BT = tokens_BT[:, :-1]
-    return jnp.where(ids_BT < -1, -2 - ids_BT, ids_BT) if cfg.padded else ids_BT
+    return jnp.where(ids_BT < -1, -2 - ids_BT, ids_BT)
 
 
 def first_layers(params: Tree, ids_BT: Array, cfg: ModelConfig, key: Array) -> Array:
@@ -472,6 +376,15 @@ def token_loss(params: Tree, x_tD: Array, labels_t: Array, cfg: ModelConfig) -> 
     return cross_entropy(x_tD, head_weight(params, cfg), labels_t, cfg.z_loss, cfg.loss_chunk)
 
 
+@jax.named_scope('head_and_scores')
+def token_scores(
+    params: Tree, x_tD: Array, labels_t: Array, cfg: ModelConfig
+) -> tuple[Array, Array]:
+    """Returns `label_scores` of the last block's output, as `token_loss` takes it."""
+    x_tD = rms_norm(x_tD, params['final_norm'], cfg.norm_eps)
+    return label_scores(x_tD, head_weight(params, cfg), labels_t, cfg.loss_chunk)
+
+
 def loss(
     params: Tree, tokens_BT: Array, cfg: ModelConfig, key: Array
 ) -> tuple[Array, tuple[Array, Array, Tree]]:
@@ -481,7 +394,7 @@ def loss(
     tokens_BT: int32 [B, T + 1]; position t predicts t + 1, and a target below 0 is left out. `key`
     is for dropout: the same on all devices, different each step and microbatch.
     """
-    ids_BT, labels_BT = input_ids(tokens_BT, cfg), tokens_BT[:, 1:]
+    ids_BT, labels_BT = input_ids(tokens_BT), tokens_BT[:, 1:]
     x_BtD, stats = hidden_states(params, ids_BT, cfg, key)
     labels_Bt = own_positions(labels_BT, 1)
     x_tD, labels_t = x_BtD.reshape(-1, cfg.d_model), labels_Bt.reshape(-1)

@@ -76,6 +76,7 @@ from runtime.resume import (
     restore_state,
 )
 from runtime.sampling import make_sampler
+from runtime.tasks import agreed_tasks, make_tasks
 from runtime.terminal import Terminal
 from runtime.workdir import (
     CHECKPOINTS,
@@ -122,6 +123,7 @@ class Due(NamedTuple):
     log: bool  # to metrics.jsonl and the terminal
     show: bool  # on the terminal
     evaluate: bool
+    ask: bool  # the tasks of eval.tasks
     sample: bool
     save: bool
     stop: bool  # a signal ends the run early
@@ -145,10 +147,16 @@ def due(step: int, config: ConfigDict, start: int, asked_to_stop: bool) -> Due:
         log=log,
         show=log or (logging and step == start + 1),
         evaluate=not stop and (multiple(config.eval.every) or (last and config.eval.every > 0)),
+        ask=not stop and asks(config) and (multiple(config.eval.tasks_every) or last),
         sample=not stop and multiple(config.log.sample_every),
         save=last or stop or multiple(config.checkpoint.every),
         stop=stop,
     )
+
+
+def asks(config: ConfigDict) -> bool:
+    """Returns whether the run asks tasks of its model."""
+    return bool(config.eval.tasks) and config.eval.tasks_every > 0
 
 
 def run(r: Run) -> dict[str, Any]:
@@ -157,6 +165,7 @@ def run(r: Run) -> dict[str, Any]:
     loader, sources, encoding = r.data
     s = setup(config, make_mesh(config.mesh), encoding.eot_token)
     sample = make_sampler(s, encoding) if config.log.sample_every else None
+    ask = make_tasks(s, agreed_tasks(config.eval.tasks), encoding) if asks(config) else None
     processes.agreed(functools.partial(record_start, s, r))
     writer.say(
         f'{count(s.declared):,} parameters · {loader.n_tokens:,} tokens · workdir {writer.workdir}'
@@ -184,7 +193,7 @@ def run(r: Run) -> dict[str, Any]:
         now = due(step, config, r.start, r.stop.asked())
         if now.show:
             progress.keep(step, metrics, now.log)
-        if now.evaluate or now.sample or now.save:
+        if now.evaluate or now.ask or now.sample or now.save:
             progress.log()  # before the checkpoint that includes it
             jax.block_until_ready(state)
             writer.terminal.catch_up(step)
@@ -197,6 +206,12 @@ def run(r: Run) -> dict[str, Any]:
                     evaluation, seconds = timed(over_sources, sources, measure)
                 evaluated = step
                 progress.log_evaluation(step, evaluation, seconds)
+            if now.ask:
+                with doing(f'asking the tasks after step {step}', r):
+                    params = evaluated_params(state, config)
+                    measure = functools.partial(ask, params, between=r.stop.between)
+                    (results, lines), seconds = timed(measure)
+                progress.log_tasks(step, results, lines, seconds)
             if now.sample:
                 with doing(f'sampling after step {step}', r):
                     draw = functools.partial(sample, between=r.stop.between)

@@ -27,6 +27,7 @@ from model import (
     block_params,
     declared_params,
     first_layers,
+    hidden_states,
     input_ids,
     loss,
     model_for,
@@ -34,6 +35,7 @@ from model import (
     run_blocks,
     split_router_loss,
     token_loss,
+    token_scores,
 )
 from optimizer import (
     AVERAGE,
@@ -254,11 +256,15 @@ def run_stages(
     n_targets: Array,
     cfg: ModelConfig,
     schedule: Schedule,
+    head: Callable[[Tree, Array, Array, Array], tuple[Array, Tree]] | None = None,
 ) -> tuple[Tree, Sums]:
-    """Cuts the model into the functions of a stage, and runs them by the schedule."""
+    """Cuts the model into the functions of a stage, and runs them by the schedule.
+
+    `head` takes the last layer's output, labels and number of a microbatch in place of the loss.
+    """
 
     def ids(i: Array) -> Array:
-        return input_ids(tokens_MBT[i], cfg)
+        return input_ids(tokens_MBT[i])
 
     def first(shared: Tree, i: Array) -> Array:
         return first_layers(shared, ids(i), cfg, jax.random.fold_in(key, i))
@@ -272,10 +278,13 @@ def run_stages(
         router, stats = split_router_loss(stats)
         return x_BtD, jnp.zeros_like(n_targets) + router / schedule.microbatches, stats
 
+    def loss_head(shared: Tree, x_tD: Array, labels_t: Array, _: Array) -> tuple[Array, Tree]:
+        total, nll = token_loss(shared, x_tD, labels_t, cfg)
+        return total / n_targets, {'nll': nll / n_targets}
+
     def last(shared: Tree, x_tD: Array, i: Array) -> tuple[Array, Tree]:
         labels_t = own_positions(tokens_MBT[i, :, 1:], 1).reshape(-1)
-        total, nll = token_loss(shared, x_tD, local_slice(labels_t, PP, 0), cfg)
-        return total / n_targets, {'nll': nll / n_targets}
+        return (head or loss_head)(shared, x_tD, local_slice(labels_t, PP, 0), i)
 
     if schedule.chunks == 1:
         params = params | {'blocks': jax.tree.map(lambda x: x[None], params['blocks'])}
@@ -410,11 +419,70 @@ def nats_share(params: Tree, tokens_MBT: Array, s: Setup) -> Array:
     cfg = dataclasses.replace(s.model, dropout=0.0, padded=False)
     key, one = jax.random.key(0), jnp.ones_like(tokens_MBT, shape=(), dtype=jnp.float32)
     if s.schedule is not None:
-        forward = make_schedule(
-            'forward', s.schedule.stages, s.schedule.microbatches, s.schedule.chunks
-        )
-        return run_stages(params, tokens_MBT, key, one, cfg, forward)[1].last['nll']
+        return run_stages(params, tokens_MBT, key, one, cfg, forward_schedule(s))[1].last['nll']
     return jnp.sum(lax.map(lambda x: loss(params, x, cfg, key)[1][0], tokens_MBT))
+
+
+def forward_schedule(s: Setup) -> Schedule:
+    """Returns the schedule that runs the stages of the pipeline forward alone."""
+    p = s.schedule
+    return make_schedule('forward', p.stages, p.microbatches, p.chunks)
+
+
+def make_score_step(s: Setup) -> Callable[[Tree, Array], dict[str, Array]]:
+    """Returns the jitted (params, tokens_MBT) -> 'nats', -log p of each row's targets, float32
+    [M, B], and 'missed', how many of them greedy decoding would not choose, int32 [M, B]; both are
+    alike on all devices. Tokens that are no targets are given as `model.input_ids` takes them.
+    """
+    sharded = jax.shard_map(
+        functools.partial(score_step, s=s),
+        mesh=s.mesh,
+        in_specs=(specs(s.declared), P(None, BATCH)),
+        out_specs=P(),
+        check_vma=s.config.check_vma,
+    )
+    return jax.jit(sharded)
+
+
+def score_step(params: Tree, tokens_MBT: Array, s: Setup) -> dict[str, Array]:
+    """Scores the rows of a batch, on one device of the mesh: see `make_score_step`.
+
+    A row's scores depend neither on the other rows, nor on the mesh, nor on what fills it up:
+    experts take all choices, since a capacity is a share of a whole sequence.
+    """
+    no_limits = {'capacity_factor': 0.0, 'buffer_factor': 0.0}
+    cfg = dataclasses.replace(s.model, dropout=0.0, padded=False, **no_limits)
+    tokens_MBT = varying(tokens_MBT, (PP, *SEQUENCE))
+    params = varying_params(params, s.declared)
+    shares = row_scores(params, tokens_MBT, cfg, s)
+    whole = jax.tree.map(lambda x: lax.psum(x, (PP, *SEQUENCE)), shares)
+    return jax.tree.map(lambda x: replicate(x, BATCH, 1), whole)
+
+
+def row_scores(params: Tree, tokens_MBT: Array, cfg: ModelConfig, s: Setup) -> Tree:
+    """Returns this device's shares of both scores of its rows, [M, B] each."""
+    M, B, T = tokens_MBT.shape[0], tokens_MBT.shape[1], tokens_MBT.shape[2] - 1
+    key, one = jax.random.key(0), jnp.ones_like(tokens_MBT, shape=(), dtype=jnp.float32)
+    rows_t = own_positions(jnp.broadcast_to(jnp.arange(B)[:, None], (B, T)), 1).reshape(-1)
+
+    def by_row(shared: Tree, x_tD: Array, labels_t: Array, rows_t: Array) -> Tree:
+        nats_t, missed_t = token_scores(shared, x_tD, labels_t, cfg)
+        add = functools.partial(jax.ops.segment_sum, segment_ids=rows_t, num_segments=B)
+        return {'nats': add(nats_t), 'missed': add(missed_t.astype(jnp.int32))}
+
+    def head(shared: Tree, x_tD: Array, labels_t: Array, i: Array) -> tuple[Array, Tree]:
+        found = by_row(shared, x_tD, labels_t, local_slice(rows_t, PP, 0))
+        zeros = functools.partial(jnp.zeros_like, shape=(M, B))
+        return 0 * one, jax.tree.map(lambda x: zeros(x).at[i].set(x), found)
+
+    def microbatch(tokens_BT: Array) -> Tree:
+        x_BtD, _ = hidden_states(params, input_ids(tokens_BT), cfg, key)
+        labels_t = own_positions(tokens_BT[:, 1:], 1).reshape(-1)
+        return by_row(params, x_BtD.reshape(-1, cfg.d_model), labels_t, rows_t)
+
+    if s.schedule is None:
+        return lax.map(microbatch, tokens_MBT)
+    return run_stages(params, tokens_MBT, key, one, cfg, forward_schedule(s), head)[1].last
 
 
 def put_batch(batch_at: Callable[[int, slice], np.ndarray], i: int, s: Setup) -> Array:

@@ -152,6 +152,8 @@ def get_config() -> ConfigDict:
     c.eval = e = ConfigDict()
     e.every = 200  # steps
     e.batches = 0  # 0: the whole validation split
+    e.tasks = ()  # task files, as ('tasks/python.jsonl',): see docs/tasks.md
+    e.tasks_every = 200  # steps
     e.averaged = False  # evaluate, and sample from, the averaged weights that optimizer.ema keeps
 
     c.log = g = ConfigDict()

@@ -81,6 +81,7 @@ RANGES: dict[str, tuple[float, float]] = {
     ),
     **dict.fromkeys(
         ('optimizer.warmup_steps', 'optimizer.decay_steps', 'eval.every', 'eval.batches',
+         'eval.tasks_every',
          'log.every', 'log.loads_every', 'log.sample_every', 'checkpoint.every', 'checkpoint.keep',
          'checkpoint.keep_every', 'guard.max_skips', 'model.first_dense', 'model.n_shared_experts',
          'model.q_rank', 'model.window', 'model.rotary_dim', 'data.max_documents'),

@@ -90,12 +90,13 @@ def over_sources(
 
 
 def checkpoint_config(
-    workdir: str, step: int | None, given: ConfigDict | None
+    workdir: str, step: int | None, given: ConfigDict | None, flag: str = '--eval_only'
 ) -> tuple[int, ConfigDict]:
     """Returns the step of a run to evaluate, None being the newest, and the config for it.
 
     That is the given one, which has to be of the same model, or else the run's own. Raises
-    ConfigError if there is no such checkpoint. All processes have to call this.
+    ConfigError, with the flag that named the step, if there is no such checkpoint. All processes
+    have to call this.
     """
     with Checkpointer(os.path.join(workdir, CHECKPOINTS)) as checkpoints:
         if step is None:
@@ -108,7 +109,7 @@ def checkpoint_config(
         try:
             saved = checkpoints.metadata(step)['config']
         except ConfigError as error:
-            raise ConfigError(f'--eval_only={step}: {error}') from error
+            raise ConfigError(f'{flag}={step}: {error}') from error
     if given is None:
         return step, saved_config(saved)
     check_alike(saved, given, ('model.', 'data.isolate_documents'), f'{workdir} holds a model')

@@ -239,6 +239,15 @@ class Progress:
             f'{evaluation["eval_bits_per_byte"]:.4f} bits/byte'
         )
 
+    def log_tasks(
+        self, step: int, results: dict[str, float], lines: list[str], seconds: float
+    ) -> None:
+        """Writes the results of tasks, whose seconds do not count as training."""
+        self.last_time += seconds
+        self.writer.write(step=step, tokens=step * self.step_tokens, **results)
+        for line in lines:
+            self.writer.say(f'step {step}/{self.config.steps}  {line}')
+
     def log_samples(self, step: int, samples: list[dict[str, str]], seconds: float) -> None:
         """Writes continuations of the prompts, whose seconds do not count as training."""
         self.pause(seconds)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from config import ConfigError
-from runtime.workdir import CONFIG, METRICS, PICTURE, exists, read_json, read_records
+from runtime.workdir import CONFIG, EVALUATIONS, METRICS, PICTURE, exists, read_json, read_records
 from storage.stores import local_folder
 
 COLUMNS = 3
@@ -34,6 +34,10 @@ class Run:
             print(f'{complaint}; it is left out', file=sys.stderr)
         if not any('loss' in record for record in self.records):
             raise ConfigError(f'{path} holds no logged step yet: wait for one, or lower log.every')
+        later, complaints = read_records(os.path.join(workdir, EVALUATIONS))
+        for complaint in complaints:
+            print(f'{complaint}; it is left out', file=sys.stderr)
+        self.records = with_tasks(self.records, later)
         self.name = os.path.basename(os.path.abspath(workdir))
         config = read_json(os.path.join(workdir, CONFIG))
         if config is None:
@@ -79,6 +83,15 @@ class Run:
             return None
         loads = np.array([logged[-1][name] for name in names])
         return logged[-1]['step'], [int(n.split('/')[1]) for n in names], loads * loads.shape[1]
+
+
+def with_tasks(records: list[dict], later: list[dict]) -> list[dict]:
+    """Adds what tasks gave that a checkpoint was asked later, by step."""
+    asked = [
+        {name: x for name, x in record.items() if name == 'step' or name.startswith('task_')}
+        for record in later
+    ]
+    return sorted([*records, *asked], key=lambda record: record['step'])
 
 
 def smooth(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -202,6 +215,25 @@ def draw_bits(figure: Figure) -> None:
         axes.legend(fontsize=9, frameon=False)
 
 
+def draw_tasks(figure: Figure) -> None:
+    """Draws the accuracy of each task, and of guessing where that is known."""
+    axes = figure.curves('tasks, accuracy')
+    tasks = sorted({n for run in figure.runs for n in run.names('task_accuracy')})
+    for run, colour in zip(figure.runs, figure.colours, strict=True):
+        for i, name in enumerate(tasks):
+            steps, values = run.curve(name)
+            style = STYLES[i % len(STYLES)]
+            axes.plot(figure.x(run, steps), values, style, marker='o', ms=4, color=colour, lw=1.4)
+    for i, name in enumerate(tasks):
+        task = name.partition('/')[2]
+        axes.plot([], [], STYLES[i % len(STYLES)], color=GREY, marker='o', ms=4, label=task)
+        chances = [run.curve(f'task_chance/{task}')[1] for run in figure.runs]
+        if known := [values[-1] for values in chances if len(values)]:
+            axes.axhline(known[0], color='#bbbbbb', linestyle=STYLES[i % len(STYLES)], lw=0.8)
+    axes.set_ylim(0, 1)
+    axes.legend(fontsize=9, frameon=False)
+
+
 def draw_norm(figure: Figure) -> None:
     """Draws the gradient norm."""
     axes = figure.curves('gradient norm')
@@ -296,6 +328,8 @@ def plot(workdirs: Sequence[str], output: str = '') -> str:
     runs = [Run(workdir) for workdir in workdirs]
     moe = [run for run in runs if run.last_loads()]
     panels: list[Callable[[Figure], None]] = [draw_loss, draw_bits, draw_norm, draw_speed]
+    if any(run.names('task_accuracy') for run in runs):
+        panels.append(draw_tasks)
     if any(run.layers('load_max_over_mean') for run in runs):
         panels.append(draw_balance)
     figure = Figure(runs, len(panels) + len(moe))

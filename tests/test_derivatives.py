@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from common import cpu_model, on_one_device, small_config
 
-import model
+import layers.cross_entropy
 from layers.expert_kernels import BLOCK
 from layers.moe import inverted
 from parallel import Array, Tree
@@ -104,7 +104,7 @@ EXAMPLES: dict[str, Callable[[], Example]] = {
     'layers.expert_kernels.grouped_swiglu': experts,
     'layers.moe.combine': lambda: Example((draw(4, 3, 5), draw(4, 3, seed=1)), 2),
     'layers.moe.permute': moved_rows,
-    'model.cross_entropy': vocabulary,
+    'layers.cross_entropy.cross_entropy': vocabulary,
 }
 
 
@@ -151,7 +151,7 @@ def without_derivatives(monkeypatch, functions: dict[str, Callable]) -> None:
             if any(value is f for f in functions.values()):
                 monkeypatch.setattr(module, name, value.__wrapped__)
     # jax has no derivative of the largest over devices; on one device that is the number itself
-    monkeypatch.setattr(model, 'pmax', lambda x, axis: x)
+    monkeypatch.setattr(layers.cross_entropy, 'pmax', lambda x, axis: x)
 
 
 def test_every_hand_written_derivative_has_an_example():

@@ -21,7 +21,8 @@ from config import (
     saved_config,
 )
 from configs import default
-from model import cross_entropy, flops_per_token, logits, model_params
+from layers.cross_entropy import cross_entropy
+from model import flops_per_token, logits, model_params
 from parallel import AXES, count, init_params, make_mesh, varying
 from train_step import setup
 

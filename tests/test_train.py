@@ -60,6 +60,11 @@ def test_what_follows_a_step():
     assert logged(0, 'save') == [25, 50]
     config.log.every = 0
     assert logged(0, 'show') == logged(0, 'log') == []
+    assert logged(0, 'ask') == []
+    config.eval.update(tasks=('a.jsonl',), tasks_every=30)
+    assert logged(0, 'ask') == [30, 50]
+    config.eval.tasks_every = 0
+    assert logged(0, 'ask') == []
     now = train.due(20, config, 0, True)
     assert (now.save, now.stop, now.evaluate, now.sample) == (True, True, False, False)
     assert not train.due(50, config, 0, True).stop  # it is complete
