@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from parallel import TP, Array, all_gather, local_slice, pmax, psum, reduce_scatter
+from parallel import AXES, TP, Array, all_gather, local_slice, pmax, psum, reduce_scatter
 
 
 # Its derivative is written by hand, in `_cross_entropy` where it is with_grads: change both.
@@ -93,11 +93,14 @@ def label_scores(x_tD: Array, w_vD: Array, labels_t: Array, chunk: int) -> tuple
     token is likelier, or as likely with a lower id. float32 [t] and bool [t].
 
     Layout and chunks as in `cross_entropy`; 0 and False for negative labels. Tokens with labels
-    come first, and chunks without any are skipped: often few of a text's tokens are asked for. Not
-    differentiated.
+    come first, and chunks in which no device has any are skipped: often few of a text's tokens are
+    asked for. Moves one number more over the whole mesh. Not differentiated.
     """
     rows_v = lax.axis_index(TP) * w_vD.shape[0] + jnp.arange(w_vD.shape[0])
     order_t = jnp.argsort(labels_t < 0)
+    # The largest number of labels on a device. Alike on all, so that all skip the same chunks: XLA
+    # may move collectives that came before, of weights over fsdp, into the branch that reads them.
+    n_labels = pmax(jnp.sum(labels_t >= 0, dtype=jnp.int32), AXES)
 
     def scores(x_tD: Array, labels_t: Array) -> tuple[Array, Array]:
         _, labels_T, logits_Tv, top_T = chunk_logits(x_tD, labels_t, w_vD)
@@ -114,12 +117,12 @@ def label_scores(x_tD: Array, w_vD: Array, labels_t: Array, chunk: int) -> tuple
     def none(_: Array, labels_t: Array) -> tuple[Array, Array]:
         return jnp.zeros_like(labels_t, dtype=jnp.float32), jnp.zeros_like(labels_t, dtype=bool)
 
-    def step(_: tuple, inputs: tuple[Array, Array]):
-        # The same on all devices of tp, so that each of their collectives is met by all or none.
-        any_label = psum(jnp.sum(inputs[1] >= 0, dtype=jnp.int32), TP) > 0
-        return (), lax.cond(any_label, scores, none, *inputs)
+    def step(first: Array, inputs: tuple[Array, Array]):
+        found = lax.cond(first < n_labels, scores, none, *inputs)
+        return first + len(inputs[1]), found
 
-    _, found = lax.scan(step, (), in_chunks(x_tD[order_t], labels_t[order_t], chunk))
+    chunks = in_chunks(x_tD[order_t], labels_t[order_t], chunk)
+    _, found = lax.scan(step, jnp.zeros_like(n_labels), chunks)
     back_t = jnp.argsort(order_t)
     nats_t, missed_t = (values.reshape(-1)[back_t] for values in found)
     return nats_t, missed_t
