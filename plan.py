@@ -56,7 +56,7 @@ def plan(config: ConfigDict, name: str) -> dict[str, Any]:
     devices = FLAGS.devices or math.prod(config.mesh[axis] for axis in AXES)
     chip = chip_named(FLAGS.chip or FLAGS.compile.partition(':')[0] or config.chip, devices)
     if FLAGS.search:
-        found, tried = search(config, devices, chip, progress=Progress())
+        found, tried = search(config, devices, chip, progress=Progress(), best=FLAGS.best)
         print(report.search_title(name, devices, chip))
         print(report.search_text(found, tried, config, FLAGS.best))
         return report.search_record(found, tried, FLAGS.best)

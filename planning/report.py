@@ -10,7 +10,7 @@ from machine.chips import Chip
 from machine.memory import OutOfMemoryError
 from parallel import AXES
 from planning.compiled import Compiled, Cost
-from planning.footprint import part_of
+from planning.part import part_of
 from planning.roofline import NEWTON_SCHULZ, Estimate
 from planning.search import expected
 

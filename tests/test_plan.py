@@ -24,8 +24,9 @@ from machine.chips import CHIPS, Chip, chip_of
 from parallel import Tree, make_mesh, specs
 from planning import report
 from planning.compiled import Cost, Traffic, Walk, compile_step, matmul_flops, read_cost
-from planning.footprint import memory, part_of
+from planning.footprint import memory
 from planning.hlo import Instruction, Program, parse
+from planning.part import part_of
 from planning.roofline import NEWTON_SCHULZ, Estimate, estimate
 from planning.search import expected, search
 from runtime.config_checks import validate
