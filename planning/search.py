@@ -12,6 +12,7 @@ import heapq
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -22,7 +23,7 @@ from parallel import AXES, BATCH, CP, EP, PP, TP
 from pipeline.schedules import CLOCKS, EQUAL_COSTS, check_settings
 from planning.footprint import memory
 from planning.part import ZERO_BUBBLE, Part, Pipeline, least_zero_bubble, part_of, pipeline
-from planning.roofline import Estimate, estimate_part
+from planning.roofline import Estimate, all_work, estimate_part
 from runtime.config_checks import is_routed, mesh_errors, stage_errors, validate
 
 # (model.remat, model.remat_keep), from the least memory to the most.
@@ -112,52 +113,45 @@ def with_remat(cfg: ModelConfig, remat: str, keep: tuple[str, ...]) -> ModelConf
     return dataclasses.replace(cfg, remat=remat, remat_keep=keep, remat_offload=())
 
 
-def layouts(share: Part, clock: str) -> Iterator[list[Part]]:
-    """Yields every number of microbatches and schedule that can run on a mesh, with each of
-    REMAT_CHOICES; a zero-bubble schedule is the bound of all.
-
-    share: as `shares` yields it. clock: config.pipeline.clock.
-    """
-    stages, blocks = share.mesh[PP], share.cfg.n_blocks
-    models = [with_remat(share.cfg, *choice) for choice in REMAT_CHOICES]
-    for microbatches in factors(share.rows):
-        if stages > 1 and microbatches > 8 * stages:
-            continue  # the bubble is small by then
-        rows, tokens = share.rows // microbatches, share.local // microbatches
-        for name, chunks in schedules(blocks, stages):
-            if stages > 1 and any(stage_errors(blocks, tokens, stages, chunks)):
-                continue
-            if not can_pipeline(name, stages, microbatches, chunks):
-                continue
-            yield [
-                dataclasses.replace(
-                    share,
-                    cfg=cfg,
-                    rows=rows,
-                    microbatches=microbatches,
-                    chunks=chunks,
-                    declared=share.declared.cut(chunks),
-                    schedule=schedule(name, stages, microbatches, chunks, cfg.remat, clock),
-                )
-                for cfg in models
-            ]
+def in_microbatches(share: Part, microbatches: int) -> Part:
+    """Returns a part of `shares` whose rows are cut into microbatches."""
+    return dataclasses.replace(share, microbatches=microbatches, rows=share.rows // microbatches)
 
 
-def schedule(
-    name: str, stages: int, microbatches: int, chunks: int, remat: str, clock: str
-) -> Pipeline | None:
-    """Returns the times of a schedule, None without stages; of zero_bubble the bound."""
+def microbatches_of(share: Part) -> list[int]:
+    """Lists the numbers of microbatches to try."""
+    stages, numbers = share.mesh[PP], factors(share.rows)
+    return [m for m in numbers if stages == 1 or m <= 8 * stages]  # the bubble is small by then
+
+
+def schedules_of(s: Part) -> list[tuple[str, int]]:
+    """Lists the pipeline schedules that can run a part, as (schedule, chunks)."""
+    stages, blocks, M = s.mesh[PP], s.cfg.n_blocks, s.microbatches
+    return [
+        (name, chunks)
+        for name, chunks in schedules(blocks, stages)
+        if can_pipeline(name, stages, M, chunks)
+        and (stages == 1 or not any(stage_errors(blocks, s.local, stages, chunks)))
+    ]
+
+
+def with_schedule(s: Part, name: str, chunks: int, clock: str, exact: bool = True) -> Part:
+    """Returns a part with a schedule; of zero_bubble with a bound of it, unless `exact`."""
+    stages, remat = s.mesh[PP], s.cfg.remat
     if stages == 1:
-        return None
+        return s
+    times = (pipeline if exact else times_of)(name, stages, s.microbatches, chunks, remat, clock)
+    declared = s.declared.cut(chunks)
+    return dataclasses.replace(s, chunks=chunks, declared=declared, schedule=times)
+
+
+def times_of(
+    name: str, stages: int, microbatches: int, chunks: int, remat: str, clock: str
+) -> Pipeline:
+    """Returns what planning reads off a schedule; of zero_bubble a bound, soon made."""
     if name == ZERO_BUBBLE:
         return least_zero_bubble(stages, microbatches, remat)
     return pipeline(name, stages, microbatches, chunks, remat, clock)
-
-
-def laid_out(part: Part, clock: str) -> Part:
-    """Returns a part whose zero-bubble schedule is laid out."""
-    settings = part.mesh[PP], part.microbatches, part.chunks, part.cfg.remat, clock
-    return dataclasses.replace(part, schedule=pipeline(ZERO_BUBBLE, *settings))
 
 
 def with_layout(config: ConfigDict, s: Part) -> ConfigDict:
@@ -174,10 +168,21 @@ def with_layout(config: ConfigDict, s: Part) -> ConfigDict:
 # The search
 # ---------------------------------------------------------------------------------------------
 
-# The seconds by which a layout is compared, its number, its part, and its estimate: None if the
-# seconds are those of a bound.
-Candidate = tuple[float, int, Part, Estimate | None]
 Found = list[tuple[ConfigDict, Estimate]]
+
+
+class Node(NamedTuple):
+    """Layouts, and the least seconds that any of them may take; compared by both first fields.
+
+    Without an estimate it is a number of microbatches on a mesh, with its schedules, or one layout
+    with the bound of a zero-bubble schedule.
+    """
+
+    seconds: float
+    number: tuple[int, int]
+    part: Part
+    schedules: list[tuple[str, int]]
+    estimate: Estimate | None = None
 
 
 def check_base(config: ConfigDict) -> None:
@@ -196,67 +201,121 @@ def search(
     """Returns the fastest layout of each mesh, the fastest mesh first, and how many were compared.
 
     Leaves out layouts that take more than `room` of the chip's memory. Compares by `expected`. With
-    `best`, returns so many meshes, and after them the first without cp if that cuts all of them. Calls progress(layouts compared, meshes with one that fits). Raises ConfigError if the
-    config is wrong in any layout, or no layout divides it.
+    `best`, returns so many meshes, and after them the first without cp if that cuts all of them.
+    Calls progress(layouts compared, meshes so far). Raises ConfigError if the config is wrong in
+    any layout, or no layout divides it.
     """
     check_base(config)
     clock, limit = config.pipeline.clock, room * chip.memory
-    queue: list[Candidate] = []
-    compared, fit = 0, set()
-    for share in shares(config, devices, chip.platform):
-        candidates = []
-        for parts in layouts(share, clock):
-            candidates += fitting(parts, chip, limit, compared)
-            compared += len(parts)
-            if progress:
-                progress(compared, len(fit) + bool(candidates))
-        # What one of the same mesh surpasses without a bound is not looked at again.
-        least = min((c[:2] for c in candidates if c[3]), default=(math.inf, 0))
-        queue += [c for c in candidates if c[:2] <= least]
-        fit.update([share.sizes] if candidates else [])
+    nodes: list[Node] = []
+    compared = 0
+    for i, share in enumerate(shares(config, devices, chip.platform)):
+        used = memory(share)
+        fits = used.state + used.in_update <= limit  # for any microbatches
+        for microbatches in microbatches_of(share):
+            s = in_microbatches(share, microbatches)
+            names = schedules_of(s)
+            least = bound(s, names, clock, chip, limit) if names and fits else None
+            if least:
+                nodes.append(Node(expected(least), (len(nodes), -1), s, names))
+            compared += len(names) * len(REMAT_CHOICES)
+        if progress:
+            progress(compared, i + 1)
     if not compared:
         raise ConfigError(
             f'no layout of {devices} devices divides the config; use another number of devices, '
             f'or sizes of the model and a batch_size ({config.batch_size}) with more divisors'
         )
-    found = list(itertools.islice(in_order(queue, chip, limit, clock), best))
+    found = list(itertools.islice(in_order(nodes, chip, limit, clock), best))
     if found and all(s.mesh[CP] > 1 for s, _ in found):
-        whole = [c for c in queue if c[2].mesh[CP] == 1]
+        whole = [node for node in nodes if node.part.mesh[CP] == 1]
         found += itertools.islice(in_order(whole, chip, limit, clock), 1)
     return [(with_layout(config, s), e) for s, e in found], compared
 
 
-def fitting(parts: list[Part], chip: Chip, limit: float, number: int) -> Iterator[Candidate]:
-    """Yields those of a layout's rematerializations that fit, numbered from `number` on."""
-    for i, s in enumerate(parts):
-        used = memory(s)
-        if used.peak > limit:
-            return  # the next choices keep more
-        e = estimate_part(s, chip, used)
-        bound = s.schedule is not None and s.schedule.name == ZERO_BUBBLE
-        yield expected(e), number + i, s, None if bound else e
-
-
 def in_order(
-    queue: list[Candidate], chip: Chip, limit: float, clock: str
+    nodes: list[Node], chip: Chip, limit: float, clock: str
 ) -> Iterator[tuple[Part, Estimate]]:
-    """Yields the fastest layout of each mesh, the fastest mesh first.
+    """Yields the fastest layout of each mesh, the fastest mesh first: branch and bound.
 
-    A bound that comes first is replaced by what it bounds, and that takes its place in the order.
+    The node that comes first is a layout, which then is the fastest of its mesh, or it is replaced
+    by the layouts in it, each at its own place in the order.
     """
-    queue, meshes = sorted(queue), set()
+    queue, done = sorted(nodes), set()
     while queue:
-        _, number, s, e = heapq.heappop(queue)
-        if s.sizes in meshes:
+        node = heapq.heappop(queue)
+        if node.part.sizes in done:
             continue
-        if e is not None:
-            meshes.add(s.sizes)
-            yield s, e
-            continue
-        s = laid_out(s, clock)
-        e = estimate_part(s, chip)
+        if node.estimate is not None:
+            done.add(node.part.sizes)
+            yield node.part, node.estimate
+        for inner in inside(node, chip, limit, clock):
+            heapq.heappush(queue, inner)
+
+
+def inside(node: Node, chip: Chip, limit: float, clock: str) -> Iterator[Node]:
+    """Yields the layouts of a node that fit, with a bound where the schedule takes long to make."""
+    if node.estimate is not None:
+        return
+    s, (first, place) = node.part, node.number
+    if place >= 0:
+        exact = with_schedule(s, ZERO_BUBBLE, 1, clock)
+        e = estimate_part(exact, chip)
         if e.memory.peak <= limit:
-            heapq.heappush(queue, (expected(e), number, s, e))
+            yield Node(expected(e), node.number, exact, node.schedules, e)
+        return
+    for name, chunks in node.schedules:
+        for choice in REMAT_CHOICES:
+            place += 1
+            inner = dataclasses.replace(s, cfg=with_remat(s.cfg, *choice))
+            inner = with_schedule(inner, name, chunks, clock, exact=False)
+            used = memory(inner)
+            if used.peak > limit:
+                continue
+            e = estimate_part(inner, chip, used)
+            known = None if name == ZERO_BUBBLE else e
+            yield Node(expected(e), (first, place), inner, node.schedules, known)
+
+
+def bound(
+    s: Part, names: list[tuple[str, int]], clock: str, chip: Chip, limit: float
+) -> Estimate | None:
+    """Returns an estimate that no schedule and no rematerialization of a part falls below, None if
+    none of them fits.
+
+    Without rematerialization nothing is computed or sent again, and with all of it the least is
+    kept, read and written. So `expected` must not fall where work, a transfer or the bubble grows.
+    """
+    times = None
+    if s.mesh[PP] > 1:
+        times = least_pipeline(tuple(names), s.mesh[PP], s.microbatches, clock)
+    all_again, none_again = (
+        dataclasses.replace(s, cfg=with_remat(s.cfg, *choice), schedule=times)
+        for choice in (REMAT_CHOICES[0], REMAT_CHOICES[-1])
+    )
+    used = memory(all_again)
+    if times is None and used.peak > limit:  # chunks of stages may keep less
+        return None
+    e = estimate_part(none_again, chip, used)
+    work = [
+        dataclasses.replace(a, bytes=min(a.bytes, b.bytes))
+        for a, b in zip(e.work, all_work(all_again), strict=True)
+    ]
+    return dataclasses.replace(e, work=work)
+
+
+@functools.cache
+def least_pipeline(
+    names: tuple[tuple[str, int], ...], stages: int, microbatches: int, clock: str
+) -> Pipeline:
+    """Returns the least ticks and bubble of these schedules, for any rematerialization."""
+    found = [
+        times_of(name, stages, microbatches, chunks, remat, clock)
+        for name, chunks in names
+        for remat in {remat for remat, _ in REMAT_CHOICES}
+    ]
+    ticks, idle = min(x.ticks for x in found), min(x.bubble for x in found)
+    return Pipeline('the least', ticks, 1, 1, 1, False, idle)
 
 
 def expected(e: Estimate) -> float:
