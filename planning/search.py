@@ -24,7 +24,7 @@ from pipeline.schedules import CLOCKS, EQUAL_COSTS, check_settings
 from planning.footprint import memory
 from planning.part import ZERO_BUBBLE, Part, Pipeline, least_zero_bubble, part_of, pipeline
 from planning.roofline import Estimate, all_work, estimate_part
-from runtime.config_checks import is_routed, mesh_errors, stage_errors, validate
+from runtime.config_checks import GATHERS, is_routed, mesh_errors, stage_errors, validate
 
 # (model.remat, model.remat_keep), from the least memory to the most.
 REMAT_CHOICES = (
@@ -63,15 +63,6 @@ def schedules(blocks: int, stages: int) -> Iterator[tuple[str, int]]:
         for chunks in (2, 4):
             if blocks % (stages * chunks) == 0:
                 yield 'interleaved', chunks
-
-
-def can_pipeline(name: str, stages: int, microbatches: int, chunks: int) -> bool:
-    """Returns whether there is a schedule of these settings."""
-    try:
-        check_settings(name, stages, microbatches, chunks, EQUAL_COSTS, CLOCKS[0])
-    except ConfigError:
-        return False
-    return True
 
 
 def on_one_device(config: ConfigDict) -> ConfigDict:
@@ -126,13 +117,20 @@ def microbatches_of(share: Part) -> list[int]:
 
 def schedules_of(s: Part) -> list[tuple[str, int]]:
     """Lists the pipeline schedules that can run a part, as (schedule, chunks)."""
-    stages, blocks, M = s.mesh[PP], s.cfg.n_blocks, s.microbatches
-    return [
-        (name, chunks)
-        for name, chunks in schedules(blocks, stages)
-        if can_pipeline(name, stages, M, chunks)
-        and (stages == 1 or not any(stage_errors(blocks, s.local, stages, chunks)))
-    ]
+    found = schedules(s.cfg.n_blocks, s.mesh[PP])
+    return [(name, chunks) for name, chunks in found if can_pipeline(s, name, chunks)]
+
+
+def can_pipeline(s: Part, name: str, chunks: int) -> bool:
+    """Returns whether a part runs by this schedule."""
+    stages = s.mesh[PP]
+    if stages == 1:
+        return True
+    try:
+        check_settings(name, stages, s.microbatches, chunks, EQUAL_COSTS, CLOCKS[0])
+    except ConfigError:
+        return False
+    return not any(stage_errors(s.cfg.n_blocks, s.local, stages, chunks))
 
 
 def with_schedule(s: Part, name: str, chunks: int, clock: str, exact: bool = True) -> Part:
@@ -158,8 +156,10 @@ def with_layout(config: ConfigDict, s: Part) -> ConfigDict:
     """Returns the config in the layout of a part."""
     c = config.copy_and_resolve_references()
     c.mesh.update(s.mesh)
-    c.update(cp_style=s.cfg.cp_style, microbatches=s.microbatches)
-    c.pipeline.update(schedule=s.schedule.name if s.schedule else '1f1b', chunks=s.chunks)
+    c.update(cp_style=s.cfg.cp_style, microbatches=s.microbatches, fsdp_gather=s.gather)
+    c.pipeline.chunks = s.chunks
+    if s.schedule:
+        c.pipeline.schedule = s.schedule.name
     c.model.update(remat=s.cfg.remat, remat_keep=s.cfg.remat_keep, remat_offload=())
     return c
 
@@ -231,6 +231,31 @@ def search(
         whole = [node for node in nodes if node.part.mesh[CP] == 1]
         found += itertools.islice(in_order(whole, chip, limit, clock), 1)
     return [(with_layout(config, s), e) for s, e in found], compared
+
+
+def faster(
+    config: ConfigDict, e: Estimate, room: float = 0.9, least: float = 0.05
+) -> tuple[ConfigDict, Estimate] | None:
+    """Returns a config that `validate` accepts, estimated as `e`, with the best microbatches,
+    rematerialization and fsdp_gather, and its estimate; None if it gains less than `least` of the
+    seconds of one that fits."""
+    clock, limit, chip = config.pipeline.clock, room * e.chip.memory, e.chip
+    c, names = (
+        config.copy_and_resolve_references(),
+        [(config.pipeline.schedule, config.pipeline.chunks)],
+    )
+    c.microbatches = 1
+    c.pipeline.update(schedule='1f1b', chunks=1)
+    nodes = []
+    for gather in GATHERS:
+        share = dataclasses.replace(part_of(c, chip.platform), gather=gather)
+        for microbatches in microbatches_of(share):
+            s = in_microbatches(share, microbatches)
+            if can_pipeline(s, *names[0]) and (found := bound(s, names, clock, chip, limit)):
+                nodes.append(Node(expected(found), (len(nodes), -1), s, names))
+    s, found = next(in_order(nodes, chip, limit, clock), (None, e))
+    enough = not e.fits or expected(found) <= (1 - least) * expected(e)
+    return (with_layout(config, s), found) if s and enough else None
 
 
 def in_order(

@@ -42,6 +42,7 @@ from pipeline.schedules import CLOCKS, NAMES, check_settings
 from runtime.writers import WRITERS
 from train_step import compiler_options, pipeline_costs
 
+GATHERS = ('layer', 'step')
 INT32 = 2**31 - 1  # counts are int32 on the device
 FLOAT32 = 3e38  # the largest number, and below the smallest that is not 0, in float32
 TINY = 1e-30
@@ -187,7 +188,7 @@ def choice_errors(fields: dict[str, Any]) -> Iterator[str]:
         'model.expert_kernel': names(EXPERT_KERNELS),
         'model.remat': REMAT,
         'model.router': ('sigmoid', 'softmax'),
-        'fsdp_gather': ('layer', 'step'),
+        'fsdp_gather': GATHERS,
         'cp_style': STYLES,
         'pipeline.schedule': NAMES,
         'pipeline.clock': CLOCKS,

@@ -18,8 +18,8 @@ from planning import report
 from planning.footprint import memory
 from planning.part import least_zero_bubble, part_of
 from planning.roofline import Estimate, estimate
-from planning.search import LONG, REMAT_CHOICES, expected, search
-from runtime.config_checks import is_routed, validate
+from planning.search import LONG, REMAT_CHOICES, expected, faster, search
+from runtime.config_checks import GATHERS, is_routed, validate
 from train_step import pipeline_costs
 
 CPU = Chip('a CPU', 'cpu', ('cpu',), 1e11, 1e9, 1e10, 1e10, 'none')
@@ -126,6 +126,36 @@ def test_the_search_answers_as_an_estimate_of_every_layout(case):
         assert [figures(c, e) for c, e in few[:3]] == have[:3]
     assert chosen >= {'1f1b', 'full', 'none'}
     assert chosen & {'zero_bubble', 'interleaved'}
+
+
+@pytest.mark.parametrize('mesh', [{'fsdp': 4}, {'pp': 2, 'fsdp': 2}])
+def test_a_plan_says_what_is_faster_on_the_same_mesh(mesh):
+    """The best of all microbatches, rematerializations and ways to gather, for a config that none
+    of these suits; nothing for what it says, or where it gains less than 5 %."""
+    config, x = small_config('gqa', tied=False), chip(6e5)
+    config.update(batch_size=16, microbatches=4, mesh=mesh)
+    config.model.update(remat='full', remat_offload=('attention',))
+    every = []
+    for gather, microbatches, choice in itertools.product(GATHERS, (1, 2, 4, 8, 16), REMAT_CHOICES):
+        c = config.copy_and_resolve_references()
+        c.update(fsdp_gather=gather, microbatches=microbatches)
+        c.model.update(remat=choice[0], remat_keep=choice[1], remat_offload=())
+        try:
+            validate(c, 4, needs_data=False)
+        except ConfigError:
+            continue
+        every.append((c, estimate(c, x)))
+    e = estimate(config, x)
+    c, found = faster(config, e)
+    validate(c, 4, needs_data=False)
+    assert [figures(c, found)] == fastest(every, 0.9 * x.memory)
+    assert figures(c, estimate(c, x)) == figures(c, found)
+    assert expected(found) < 0.95 * expected(e)
+    printed = '\n'.join(report.faster_lines(config, e, (c, found)))
+    assert report.overrides(c, config) in printed
+    assert report.seconds(expected(found)) in printed
+    assert faster(c, found) is None
+    assert faster(config, e, least=1 - 0.99 * expected(found) / expected(e)) is None
 
 
 @pytest.mark.parametrize('remat', ['full', 'none'])
