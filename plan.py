@@ -74,10 +74,10 @@ class Progress:
     def __init__(self) -> None:
         self._next = time.monotonic() + 0.5
 
-    def __call__(self, compared: int, meshes: int) -> None:
+    def __call__(self, compared: int) -> None:
         if time.monotonic() >= self._next:
             self._next = time.monotonic() + 1
-            print(f'{compared:,} layouts, {meshes} meshes', file=sys.stderr, flush=True)
+            print(f'{compared:,} layouts compared', file=sys.stderr, flush=True)
 
 
 def compile_for(config: ConfigDict, topology: str, e: Estimate) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """Searches the layouts of a config: meshes, microbatches, pipeline schedules, rematerialization.
 
-All layouts are estimated, in the order of their meshes, as parts of one device: a `ConfigDict` is
-made of those alone that are returned. To lay out a zero-bubble schedule can take a second, so it is
-done only where a bound of what any layout of it reaches says that it may be the best (branch and
-bound): the answer is that of trying all.
+Layouts are compared as parts of one device: a `ConfigDict` is made of those alone that are
+returned. Each number of microbatches on a mesh has a bound of what any schedule and
+rematerialization can reach, and only those that may be the best are estimated one by one (branch
+and bound). To lay out a zero-bubble schedule can take a second, so that too is done only where its
+bound is the best. The answer is that of an estimate of every layout (tests/test_search.py).
 """
 
 import dataclasses
@@ -195,21 +196,21 @@ def search(
     devices: int,
     chip: Chip,
     room: float = 0.9,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int], None] | None = None,
     best: int | None = None,
 ) -> tuple[Found, int]:
     """Returns the fastest layout of each mesh, the fastest mesh first, and how many were compared.
 
     Leaves out layouts that take more than `room` of the chip's memory. Compares by `expected`. With
     `best`, returns so many meshes, and after them the first without cp if that cuts all of them.
-    Calls progress(layouts compared, meshes so far). Raises ConfigError if the config is wrong in
-    any layout, or no layout divides it.
+    Calls progress(layouts compared). Raises ConfigError if the config is wrong in any layout, or no
+    layout divides it.
     """
     check_base(config)
     clock, limit = config.pipeline.clock, room * chip.memory
     nodes: list[Node] = []
     compared = 0
-    for i, share in enumerate(shares(config, devices, chip.platform)):
+    for share in shares(config, devices, chip.platform):
         used = memory(share)
         fits = used.state + used.in_update <= limit  # for any microbatches
         for microbatches in microbatches_of(share):
@@ -220,7 +221,7 @@ def search(
                 nodes.append(Node(expected(least), (len(nodes), -1), s, names))
             compared += len(names) * len(REMAT_CHOICES)
         if progress:
-            progress(compared, i + 1)
+            progress(compared)
     if not compared:
         raise ConfigError(
             f'no layout of {devices} devices divides the config; use another number of devices, '
@@ -240,10 +241,8 @@ def faster(
     rematerialization and fsdp_gather, and its estimate; None if it gains less than `least` of the
     seconds of one that fits."""
     clock, limit, chip = config.pipeline.clock, room * e.chip.memory, e.chip
-    c, names = (
-        config.copy_and_resolve_references(),
-        [(config.pipeline.schedule, config.pipeline.chunks)],
-    )
+    names = [(config.pipeline.schedule, config.pipeline.chunks)]
+    c = config.copy_and_resolve_references()
     c.microbatches = 1
     c.pipeline.update(schedule='1f1b', chunks=1)
     nodes = []
@@ -345,5 +344,8 @@ def least_pipeline(
 
 def expected(e: Estimate) -> float:
     """Returns the seconds of a step by which layouts are compared: the mean of both bounds, since
-    compilers hide some of the collectives behind compute."""
+    compilers hide some of the collectives behind compute.
+
+    More work, more bytes sent or a larger bubble must not make it less: `bound` relies on that.
+    """
     return (e.seconds + e.overlapped_seconds) / 2
