@@ -308,17 +308,18 @@ def bound(
     none of them fits.
 
     Without rematerialization nothing is computed or sent again, and with all of it the least is
-    kept, read and written. So `expected` must not fall where work, a transfer or the bubble grows.
+    kept, read and written; the more chunks, the fewer layers at a time. So `expected` must not fall
+    where work, a transfer or the bubble grows.
     """
-    times = None
+    times, chunks = None, max(chunks for _, chunks in names)
     if s.mesh[PP] > 1:
         times = least_pipeline(tuple(names), s.mesh[PP], s.microbatches, clock)
     all_again, none_again = (
-        dataclasses.replace(s, cfg=with_remat(s.cfg, *choice), schedule=times)
+        dataclasses.replace(s, cfg=with_remat(s.cfg, *choice), schedule=times, chunks=chunks)
         for choice in (REMAT_CHOICES[0], REMAT_CHOICES[-1])
     )
     used = memory(all_again)
-    if times is None and used.peak > limit:  # chunks of stages may keep less
+    if used.peak > limit:
         return None
     e = estimate_part(none_again, chip, used)
     work = [
