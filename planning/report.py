@@ -10,7 +10,7 @@ from machine.chips import Chip
 from machine.memory import OutOfMemoryError
 from parallel import AXES
 from planning.compiled import Compiled, Cost
-from planning.footprint import part_of
+from planning.part import part_of
 from planning.roofline import NEWTON_SCHULZ, Estimate
 from planning.search import expected
 
@@ -262,8 +262,9 @@ def record(config: ConfigDict, e: Estimate) -> dict[str, Any]:
 def overrides(config: ConfigDict, base: ConfigDict) -> str:
     """Returns the flags that turn the base config into this one, as a shell takes them."""
     fields = [
-        *(f'mesh.{axis}' for axis in AXES), 'cp_style', 'microbatches', 'pipeline.schedule',
-        'pipeline.chunks', 'model.remat', 'model.remat_keep', 'model.remat_offload',
+        *(f'mesh.{axis}' for axis in AXES), 'cp_style', 'microbatches', 'fsdp_gather',
+        'pipeline.schedule', 'pipeline.chunks', 'model.remat', 'model.remat_keep',
+        'model.remat_offload',
     ]  # fmt: skip
     changed = []
     for field in fields:
@@ -278,22 +279,45 @@ def overrides(config: ConfigDict, base: ConfigDict) -> str:
     return ' '.join(changed) or '(as it is)'
 
 
+def faster_lines(
+    config: ConfigDict, e: Estimate, better: tuple[ConfigDict, Estimate] | None
+) -> list[str]:
+    """Returns what `search.faster` found, as lines; none if that is None."""
+    if better is None:
+        return []
+    c, found = better
+    return [
+        f'faster: {overrides(c, config)}',
+        f'  would take {seconds(expected(found))} by the mean of both bounds, where this takes '
+        f'{seconds(expected(e))}; it fits, with {scaled(found.memory.peak, "B")}',
+    ]
+
+
+def faster_record(config: ConfigDict, better: tuple[ConfigDict, Estimate] | None) -> dict[str, Any]:
+    """Returns what `search.faster` found as a part of a record."""
+    if better is None:
+        return {'faster': None}
+    c, found = better
+    flags = overrides(c, config)
+    return {'faster': record(c, found) | {'flags': flags, 'expected_seconds': expected(found)}}
+
+
 def search_title(name: str, devices: int, chip: Chip) -> str:
     """Returns the first line of the search's text."""
     return f'{name} on {devices} x {chip.name}'
 
 
 def search_text(
-    found: list[tuple[ConfigDict, Estimate]], tried: int, base: ConfigDict, n: int
+    found: list[tuple[ConfigDict, Estimate]], compared: int, base: ConfigDict, n: int
 ) -> str:
     """Returns the first `n` of the layouts found, each with its figures and its flags."""
     if not found:
-        return f'{tried:,} layouts tried, and none fits: use more devices, or a smaller model'
+        return f'{compared:,} layouts compared, and none fits: use more devices, or a smaller model'
     lines = [
-        f'{tried:,} layouts tried; the best {min(n, len(found))} meshes with their best layout, in '
-        'the order',
-        'of the mean of two bounds: every collective waited for, and every one behind compute. No',
-        'program reaches a bound: tokens/s and MFU are those at best.',
+        f'{compared:,} layouts compared; the best {min(n, len(found))} meshes with their best '
+        'layout, in the',
+        'order of the mean of two bounds: every collective waited for, and every one behind',
+        'compute. No program reaches a bound: tokens/s and MFU are those at best.',
     ]
     for i, (c, e) in enumerate(found[:n], 1):
         lines += [
@@ -325,10 +349,12 @@ def why_cut(config: ConfigDict, found: list[tuple[ConfigDict, Estimate]]) -> str
     )
 
 
-def search_record(found: list[tuple[ConfigDict, Estimate]], tried: int, n: int) -> dict[str, Any]:
+def search_record(
+    found: list[tuple[ConfigDict, Estimate]], compared: int, n: int
+) -> dict[str, Any]:
     """Returns the first `n` of the layouts found as a record, in the order of expected_seconds."""
     best = [record(c, e) | {'expected_seconds': expected(e)} for c, e in found[:n]]
-    return {'tried': tried, 'best': best}
+    return {'tried': compared, 'best': best}
 
 
 # ---------------------------------------------------------------------------------------------
