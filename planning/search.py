@@ -10,6 +10,7 @@ from config import ConfigError, ModelConfig
 from layers.context_parallel import STYLES
 from machine.chips import Chip
 from parallel import AXES
+from planning.expected import expected_seconds
 from planning.footprint import part_of
 from planning.roofline import Estimate, estimate_part
 from runtime.config_checks import is_routed, validate
@@ -147,6 +148,6 @@ def search(
 
 
 def expected(e: Estimate) -> float:
-    """Returns the seconds of a step by which layouts are compared: the mean of both bounds, since
-    compilers hide some of the collectives behind compute."""
-    return (e.seconds + e.overlapped_seconds) / 2
+    """Returns the seconds of a step by which layouts are compared: those that it is expected to
+    take (planning/expected.py)."""
+    return expected_seconds(e)
