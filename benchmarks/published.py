@@ -30,6 +30,7 @@ from ml_collections import ConfigDict
 from config import ConfigError
 from configs import default
 from machine.chips import CHIPS, GIB, Chip
+from parallel import TP
 from planning.expected import (
     EFFICIENCIES,
     PRIORS,
@@ -271,7 +272,7 @@ def stages(row: Row, c: ConfigDict) -> list[str]:
 def as_published(row: Row, c: ConfigDict, e: Estimate) -> tuple[Estimate, list[str]]:
     """Returns the estimate with the work that the published program does and this code does not,
     and the other way round; and what that is."""
-    blocks, differs = e.work[0], []
+    blocks, transfers, differs = e.work[0], e.transfers, []
     if row.kept and KEPT[row.kept][2]:
         differs.append(KEPT[row.kept][2])
     forward = e.tokens / e.devices * e.useful / 3 * blocks.flops / sum(w.flops for w in e.work)
@@ -279,8 +280,14 @@ def as_published(row: Row, c: ConfigDict, e: Estimate) -> tuple[Estimate, list[s
         more = AGAIN * (blocks.flops - blocks.attention) / 3
         blocks = dataclasses.replace(blocks, flops=blocks.flops + more)
     if c.mesh.pp > 1 and row.kept not in ('full', None):
-        # Here B of a pipeline runs the stage once more, whatever is kept.
-        blocks = dataclasses.replace(blocks, flops=blocks.flops - forward)
+        # Here B of a pipeline runs the stage once more, whatever is kept: of 5 passes over arrays,
+        # two of them forward and one again, 3 are left, and of 3 gathers over tp 2.
+        blocks = dataclasses.replace(
+            blocks, flops=blocks.flops - forward, bytes=blocks.bytes * 3 / 5
+        )
+        transfers = [
+            dataclasses.replace(t, bytes=t.bytes * 2 / 3) if t.axis == TP else t for t in transfers
+        ]
         differs.append('a stage runs forward once there, and twice here: once counts')
     if row.capacity_factor and blocks.experts:
         m = c.model
@@ -294,7 +301,8 @@ def as_published(row: Row, c: ConfigDict, e: Estimate) -> tuple[Estimate, list[s
         )
     if any(word in f'{row.source} {row.kept}'.lower() for word in ('fp8', 'float8', 'int8')):
         differs.append('matmuls in 8 bits, which count as bfloat16: left out of the fit')
-    return dataclasses.replace(e, work=[blocks, *e.work[1:]]), differs
+    e = dataclasses.replace(e, work=[blocks, *e.work[1:]], transfers=transfers)
+    return e, differs
 
 
 # ---------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ few of them a platform turn the parts of `planning.roofline` into seconds:
     network    bytes at `network` of the links' rate. What fsdp and cp move hides behind work for
                `hidden` of its time, if there is so much work; the rest is waited for
     bubble     blocks of a pipeline take 1 / (1 - bubble) of their time
+    doubling   each doubling of the devices adds so much of the step: the slowest is waited for
 
 `fitted` finds the shares from published runs, by least squares of the logarithms of the times
 (benchmarks/published.py). PRIORS stand for as many runs as they are sure, and keep the shares of a
@@ -42,6 +43,7 @@ class Efficiency:
     memory: float
     network: float
     hidden: float
+    doubling: float = 0.005
     spread: float = 0.0
 
 
@@ -52,13 +54,14 @@ class Efficiency:
 # FlashAttention-2 reaches 350 of 989 TFLOP/s forward and less backward on H100 (Shah et al. 2024,
 # figure 5), more on A100. memory: STREAM-like kernels reach 0.8 to 0.95. network: NCCL's all-gather
 # 360 of 450 GB/s in a node; a torus loses its ends. hidden: docs/measured.md has 0.37 to 0.99 of
-# collectives behind work, large models at the upper end. The rest are guesses.
+# collectives behind work, large models at the upper end. doubling: from 8 to 128 H100 torchtitan
+# loses 2.3 %, from 64 to 256 TPU7x MaxText 0.6 % (docs/published.tsv). The rest are guesses.
 PRIORS = {
     'tpu': Efficiency(0.93, 384, 0.35, 0.85, 0.85, 0.8, 0.85),
     'gpu': Efficiency(0.90, 256, 0.45, 0.70, 0.85, 0.8, 0.85),
     'cpu': Efficiency(0.80, 16, 0.50, 0.80, 0.80, 0.8, 0.0),
 }
-SURE = Efficiency(0.05, 0.4, 0.2, 0.2, 0.15, 0.2, 0.0)
+SURE = Efficiency(0.05, 0.4, 0.2, 0.2, 0.15, 0.2, 0.0, 0.0)
 NOISE = 0.08  # of a published run that is expressed as it was, as a logarithm
 FAR = 3.0  # times NOISE from which on a run tells little: it did something that no part expresses
 FITTED = tuple(f.name for f in dataclasses.fields(SURE) if getattr(SURE, f.name))
@@ -67,12 +70,12 @@ PRIOR_RUNS, PRIOR_SPREAD = 3, 0.15
 
 EFFICIENCIES = {
     'tpu': Efficiency(
-        matmul=0.92, width=428.0, attention=0.314, experts=1.0, memory=0.799, network=0.767,
-        hidden=0.85, spread=0.085,
+        matmul=0.937, width=398.0, attention=0.327, experts=1.0, memory=0.82, network=0.779,
+        hidden=0.85, doubling=0.005, spread=0.084,
     ),
     'gpu': Efficiency(
-        matmul=0.886, width=280.0, attention=0.424, experts=0.7, memory=0.815, network=0.772,
-        hidden=0.85, spread=0.11,
+        matmul=0.893, width=266.0, attention=0.437, experts=0.7, memory=0.831, network=0.791,
+        hidden=0.85, doubling=0.005, spread=0.11,
     ),
     'cpu': dataclasses.replace(PRIORS['cpu'], spread=0.3),  # no run is published: a guess
 }  # fmt: skip
@@ -119,7 +122,8 @@ def expected_seconds(e: Estimate, x: Efficiency | None = None) -> float:
             behind += seconds
         else:
             waited += seconds
-    return total + waited + max((1 - x.hidden) * behind, behind - x.hidden * hides)
+    total += waited + max((1 - x.hidden) * behind, behind - x.hidden * hides)
+    return total * (1 + x.doubling * math.log2(e.devices))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ import pytest
 
 from config import ConfigError
 from machine.chips import CHIPS
+from planning import topology
 from planning.topology import check_topology, topology_devices
 
 
