@@ -202,6 +202,27 @@ def test_published_runs_are_expected_without_themselves(published, runs):
         assert x.estimate.mfu(expected_seconds(x.estimate)) < 0.75
 
 
+def test_the_page_shows_these_figures(published, runs):
+    page, measured = ((ROOT / 'docs' / name).read_text() for name in ('plan.md', 'measured.md'))
+    rows = [published.figures(x, runs) for x in runs]
+    table = re.findall(r'^\| (\S+) \| (\d+) .* \| ([\d,]+) \| ([\d,]+) \| (\S+) % \|$', page, re.M)
+    assert len(table) == len(rows)
+    for r, (model, chips, told, predicted, error) in zip(rows, table, strict=True):
+        assert (r['model'], r['chips'], f'{r["tok_s"]:,.0f}') == (model, int(chips), told)
+        assert float(predicted.replace(',', '')) == pytest.approx(r['predicted_tok_s'], rel=0.006)
+        assert float(error) == pytest.approx(100 * r['error'], abs=0.3)
+    errors = [100 * abs(r['error']) for r in rows]
+    half, largest = re.search(r'errors are below (\S+) %, the largest is (\S+) %', page).groups()
+    assert float(half) == pytest.approx(statistics.median(errors), abs=0.3)
+    assert float(largest) == pytest.approx(max(errors), abs=0.3)
+    assert f'{len(rows)} runs' in measured
+    assert f'half within {half} %, all within {largest} %' in measured
+    for f in dataclasses.fields(Efficiency)[:-1]:
+        line = next(x for x in page.splitlines() if x.startswith(f'| `{f.name}` |'))
+        shown = [float(x) for x in line.split('|')[3:5]]
+        assert shown == [getattr(EFFICIENCIES[platform], f.name) for platform in ('tpu', 'gpu')]
+
+
 def test_a_row_is_left_out_of_its_own_prediction(published, runs):
     def predicted(i: int, factor: float) -> list[float]:
         row = dataclasses.replace(runs[i].row, tok_s=factor * runs[i].row.tok_s)
