@@ -8,8 +8,8 @@ Makes a config of each row of a table with the columns of docs/published.tsv: th
 its name, the mesh, the batch, and of rematerialization what comes nearest. Three figures stand
 beside the published one. `expected` is what plan.py says today. `left out` is by efficiencies that
 are fitted to all other rows, those of docs/published.tsv included; this is the honest error, and
-the predicted_tok_s of --json, null where no tok_s is published to be left out. Memory is estimated,
-not fitted. What the published program does otherwise is said below the table.
+the predicted_tok_s of --json. Memory is estimated, not fitted. What the published program does
+otherwise is said below the table.
 """
 
 import csv
@@ -369,17 +369,17 @@ def cell(value: float | None, text: str) -> str:
 def text_of(rows: Sequence[dict[str, Any]]) -> str:
     """Returns the figures as a table, what differs, and the errors in all."""
     lines = [
-        f'{"":26}{"tokens/s and chip":>32}{"error":>10}{"GiB":>16}{"error":>9}\n'
-        f'{"":26}{"published":>10}{"left out":>11}{"expected":>11}{"left out":>10}'
-        f'{"published":>9}{"expected":>9}'
+        f'{"":33}{"tokens/s and chip":^30}{"error,":>10}{"GiB":^20}',
+        f'{"":33}{"published":>10}{"left out":>10}{"expected":>10}{"left out":>10}'
+        f'{"published":>10}{"expected":>10}{"error":>8}',
     ]
     for number, r in enumerate(rows, 1):
         lines.append(
-            f'{number:>2} {r["model"]:<16} {r["chips"]:>5} {r["chip"]:<9}'[:34].ljust(34)
-            + f'{cell(r["tok_s"], ",.0f"):>8}{r["predicted_tok_s"]:>9,.0f}'
-            + f'{r["expected_tok_s"]:>10,.0f}{cell(r["error"], "+.1%"):>9}'
-            + f'{cell(r["mem_GiB"], ".1f"):>8}{r["predicted_mem_GiB"]:>8.1f}'
-            + f'{cell(r["mem_error"], "+.1%"):>8}'
+            f'{number:>2} {r["model"]:<16}{r["chips"]:>5} {r["chip"]:<9}'
+            f'{cell(r["tok_s"], ",.0f"):>10}{r["predicted_tok_s"]:>10,.0f}'
+            f'{r["expected_tok_s"]:>10,.0f}{cell(r["error"], "+.1%"):>10}'
+            f'{cell(r["mem_GiB"], ".1f"):>10}{r["predicted_mem_GiB"]:>10.1f}'
+            f'{cell(r["mem_error"], "+.1%"):>8}'
         )
     lines.append('')
     for number, r in enumerate(rows, 1):

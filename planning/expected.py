@@ -9,6 +9,8 @@ few of them a platform turn the parts of `planning.roofline` into seconds:
     experts    the same at `experts` of that: rows are sorted by expert first, groups are uneven
     attention  FLOPs of the attention kernels at `attention` of the rate
     memory     bytes at `memory` of the bandwidth, in addition: elementwise work between matmuls
+    stacking   what a scan over layers keeps takes so many times its bytes more than the roofline
+               counts
     network    bytes at `network` of the links' rate. What fsdp and cp move hides behind work for
                `hidden` of its time, if there is so much work; the rest is waited for
     bubble     blocks of a pipeline take 1 / (1 - bubble) of their time
@@ -44,6 +46,7 @@ class Efficiency:
     network: float
     hidden: float
     doubling: float = 0.005
+    stacking: float = 0.0
     spread: float = 0.0
 
 
@@ -55,13 +58,15 @@ class Efficiency:
 # figure 5), more on A100. memory: STREAM-like kernels reach 0.8 to 0.95. network: NCCL's all-gather
 # 360 of 450 GB/s in a node; a torus loses its ends. hidden: docs/measured.md has 0.37 to 0.99 of
 # collectives behind work, large models at the upper end. doubling: from 8 to 128 H100 torchtitan
-# loses 2.3 %, from 64 to 256 TPU7x MaxText 0.6 % (docs/published.tsv). The rest are guesses.
+# loses 2.3 %, from 64 to 256 TPU7x MaxText 0.6 % (docs/published.tsv). stacking: by the cycles of the
+# TPU compiler for configs/tpu_v4_best.py with model.remat full and none (docs/7_final_run.md), a
+# factor of 1.3 between steps. The rest are guesses.
 PRIORS = {
-    'tpu': Efficiency(0.93, 384, 0.35, 0.85, 0.85, 0.8, 0.85),
+    'tpu': Efficiency(0.93, 384, 0.35, 0.85, 0.85, 0.8, 0.85, stacking=8),
     'gpu': Efficiency(0.90, 256, 0.45, 0.70, 0.85, 0.8, 0.85),
     'cpu': Efficiency(0.80, 16, 0.50, 0.80, 0.80, 0.8, 0.0),
 }
-SURE = Efficiency(0.05, 0.4, 0.2, 0.2, 0.15, 0.2, 0.0, 0.0)
+SURE = Efficiency(0.05, 0.4, 0.2, 0.2, 0.15, 0.2, 0.0, 0.0, 0.0)
 NOISE = 0.08  # of a published run that is expressed as it was, as a logarithm
 FAR = 3.0  # times NOISE from which on a run tells little: it did something that no part expresses
 FITTED = tuple(f.name for f in dataclasses.fields(SURE) if getattr(SURE, f.name))
@@ -70,8 +75,8 @@ PRIOR_RUNS, PRIOR_SPREAD = 3, 0.15
 
 EFFICIENCIES = {
     'tpu': Efficiency(
-        matmul=0.937, width=398.0, attention=0.327, experts=1.0, memory=0.82, network=0.779,
-        hidden=0.85, doubling=0.005, spread=0.084,
+        matmul=0.944, width=406.0, attention=0.336, experts=1.0, memory=0.821, network=0.775,
+        hidden=0.85, doubling=0.005, stacking=8.0, spread=0.084,
     ),
     'gpu': Efficiency(
         matmul=0.893, width=266.0, attention=0.437, experts=0.7, memory=0.831, network=0.791,
@@ -106,7 +111,8 @@ def work_seconds(w: Work, chip: Chip, x: Efficiency) -> float:
     matmuls = w.flops - w.attention + x.width * w.narrow + w.experts * (1 / x.experts - 1)
     rate = chip.flops * chip.held
     at_rate = matmuls / x.matmul + w.attention / x.attention
-    return at_rate / rate + w.bytes / (x.memory * chip.bandwidth)
+    moved = w.bytes + x.stacking * w.stacked
+    return at_rate / rate + moved / (x.memory * chip.bandwidth)
 
 
 def expected_seconds(e: Estimate, x: Efficiency | None = None) -> float:

@@ -71,6 +71,7 @@ class Work:
     attention: float = 0.0  # FLOPs of `flops` in attention kernels
     experts: float = 0.0  # and in matmuls of rows that are grouped by expert
     narrow: float = 0.0  # FLOPs of each matmul over the smallest of its dimensions
+    stacked: float = 0.0  # bytes that a scan over layers keeps; `bytes` has them STACKING times
 
     def seconds(self, chip: Chip) -> float:
         return max(self.flops / chip.flops, self.bytes / chip.bandwidth)
@@ -152,7 +153,7 @@ def matmul_kinds(params: Group, mesh: tuple[tuple[str, int], ...], tokens: int) 
 def layers_work(s: Part, part: str, kinds: tuple[str, ...], n: int) -> Work:
     """Returns the work of `n` times layers of these kinds, for all microbatches of a step."""
     passes, remat = forward_passes(s), s.cfg.remat != 'none'
-    flops = moved = attention = experts = narrow = 0.0
+    flops = moved = attention = experts = narrow = stacked = 0.0
     for kind in kinds:
         attend, attend_back = attention_flops(s, kind)
         matmuls, attends = (passes + 2) * matmul_flops(s, kind), passes * attend + attend_back
@@ -170,12 +171,13 @@ def layers_work(s: Part, part: str, kinds: tuple[str, ...], n: int) -> Work:
         # Forward writes and reads each array once, backward twice that.
         moved += (passes + remat + 2) * 2 * (values + weights)
         moved += STACKING * kept_of_layer(s, kind)
+        stacked += kept_of_layer(s, kind)
         if ATTENTION_KERNELS[s.cfg.attention_kernel].scores:
             moved += (passes + remat + 2) * score_bytes(s, kind)
         # Each gradient is written, and added to a sum that is read and written.
         moved += 4 * FLOAT32 * shards(layer(s.cfg, kind), s.sizes)
     times = s.microbatches * n
-    return Work(part, *(times * x for x in (flops, moved, attention, experts, narrow)))
+    return Work(part, *(times * x for x in (flops, moved, attention, experts, narrow, stacked)))
 
 
 def score_bytes(s: Part, kind: str) -> float:

