@@ -59,8 +59,8 @@ class Efficiency:
 # 360 of 450 GB/s in a node; a torus loses its ends. hidden: docs/measured.md has 0.37 to 0.99 of
 # collectives behind work, large models at the upper end. doubling: from 8 to 128 H100 torchtitan
 # loses 2.3 %, from 64 to 256 TPU7x MaxText 0.6 % (docs/published.tsv). stacking: by the cycles of
-# the TPU compiler for configs/tpu_v4_best.py with model.remat full and none, a factor of 1.3 between
-# steps (docs/7_final_run.md). The rest are guesses.
+# the TPU compiler for configs/tpu_v4_best.py with model.remat full and none: steps differ by 1.3
+# (docs/7_final_run.md). The rest are guesses.
 PRIORS = {
     'tpu': Efficiency(0.93, 384, 0.35, 0.85, 0.85, 0.8, 0.85, stacking=8),
     'gpu': Efficiency(0.90, 256, 0.45, 0.70, 0.85, 0.8, 0.85),

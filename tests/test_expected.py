@@ -28,13 +28,17 @@ MESH = dict.fromkeys(AXES, 1)
 
 @pytest.fixture(scope='module')
 def published():
-    """The benchmark as a module. Its folder is on the path while it is imported, since modules of
-    the same names as the project's lie there."""
+    """The benchmark as a module. Its folder is on the path while it is imported, and the tests'
+    own `common` makes room for the benchmarks'."""
+    ours = sys.modules.pop('common', None)
     sys.path.insert(0, str(ROOT / 'benchmarks'))
     try:
         yield importlib.import_module('published')
     finally:
         sys.path.remove(str(ROOT / 'benchmarks'))
+        sys.modules.pop('common', None)
+        if ours is not None:
+            sys.modules['common'] = ours
 
 
 @pytest.fixture(scope='module')
