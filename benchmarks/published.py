@@ -63,6 +63,14 @@ KEPT: dict[str, tuple[tuple[str, ...], tuple[str, ...], str]] = {
     'selective': (NAMED, (), 'every other matmul of a layer is computed again there: its FLOPs are '
                   'added, and the arrays counted as kept'),
     'none': (NAMED, (), ''),
+    # by MaxText's names
+    'minimal': (NAMED, (), ''),
+    'minimal_offloaded': ((), ('qkv', 'residual', 'hidden'), ''),
+    'qkv_proj_offloaded': ((), ('qkv',), ''),
+    'save_qkv_proj': (('qkv',), (), ''),
+    'save_out_proj': (('residual',), (), ''),
+    'save_dot_except_mlp': (NAMED[:3], (), ''),
+    'save_dot_except_mlpwi': (NAMED[:3], (), ''),
 }  # fmt: skip
 AGAIN = 0.37  # of a dense layer's matmuls, that 'selective' computes again: wk, wo and w3
 

@@ -114,13 +114,45 @@ def test_nodes_are_entered_by_all_of_their_members():
     assert axis_rate(step('a100', MESH | {'fsdp': 16}, [], {}), 'fsdp') == 8 * a100.outer
 
 
-def config_of(model: str, chip: str, published, **fields):
+def config_of(name: str, chip: str, published, **fields):
     c = default.get_config()
-    published.released_models.set_model(c, model)
+    published.released_models.set_model(c, name)
     c.update(chip=chip, seq_len=4096, compute_dtype='bfloat16', check_vma=False)
     c.model.update(remat='full', attention_block=512)
     c.update(fields)
     return estimate(c, CHIPS[chip])
+
+
+def test_narrow_matmuls_and_experts_are_those_counted_by_hand(published):
+    """Llama 3 8B with 2 x 4,096 tokens on one of 4 devices of tp, and Mixtral with ep 4."""
+    e = config_of('llama3-8b', 'h100', published, batch_size=2, mesh={'tp': 4})
+    # (inputs, outputs) of a device: query, key, value, out, gate, up, down
+    sizes = [(4096, 1024), (4096, 256), (4096, 256), (1024, 4096), (4096, 3584), (4096, 3584),
+             (3584, 4096)]  # fmt: skip
+    mean = sum(a * b / min(a, b, 8192) for a, b in sizes) / sum(a * b for a, b in sizes)
+    blocks = e.work[0]
+    assert blocks.narrow == pytest.approx((blocks.flops - blocks.attention) * mean)
+    assert blocks.experts == 0
+
+    e = config_of('mixtral-8x7b', 'h100', published, batch_size=8, mesh={'ep': 4})
+    attention = 4096 * (4096 + 1024 + 1024 + 4096)
+    routed, router = 3 * 2 * 4096 * 14_336, 4096 * 8
+    blocks = e.work[0]
+    matmuls = blocks.flops - blocks.attention
+    part = routed / (attention + routed + router)
+    assert blocks.experts == pytest.approx(matmuls * part)
+    # 2 x 4,096 tokens of each of 4 devices, 2 of 8 experts: 8,192 rows an expert
+    narrow = 4096 * 2 * (4096 / 4096 + 1024 / 1024) + router / 8 + routed / 4096
+    assert blocks.narrow == pytest.approx(matmuls * narrow / (attention + routed + router))
+
+
+def test_what_is_offloaded_is_not_computed_again(published):
+    def of(**model):
+        return config_of('llama3-8b', 'v5p', published, batch_size=2, model=model)
+
+    kept, offloaded, none = of(remat_keep=('qkv',)), of(remat_offload=('qkv',)), of()
+    assert offloaded.work[0].flops == kept.work[0].flops < none.work[0].flops
+    assert offloaded.memory.activations == none.memory.activations < kept.memory.activations
 
 
 @pytest.mark.parametrize('chip', ['v5p', 'v6e', 'tpu7x', 'h100', 'b200'])
