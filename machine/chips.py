@@ -50,6 +50,8 @@ _TPU = 'https://cloud.google.com/tpu/docs/'
 # TPU: the specifications at cloud.google.com/tpu/docs, whose interconnect figure counts all links
 # and both directions; v4's links are from Jouppi et al. 2023 (arXiv 2304.01433, table 4: 6 links of
 # 50 GB/s). v4's clock is from the same paper, the others are peak FLOP/s / FLOPs per cycle.
+# `held` of NVIDIA's is a guess from cuBLAS' best matmuls of random numbers, as far as published;
+# with 500 of 700 W the clock is lower by about the third root.
 CHIPS = {
     'v4': Chip(
         'TPU v4', 'tpu', ('TPU v4',), 275e12, 32 * GIB, 1200 * GB, 2 * 50 * GB, f'{_TPU}v4', 1.05e9,

@@ -234,6 +234,11 @@ def test_published_runs_are_expected_without_themselves(published, runs):
     assert statistics.median(errors) < 0.1
     assert all(abs(r['mem_error']) < 0.1 for r in rows if r['mem_GiB'])
     assert sum(r['mem_GiB'] is not None for r in rows) == 2
+    within = [
+        abs(math.log1p(r['error'])) < 1.28 * EFFICIENCIES[x.estimate.chip.platform].spread
+        for x, r in zip(runs, rows, strict=True)
+    ]
+    assert statistics.mean(within) >= 0.8
     for x in runs:
         assert x.estimate.mfu(expected_seconds(x.estimate)) < 0.75
 
