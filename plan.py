@@ -33,7 +33,7 @@ from planning import report
 from planning.compiled import compile_step
 from planning.roofline import Estimate, estimate
 from planning.search import faster, search
-from planning.topology import GPU_NAMES, TPU_NAMES
+from planning.topology import GPU_NAMES, TPU_NAMES, check_topology
 from runtime.config_checks import validate
 
 FLAGS = flags.FLAGS
@@ -53,6 +53,8 @@ def chip_named(name: str, devices: int) -> Chip:
 
 def plan(config: ConfigDict, name: str) -> dict[str, Any]:
     """Prints the plan that the flags ask for, and returns its figures as one record."""
+    if FLAGS.compile:
+        check_topology(FLAGS.compile)
     devices = FLAGS.devices or math.prod(config.mesh[axis] for axis in AXES)
     chip = chip_named(FLAGS.chip or FLAGS.compile.partition(':')[0] or config.chip, devices)
     if FLAGS.search:

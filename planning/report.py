@@ -2,6 +2,7 @@
 
 import dataclasses
 import shlex
+from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -10,6 +11,7 @@ from machine.chips import Chip
 from machine.memory import OutOfMemoryError
 from parallel import AXES
 from planning.compiled import Compiled, Cost
+from planning.expected import Interval, expectation
 from planning.part import part_of
 from planning.roofline import NEWTON_SCHULZ, Estimate
 from planning.search import expected
@@ -173,6 +175,24 @@ def time_lines(e: Estimate) -> list[str]:
     return lines
 
 
+def expected_lines(e: Estimate) -> list[str]:
+    """Returns the part on what is expected: values, and the bounds of 8 runs in 10."""
+    x = expectation(e)
+
+    def line(name: str, i: Interval, text: Callable[[float], str]) -> str:
+        return row(name, text(i.value), text(i.low), text(i.high))
+
+    return [
+        'expected, from what published runs reach of each part',
+        f'  {"":<{WIDTH}}{"expected":>12}{"from":>12}{"to":>12}',
+        line('time of a step', x.seconds, seconds),
+        line('tokens/s', x.tokens_per_second, '{:,.0f}'.format),
+        line('MFU', x.mfu, '{:.1%}'.format),
+        line('memory of a device', x.memory, lambda n: scaled(n, 'B')),
+        '  8 runs in 10 are within, by the errors so far: docs/plan.md, "Expected".',
+    ]
+
+
 def limits(e: Estimate) -> dict[str, float]:
     """Returns the seconds of a step for which each resource is the one waited for."""
     found = {'matmuls': 0.0, 'memory': 0.0, NEWTON_SCHULZ: 0.0, 'bubble': e.bubble_seconds}
@@ -211,6 +231,7 @@ def table(config: ConfigDict, name: str, e: Estimate) -> str:
     """Returns the plan of a config as text."""
     head = f'{name} on {e.devices} x {e.chip.name}: {layout_text(config)}'
     parts = [model_lines(config, e), memory_lines(e), network_lines(e), time_lines(e)]
+    parts.append(expected_lines(e))
     if e.of_muon:
         parts.insert(3, muon_lines(e))
     body = '\n\n'.join('\n'.join(part) for part in parts)
@@ -250,6 +271,7 @@ def record(config: ConfigDict, e: Estimate) -> dict[str, Any]:
         'overlapped_step_seconds': e.overlapped_seconds,
         'tokens_per_second': e.tokens / e.seconds,
         'mfu': e.mfu(e.seconds),
+        'expected': dataclasses.asdict(expectation(e)),
         'limited_by': reason(e),
     }
 
@@ -315,18 +337,18 @@ def search_text(
         return f'{compared:,} layouts compared, and none fits: use more devices, or a smaller model'
     lines = [
         f'{compared:,} layouts compared; the best {min(n, len(found))} meshes with their best '
-        'layout, in the',
-        'order of the mean of two bounds: every collective waited for, and every one behind',
-        'compute. No program reaches a bound: tokens/s and MFU are those at best.',
+        'layout, in the order',
+        'of the time that a step is expected to take, beside two bounds: with every collective',
+        'waited for, and with every one behind compute.',
     ]
     for i, (c, e) in enumerate(found[:n], 1):
         lines += [
             '',
             f'{i}. {layout_text(c)}',
+            f'   expected: {seconds(expected(e))} a step, {e.tokens / expected(e):,.0f} tokens/s, '
+            f'MFU {e.mfu(expected(e)):.1%}; {scaled(e.memory.peak, "B")}',
             f'   bounds of a step: {seconds(e.seconds)} with collectives waited for, '
-            f'{seconds(e.overlapped_seconds)} with them hidden, mean {seconds(expected(e))}',
-            f'   at best {e.tokens / e.overlapped_seconds:,.0f} tokens/s and MFU '
-            f'{e.mfu(e.overlapped_seconds):.1%}; {scaled(e.memory.peak, "B")}',
+            f'{seconds(e.overlapped_seconds)} with them hidden',
             f'   limited by {reason(e)}',
             *([f'   {why_cut(c, found)}'] if c.mesh.cp > 1 else []),
             f'   {overrides(c, base)}',
@@ -344,8 +366,8 @@ def why_cut(config: ConfigDict, found: list[tuple[ConfigDict, Estimate]]) -> str
             f'no layout of these devices fits'
         )
     return (
-        f'cut by cp: with whole sequences the best layout takes {seconds(expected(whole))} by the '
-        f'mean, and {scaled(whole.memory.peak, "B")}'
+        f'cut by cp: with whole sequences the best layout is expected to take '
+        f'{seconds(expected(whole))}, and {scaled(whole.memory.peak, "B")}'
     )
 
 

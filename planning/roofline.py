@@ -13,8 +13,10 @@ without Newton-Schulz, whose FLOPs do not grow with the tokens.
 
 import dataclasses
 import functools
+import itertools
 import math
 
+from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from config import ATTENTION_OUTPUT, HIDDEN, RESIDUAL, ModelConfig
@@ -22,7 +24,7 @@ from layers.attention_kernels import ATTENTION_KERNELS
 from layers.dense import NEVER
 from machine.chips import Chip
 from model import layer_kinds
-from parallel import AXES, CP, EP, FSDP, PP, TP
+from parallel import AXES, CP, EP, FSDP, PP, TP, spec_axes
 from planning.footprint import FLOAT32, Memory, kept_of_layer, layer_values, memory
 from planning.muon import Shape
 from planning.part import (
@@ -52,6 +54,10 @@ class Work:
     part: str
     flops: float
     bytes: float  # read and written in its memory
+    attention: float = 0.0  # FLOPs of `flops` in attention kernels
+    experts: float = 0.0  # and in matmuls of rows that are grouped by expert
+    narrow: float = 0.0  # FLOPs of each matmul over the smallest of its dimensions
+    stacked: float = 0.0  # bytes that a scan over layers keeps; `bytes` has them STACKING times
 
     def seconds(self, chip: Chip) -> float:
         return max(self.flops / chip.flops, self.bytes / chip.bandwidth)
@@ -94,7 +100,7 @@ def expansion_flops(s: Microbatch, kind: str) -> float:
 def matmul_flops(s: Microbatch, kind: str, again: bool = False) -> float:
     """Returns the FLOPs of one pass over a layer's matrices, for a microbatch on a device: 2 per
     weight and token. With `again` only those that remat computes again."""
-    kept = (*s.cfg.kept_names, NEVER) if again else ()
+    kept = (*s.cfg.spared_names, NEVER) if again else ()
     return flops_of(layer(s.cfg, kind), s.local, kept)
 
 
@@ -110,16 +116,17 @@ def flops_of(params: Group, tokens: int, without: tuple[str, ...]) -> float:
 
 
 @functools.cache
-def layer_flops(s: Microbatch, kind: str, passes: int) -> float:
-    """Returns the FLOPs of a layer for a microbatch, which passes forward so many times."""
+def layer_flops(s: Microbatch, kind: str, passes: int) -> tuple[float, float, float]:
+    """Returns the FLOPs of a layer for a microbatch, which passes forward so many times: of its
+    matmuls with weights, of attention, and of keys and values made again where cp cuts."""
     attend, attend_back = attention_flops(s, kind)
-    flops = (passes + 2) * matmul_flops(s, kind) + passes * attend + attend_back
+    matmuls, attends = (passes + 2) * matmul_flops(s, kind), passes * attend + attend_back
     expanded = passes + 2 + s.in_ring  # backward makes them again
     if s.cfg.remat != 'none':
-        flops += matmul_flops(s, kind, again=True)
-        flops += attend * (ATTENTION_OUTPUT not in s.cfg.kept_names)
-        expanded += not s.in_ring or ATTENTION_OUTPUT not in s.cfg.kept_names
-    return flops + expanded * expansion_flops(s, kind)
+        matmuls += matmul_flops(s, kind, again=True)
+        attends += attend * (ATTENTION_OUTPUT not in s.cfg.spared_names)
+        expanded += not s.in_ring or ATTENTION_OUTPUT not in s.cfg.spared_names
+    return matmuls, attends, expanded * expansion_flops(s, kind)
 
 
 @functools.cache
@@ -142,16 +149,44 @@ def weight_traffic(params: Group, mesh: Mesh, width: int, times: int) -> float:
     return times * 2 * gathered(params, mesh, width) + gradients
 
 
+@functools.cache
+def matmul_kinds(s: Microbatch, kind: str) -> tuple[float, float]:
+    """Returns, of a layer's matmuls by their FLOPs, the part that experts do, and the mean of one
+    over the smallest dimension that a device has of each."""
+    total = experts = narrow = 0.0
+    for p in layer(s.cfg, kind).params:
+        if not p.matrix:
+            continue
+        shard = [
+            n // math.prod(s.mesh[axis] for axis in spec_axes(P(dim)) if axis != FSDP)
+            for n, dim in itertools.zip_longest(p.shape, p.spec)
+        ]
+        takes, gives = (p.inputs, p.outputs) if p.inputs else (1, 1)
+        rows = s.tokens * p.use * (s.mesh[EP] if EP in spec_axes(p.spec) else 1)
+        least = min(rows, math.prod(shard[-gives:]), math.prod(shard[-takes - gives : -gives]))
+        flops = math.prod(p.shape) * p.use * p.work
+        total += flops
+        experts += flops * (p.use < 1)
+        narrow += flops / max(least, 1)
+    return experts / total, narrow / total
+
+
 def layers_work(s: Part, part: str, kinds: tuple[str, ...], n: int) -> Work:
     """Returns the work of `n` times layers of these kinds, for all microbatches of a step."""
     passes = forward_passes(s)
     times = passes + (s.cfg.remat != 'none') + 2
-    flops = moved = 0.0
+    flops = moved = attention = experts = narrow = stacked = 0.0
     for kind in kinds:
-        flops += layer_flops(s.micro, kind, passes)
+        matmuls, attends, expanded = layer_flops(s.micro, kind, passes)
+        of_experts, over = matmul_kinds(s.micro, kind)
+        flops += matmuls + attends + expanded
+        attention, experts = attention + attends, experts + matmuls * of_experts
+        narrow += matmuls * over
         moved += layer_traffic(s.micro, kind, passes)
         moved += weight_traffic(s.declared.layer(kind), s.sizes, s.width, times)
-    return Work(part, s.microbatches * n * flops, s.microbatches * n * moved)
+        stacked += kept_of_layer(s.micro, kind)
+    each = (flops, moved, attention, experts, narrow, stacked)
+    return Work(part, *(s.microbatches * n * x for x in each))
 
 
 def score_bytes(s: Microbatch, kind: str) -> float:
@@ -168,7 +203,9 @@ def head_work(s: Part) -> Work:
     matrix, logits = rows * cfg.d_model, tokens * rows
     chunks = tokens // s.loss_tokens
     moved = logits * (2 * FLOAT32 + 3 * s.width) + matrix * (3 * s.width + 2 * FLOAT32 * chunks)
-    return Work('head', s.microbatches * 6 * tokens * matrix, s.microbatches * moved)
+    flops = s.microbatches * 6 * tokens * matrix
+    narrow = flops / min(s.loss_tokens, rows, cfg.d_model)
+    return Work('head', flops, s.microbatches * moved, narrow=narrow)
 
 
 def optimizer_work(s: Part) -> Work:
@@ -245,7 +282,7 @@ def layer_activations_sent(s: Microbatch, kind: str, passes: int) -> float:
     if routed(s.cfg, kind):
         sent -= 4 * s.tokens * s.cfg.experts_per_token  # numbers of experts: no gradient
     if s.cfg.remat != 'none':  # what the feed-forward scatters is not needed again
-        sent += sum(gathers) + scatters[0] * (RESIDUAL not in s.cfg.kept_names)
+        sent += sum(gathers) + scatters[0] * (RESIDUAL not in s.cfg.spared_names)
     return sent
 
 
@@ -270,7 +307,7 @@ def context_transfers(s: Part) -> list[Transfer]:
     n, cfg = s.mesh[CP], s.cfg
     hop = sum(layers * s.travels(kind) for kind, layers in s.layers.items())
     once, again = (n - 1) * hop * s.width, 0
-    if cfg.remat != 'none' and not (s.in_ring and ATTENTION_OUTPUT in cfg.kept_names):
+    if cfg.remat != 'none' and not (s.in_ring and ATTENTION_OUTPUT in cfg.spared_names):
         again = once - hop * s.width if s.in_ring else once
     forward = forward_passes(s) * once + again
     backward = once + n * hop * FLOAT32 if s.in_ring else once
@@ -286,7 +323,7 @@ def expert_transfers(s: Part) -> list[Transfer]:
     rows = s.tokens * cfg.experts_per_token * cfg.d_model * s.width
     times = 2 * (forward_passes(s) + 1)
     if cfg.remat != 'none':
-        times += 1 + (HIDDEN not in cfg.kept_names)
+        times += 1 + (HIDDEN not in cfg.spared_names)
     sent = part_sent(s.mesh[EP]) * s.microbatches * layers * rows * times
     return [Transfer(EP, 'rows to their experts and back', sent)] if layers else []
 

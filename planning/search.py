@@ -22,6 +22,7 @@ from layers.context_parallel import STYLES
 from machine.chips import Chip
 from parallel import AXES, BATCH, CP, EP, PP, TP
 from pipeline.schedules import CLOCKS, EQUAL_COSTS, check_settings
+from planning.expected import expected_seconds
 from planning.footprint import memory
 from planning.part import ZERO_BUBBLE, Part, Pipeline, least_zero_bubble, part_of, pipeline
 from planning.roofline import Estimate, all_work, estimate_part
@@ -323,7 +324,7 @@ def bound(
         return None
     e = estimate_part(none_again, chip, used)
     work = [
-        dataclasses.replace(a, bytes=min(a.bytes, b.bytes))
+        dataclasses.replace(a, bytes=min(a.bytes, b.bytes), stacked=min(a.stacked, b.stacked))
         for a, b in zip(e.work, all_work(all_again), strict=True)
     ]
     return dataclasses.replace(e, work=work)
@@ -344,9 +345,9 @@ def least_pipeline(
 
 
 def expected(e: Estimate) -> float:
-    """Returns the seconds of a step by which layouts are compared: the mean of both bounds, since
-    compilers hide some of the collectives behind compute.
+    """Returns the seconds of a step by which layouts are compared: those that it is expected to
+    take (planning/expected.py).
 
     More work, more bytes sent or a larger bubble must not make it less: `bound` relies on that.
     """
-    return (e.seconds + e.overlapped_seconds) / 2
+    return expected_seconds(e)

@@ -388,10 +388,9 @@ def test_command_searches(run_plan):
     assert len(result['best']) == 1
     best = result['best'][0]
     assert best['fits']
-    mean = (best['step_seconds'] + best['overlapped_step_seconds']) / 2
-    assert best['expected_seconds'] == pytest.approx(mean)
-    assert f'mean {report.seconds(mean)}' in printed
-    assert 'at best' in printed
+    assert best['expected_seconds'] == best['expected']['seconds']['value']
+    assert f'expected: {report.seconds(best["expected_seconds"])} a step' in printed
+    assert 'bounds of a step' in printed
 
 
 @pytest.mark.parametrize(

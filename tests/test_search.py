@@ -177,11 +177,15 @@ def test_the_bound_of_zero_bubble_is_below_its_layouts(remat, clock):
 
 @pytest.mark.slow
 def test_best_config_is_the_first_that_the_search_finds():
-    """The TPU compiler has it so, too (docs/7_final_run.md)."""
-    best, found = load('tpu_v4_best'), search(load('tpu_v4'), 32, CHIPS['v4'])[0][0][0]
+    """The TPU compiler has it so, too (docs/7_final_run.md). What attention computes may be kept or
+    not: the difference is below 2 %."""
+    best = load('tpu_v4_best')
+    found, e = search(load('tpu_v4'), 32, CHIPS['v4'])[0][0]
     assert found.mesh == best.mesh
     assert found.microbatches == best.microbatches
-    assert (found.model.remat, found.model.remat_keep) == (best.model.remat, best.model.remat_keep)
+    assert found.model.remat == best.model.remat
+    assert set(found.model.remat_keep) <= {'attention'}
+    assert expected(e) <= expected(estimate(best, CHIPS['v4'])) <= 1.02 * expected(e)
 
 
 def test_search_cuts_long_sequences_and_says_why():
@@ -193,7 +197,8 @@ def test_search_cuts_long_sequences_and_says_why():
     assert found[0][0].mesh.cp > 1
     text = report.search_text(found, 1, config, 1)
     whole = next(e for c, e in found if c.mesh.cp == 1)
-    assert f'the best layout takes {report.seconds(report.expected(whole))} by the mean' in text
+    time = report.seconds(report.expected(whole))
+    assert f'the best layout is expected to take {time}' in text
     assert 'cp_style' in text or found[0][0].cp_style == config.cp_style
     cut = [(c, e) for c, e in found if c.mesh.cp > 1]
     assert 'no layout of these devices fits' in report.search_text(cut, 1, config, 1)
