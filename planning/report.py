@@ -310,7 +310,7 @@ def faster_lines(
     c, found = better
     return [
         f'faster: {overrides(c, config)}',
-        f'  would take {seconds(expected(found))} by the mean of both bounds, where this takes '
+        f'  is expected to take {seconds(expected(found))}, where this takes '
         f'{seconds(expected(e))}; it fits, with {scaled(found.memory.peak, "B")}',
     ]
 

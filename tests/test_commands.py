@@ -36,7 +36,9 @@ COMMANDS = {
     'parallel.py': schedules,
 }
 WITH_WORDS = ('train.py', 'data.py', 'tokenizer.py')
-BENCHMARKS = sorted({p.name for p in (ROOT / 'benchmarks').glob('*.py')} - {'common.py'})
+BENCHMARKS = sorted(
+    {p.name for p in (ROOT / 'benchmarks').glob('*.py')} - {'common.py', 'released_models.py'}
+)
 
 FILES = {
     'syntax.py': 'import math\ndef get_config(:\n',
