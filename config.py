@@ -144,6 +144,11 @@ class ModelConfig:
         """The REMAT_NAMES whose arrays stay on the device; all of them with remat='dots'."""
         return REMAT_NAMES if self.remat == 'dots' else self.remat_keep
 
+    @property
+    def spared_names(self) -> tuple[str, ...]:
+        """The REMAT_NAMES whose arrays are not computed again: kept here or in host memory."""
+        return (*self.kept_names, *self.remat_offload)
+
 
 class LayerKind(NamedTuple):
     """The parts of an entry of model.block. attention: '' where it is that of model.attention."""

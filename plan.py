@@ -37,8 +37,8 @@ from parallel import AXES
 from planning import report
 from planning.compiled import compile_step
 from planning.roofline import Estimate, estimate
-from planning.search import search
-from planning.topology import GPU_NAMES, TPU_NAMES
+from planning.search import faster, search
+from planning.topology import GPU_NAMES, TPU_NAMES, check_topology
 from runtime.config_checks import validate
 
 FLAGS = flags.FLAGS
@@ -58,21 +58,25 @@ def chip_named(name: str, devices: int) -> Chip:
 
 def plan(config: ConfigDict, name: str) -> dict[str, Any]:
     """Prints the plan that the flags ask for, and returns its figures as one record."""
+    if FLAGS.compile:
+        check_topology(FLAGS.compile)
     devices = FLAGS.devices or math.prod(config.mesh[axis] for axis in AXES)
     chip = chip_named(FLAGS.chip or FLAGS.compile.partition(':')[0] or config.chip, devices)
     if FLAGS.search:
-        found, tried = search(config, devices, chip, progress=Progress())
         print(phase_text(config), end='')
+        config = in_phase(config, largest_phase(config))
+        found, compared = search(config, devices, chip, progress=Progress(), best=FLAGS.best)
         print(report.search_title(name, devices, chip))
-        print(report.search_text(found, tried, config, FLAGS.best))
-        return report.search_record(found, tried, FLAGS.best)
+        print(report.search_text(found, compared, config, FLAGS.best))
+        return report.search_record(found, compared, FLAGS.best)
     validate(config, devices, needs_data=False)
     print(phase_text(config), end='')
     config = in_phase(config, largest_phase(config))
     e = estimate(config, chip)
-    print(report.table(config, name, e))
+    better = faster(config, e)
+    print(report.table(config, name, e), *report.faster_lines(config, e, better), sep='\n')
     compiled = compile_for(config, FLAGS.compile, e) if FLAGS.compile else {}
-    return report.record(config, e) | compiled
+    return report.record(config, e) | report.faster_record(config, better) | compiled
 
 
 def phase_text(config: ConfigDict) -> str:
@@ -92,10 +96,10 @@ class Progress:
     def __init__(self) -> None:
         self._next = time.monotonic() + 0.5
 
-    def __call__(self, tried: int, meshes: int) -> None:
+    def __call__(self, compared: int) -> None:
         if time.monotonic() >= self._next:
             self._next = time.monotonic() + 1
-            print(f'{tried:,} layouts tried, {meshes} meshes fit', file=sys.stderr, flush=True)
+            print(f'{compared:,} layouts compared', file=sys.stderr, flush=True)
 
 
 def compile_for(config: ConfigDict, topology: str, e: Estimate) -> dict[str, Any]:

@@ -181,7 +181,7 @@ def get_config() -> ConfigDict:
     u.pause_seconds = 7200.0  # the same for a start, compilation, evaluation, samples or a save
     u.heartbeat_seconds = 100  # silence of one of several processes, after which the others end
 
-    c.chip = 'cpu'  # for plan.py: 'cpu' | 'v4' | 'v5e' | 'v5p' | 'v6e' | 'a100' | 'h100' | 'h200'
+    c.chip = 'cpu'  # for plan.py: 'cpu', or a chip of machine/chips.py: 'v5p' | 'h100' | ...
     c.compilation_cache = ''  # a folder or URL that keeps compiled programs
     c.peak_flops = 0.0  # FLOP/s of one device, for MFU; 0: looked up; a CPU is measured
     return c.lock()

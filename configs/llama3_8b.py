@@ -12,7 +12,8 @@ This prepares the tokens with the model's own vocabulary, in tiktoken's format:
         --tokenizer=llama3.tiktoken --output=gs://BUCKET/tokens
 
 The batch: 512 sequences x 8,192 tokens = 4,194,304 tokens per step. fsdp 64 takes 8 sequences per
-shard, in 8 microbatches of 1. 240,000 steps are a trillion tokens.
+shard, in one microbatch: 8 of 1 would gather the weights 8 times. 240,000 steps are a trillion
+tokens.
 """
 
 from ml_collections import ConfigDict
@@ -27,7 +28,6 @@ def get_config() -> ConfigDict:
     c.steps = 240_000
     c.batch_size = 512
     c.seq_len = 8192
-    c.microbatches = 8
     c.compute_dtype = 'bfloat16'
     c.check_vma = False  # for the attention kernel
     c.mesh.fsdp = 64

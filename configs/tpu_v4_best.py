@@ -6,8 +6,8 @@ A model of 0.96 B fits a v4 chip many times over, so it needs neither stages nor
 layers. The 256 sequences are one microbatch of 8 for each of 32 shards, and each weight is gathered
 twice per step instead of 24 times.
 
-It is the first that `plan.py --search` finds. `plan.py --compile=v4:2x4x4` counts 291 ms of compute
-and 76 ms of network per step, 28 of the latter beside compute, and 2.8 GB of memory, where
+Its mesh is the first that `plan.py --search` finds. `plan.py --compile=v4:2x4x4` counts 291 ms of
+compute and 76 ms of network per step, 28 of the latter beside compute, and 2.8 GB of memory, where
 configs/tpu_v4.py takes 636 and 288 ms.
 """
 

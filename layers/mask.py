@@ -1,12 +1,14 @@
 """The mask of attention: which keys a query sees, in training, prefill and decoding alike."""
 
-from collections.abc import Iterator
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
 
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from config import ModelConfig
+from config import ModelConfig, model_config
 from parallel import Array
 
 
@@ -63,13 +65,22 @@ def own_mask_errors(kernel: str, config: ConfigDict) -> Iterator[str]:
 
     Looks at the first query and the last one, which sees keys at all distances.
     """
-    q, k = np.array([[0], [config.seq_len - 1]]), np.arange(config.seq_len)
+    cfg = dataclasses.replace(model_config(config), cp=1)  # the mask is that of whole sequences
+    if not _is_own_mask(visible, config.seq_len, cfg):
+        yield (
+            f'model.attention_kernel={kernel!r} computes a causal mask of its own, and '
+            f"mask.visible another one; use the kernel 'blockwise'"
+        )
+
+
+@functools.cache
+def _is_own_mask(mask: Callable[..., Array], seq_len: int, cfg: ModelConfig) -> bool:
+    """Returns whether a mask is causal, and within the layer's window; once, since it takes long
+    for long sequences."""
+    q, k = np.array([[0], [seq_len - 1]]), np.arange(seq_len)
     for documents in ((None, None), (0, k % 2)):
         own = (q >= k) & (True if documents[0] is None else documents[1] == 0)
-        own &= q - k < (config.model.window or config.seq_len)
-        if not np.array_equal(visible(q, k, *documents, config.model), own):
-            yield (
-                f'model.attention_kernel={kernel!r} computes a causal mask of its own, and '
-                f"mask.visible another one; use the kernel 'blockwise'"
-            )
-            return
+        own &= q - k < (cfg.window or seq_len)
+        if not np.array_equal(mask(q, k, *documents, cfg), own):
+            return False
+    return True

@@ -22,6 +22,7 @@ class Chip:
     On TPUs, `link` is the rate at which one device sends along one dimension of its network, to
     both neighbours together; a mesh axis is assumed to lie along one dimension. On GPUs, `link` is
     the rate at which a device sends to others of its node, and `outer` to those of other nodes.
+    A device may be a part of a chip (`of_chip`): flops, memory and rates are those of the part.
     """
 
     name: str
@@ -35,6 +36,9 @@ class Chip:
     clock: float = 0.0  # Hz of the cycles in the compiler's estimates; 0: it makes none
     node: int = 0  # devices per node; 0: the rate between all devices is `link`
     outer: float = 0.0  # bytes/s
+    of_chip: int = 1  # jax devices that one chip is: what is bought and published may be chips
+    torus: int = 0  # dimensions of a TPU's network
+    held: float = 1.0  # clock that matmuls hold under the power limit, over that of `flops`
 
     def axis_bandwidth(self, devices: int) -> float:
         """Returns the bytes/s of a mesh axis whose groups span this many consecutive devices."""
@@ -46,21 +50,30 @@ _TPU = 'https://cloud.google.com/tpu/docs/'
 # TPU: the specifications at cloud.google.com/tpu/docs, whose interconnect figure counts all links
 # and both directions; v4's links are from Jouppi et al. 2023 (arXiv 2304.01433, table 4: 6 links of
 # 50 GB/s). v4's clock is from the same paper, the others are peak FLOP/s / FLOPs per cycle.
+# `held` of NVIDIA's is a guess from cuBLAS' best matmuls of random numbers, as far as published;
+# with 500 of 700 W the clock is lower by about the third root.
 CHIPS = {
     'v4': Chip(
-        'TPU v4', 'tpu', ('TPU v4',), 275e12, 32 * GIB, 1200 * GB, 2 * 50 * GB, f'{_TPU}v4', 1.05e9
+        'TPU v4', 'tpu', ('TPU v4',), 275e12, 32 * GIB, 1200 * GB, 2 * 50 * GB, f'{_TPU}v4', 1.05e9,
+        torus=3,
     ),
     'v5e': Chip(
         'TPU v5e', 'tpu', ('TPU v5 lite', 'TPU v5e'), 197e12, 16 * GB, 819 * GB, 2 * 50 * GB,
-        f'{_TPU}v5e', 1.5e9,
+        f'{_TPU}v5e', 1.5e9, torus=2,
     ),
     'v5p': Chip(
         'TPU v5p', 'tpu', ('TPU v5', 'TPU v5p'), 459e12, 95 * GIB, 2765 * GB, 2 * 100 * GB,
-        f'{_TPU}v5p', 1.75e9,
+        f'{_TPU}v5p', 1.75e9, torus=3,
     ),
     'v6e': Chip(
         'TPU v6e', 'tpu', ('TPU v6 lite', 'TPU v6e'), 918e12, 32 * GB, 1638 * GB, 2 * 100 * GB,
-        f'{_TPU}v6e',
+        f'{_TPU}v6e', torus=2,
+    ),
+    # Half of a chip, whose two dies are devices of their own: 2,307 TFLOP/s, 192 GiB, 7,380 GB/s
+    # and 1,200 GB/s of links, in both directions, are a chip's.
+    'tpu7x': Chip(
+        'TPU7x', 'tpu', ('TPU7x',), 2307e12 / 2, 192 * GIB / 2, 7380 * GB / 2, 200 * GB / 2,
+        f'{_TPU}tpu7x; half of a chip', torus=3, of_chip=2,
     ),
     'a100': Chip(
         'A100', 'gpu', ('NVIDIA A100-SXM4-80GB',), 312e12, 80 * GB, 2039 * GB, 300 * GB,
@@ -70,12 +83,28 @@ CHIPS = {
     'h100': Chip(
         'H100', 'gpu', ('NVIDIA H100 80GB HBM3',), 989e12, 80 * GB, 3350 * GB, 450 * GB,
         'NVIDIA H100 SXM data sheet; 400 Gbit/s InfiniBand per GPU between nodes',
-        node=8, outer=50 * GB,
+        node=8, outer=50 * GB, held=0.78,
+    ),
+    'h100-96gb': Chip(
+        'H100 96 GB', 'gpu', (), 989e12, 96 * GB, 2400 * GB, 450 * GB,
+        'torchtitan, benchmarks/llama3_h100_202412_torchtitan.md: HBM2e, 500 W; H100 SXM otherwise',
+        node=8, outer=50 * GB, held=0.70,
     ),
     'h200': Chip(
         'H200', 'gpu', ('NVIDIA H200',), 989e12, 141 * GB, 4800 * GB, 450 * GB,
         'NVIDIA H200 SXM data sheet; 400 Gbit/s InfiniBand per GPU between nodes',
-        node=8, outer=50 * GB,
+        node=8, outer=50 * GB, held=0.78,
+    ),
+    'b200': Chip(
+        'B200', 'gpu', ('NVIDIA B200',), 2250e12, 180 * GB, 8000 * GB, 900 * GB,
+        'NVIDIA DGX B200 data sheet, 1/8 of the system, dense; 400 Gbit/s InfiniBand per GPU',
+        node=8, outer=50 * GB, held=0.78,
+    ),
+    # A node is the 72 GPUs that NVLink joins.
+    'gb200': Chip(
+        'GB200', 'gpu', ('NVIDIA GB200',), 2500e12, 186 * GB, 8000 * GB, 900 * GB,
+        'NVIDIA GB200 NVL72 data sheet, 1/72 of the rack, dense; 400 Gbit/s InfiniBand per GPU',
+        node=72, outer=50 * GB, held=0.78,
     ),
 }  # fmt: skip
 

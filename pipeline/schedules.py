@@ -75,27 +75,15 @@ def _zero_bubble(
     return min(candidates, key=lambda s: (lock_step(s, costs), s.s_depth, free_running(s, costs)))
 
 
-@functools.cache
-def make_schedule(
+def check_settings(
     name: str,
     stages: int,
     microbatches: int,
-    chunks: int = 1,
-    costs: tuple[float, float, float] = EQUAL_COSTS,
-    clock: str = 'lock_step',
-) -> Schedule:
-    """Makes and checks the schedule of that name. With M microbatches, it takes and keeps:
-
-    gpipe        all F, then all B in reverse order: 2·(M + stages) - 3 ticks, M inputs
-    1f1b         each B as soon as possible: M + 2·(stages - 1) ticks, min(M, 2·stages - 1) inputs
-    interleaved  1f1b on `chunks` virtual stages per stage: 1/chunks of its bubble, more inputs
-    zero_bubble  W fills what 1f1b leaves idle: at most `stages` inputs, and at most `stages` units
-                 between B and W; laid out for `costs`, the relative costs of F, B and W, and for
-                 a `clock` of CLOCKS (pipeline/zero_bubble.py)
-    forward      F alone, for evaluation; takes chunks as well
-
-    Raises ConfigError for an unknown name or settings that do not fit it.
-    """
+    chunks: int,
+    costs: tuple[float, float, float],
+    clock: str,
+) -> None:
+    """Raises ConfigError for an unknown schedule, or settings that do not fit it."""
     if name not in (*NAMES, 'forward'):
         raise ConfigError(f'pipeline schedule {name!r} is unknown; use one of {", ".join(NAMES)}')
     if stages < 1 or microbatches < 1 or min(costs) <= 0:
@@ -117,6 +105,30 @@ def make_schedule(
         )
     if clock not in CLOCKS:
         raise ConfigError(f'the clock {clock!r} is unknown; use one of {", ".join(CLOCKS)}')
+
+
+@functools.cache
+def make_schedule(
+    name: str,
+    stages: int,
+    microbatches: int,
+    chunks: int = 1,
+    costs: tuple[float, float, float] = EQUAL_COSTS,
+    clock: str = 'lock_step',
+) -> Schedule:
+    """Makes and checks the schedule of that name. With M microbatches, it takes and keeps:
+
+    gpipe        all F, then all B in reverse order: 2·(M + stages) - 3 ticks, M inputs
+    1f1b         each B as soon as possible: M + 2·(stages - 1) ticks, min(M, 2·stages - 1) inputs
+    interleaved  1f1b on `chunks` virtual stages per stage: 1/chunks of its bubble, more inputs
+    zero_bubble  W fills what 1f1b leaves idle: at most `stages` inputs, and at most `stages` units
+                 between B and W; laid out for `costs`, the relative costs of F, B and W, and for
+                 a `clock` of CLOCKS (pipeline/zero_bubble.py)
+    forward      F alone, for evaluation; takes chunks as well
+
+    Raises ConfigError as `check_settings`.
+    """
+    check_settings(name, stages, microbatches, chunks, costs, clock)
     if name == 'zero_bubble':
         schedule = _zero_bubble(stages, microbatches, costs, clock)
     else:

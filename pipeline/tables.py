@@ -163,9 +163,9 @@ def complete(
             continue  # stays on its stage
         made = (0, 0) if ring == 'x' else (stages - 1, chunks - 1)  # by embedding or head
         arrival = nothing.copy()
-        for stage, unit in np.ndindex(stages, units):
-            if (stage, unit // microbatches) != made:
-                arrival[first[stage, unit], stage] = unit
+        stage, unit = np.indices((stages, units))
+        sent = (stage != made[0]) | (unit // microbatches != made[1])
+        arrival[first[sent], stage[sent]] = unit[sent]
         found[f'{ring}_arrival'] = arrival
     return dataclasses.replace(schedule, **found)
 
@@ -191,14 +191,15 @@ def _check_work(schedule: Schedule) -> None:
             _refuse(
                 schedule, f'{work} has unit {table.max()}', f'units end at {schedule.units - 1}'
             )
-        for stage, unit in np.ndindex(schedule.stages, schedule.units):
-            n = int((table[:, stage] == unit).sum())
-            if n != times:
-                _refuse(
-                    schedule,
-                    f'stage {stage} does {work.upper()} of unit {unit} {n} times',
-                    f'each is done {times} times',
-                )
+        done = np.zeros((schedule.stages, schedule.units), np.int32)
+        tick, stage = np.nonzero(table >= 0)
+        np.add.at(done, (stage, table[tick, stage]), 1)
+        for stage, unit in np.argwhere(done != times):
+            _refuse(
+                schedule,
+                f'stage {stage} does {work.upper()} of unit {unit} {done[stage, unit]} times',
+                f'each is done {times} times',
+            )
     f, b, w = (schedule.by_virtual_stage(work) for work in 'fbw')
     # work, what it needs, its ticks, the earliest it may have, the first virtual stage of both
     rules = [('F', 'F of the virtual stage before', f[1:], f[:-1] + 1, 1)]

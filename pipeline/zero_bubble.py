@@ -168,6 +168,11 @@ def time_left(state: State, microbatches: int, costs: Costs) -> float:
     return longest
 
 
+def least_time(stages: int, microbatches: int, costs: Costs) -> float:
+    """Returns a lower bound of the time in lock step of any layout."""
+    return time_left((NOTHING,) * stages, microbatches, costs)
+
+
 def _distance(state: State, s: int, step: int, kind: int) -> int:
     """Returns how many stages do a unit before it reaches stage s from there."""
     n = 1

@@ -10,233 +10,14 @@ once. tests/test_plan.py compares the sum with what XLA says of the compiled ste
 import dataclasses
 import functools
 import math
-from collections import Counter
 
-import jax
-import jax.numpy as jnp
-from ml_collections import ConfigDict
-
-from config import (
-    ATTENTION_OUTPUT,
-    HIDDEN,
-    QKV,
-    RESIDUAL,
-    ModelConfig,
-    OptimizerConfig,
-    in_phase,
-    largest_phase,
-    of_layer,
-)
-from layers.attention import Sizes, attention_sizes
+from config import ATTENTION_OUTPUT, HIDDEN, QKV, RESIDUAL
 from layers.attention_kernels import ATTENTION_KERNELS
-from model import keys_seen, layer_kinds, layer_params, model_for, model_params
-from optimizer import optimizer_for, slots_of
-from parallel import BATCH, CP, EP, FSDP, PP, TP, Param, Tree, is_param, spec_axes
-from pipeline.tables import Schedule
-from planning.muon import Shape, shapes
-from train_step import train_schedule
+from model import layer_kinds
+from parallel import CP, EP, FSDP, TP, spec_axes
+from planning.part import Microbatch, Part, gathered, layer, shards
 
 FLOAT32 = 4  # bytes of a master parameter, a number of a slot, an accumulated gradient
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Group:
-    """Parameters that are counted together. A key of what is kept, equal to itself alone."""
-
-    params: tuple[Param, ...]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Part:
-    """One device's part of a config: its mesh, and the sizes of its part of a microbatch."""
-
-    cfg: ModelConfig
-    platform: str  # of jax
-    mesh: dict[str, int]
-    microbatches: int
-    T: int  # positions of a sequence, over all devices of cp
-    rows: int  # sequences of a microbatch on a device
-    chunks: int  # virtual stages of a pipeline stage
-    gather: str  # config.fsdp_gather
-    optimizer: OptimizerConfig
-    schedule: Schedule | None  # None: no pipeline
-
-    @functools.cached_property
-    def sizes(self) -> tuple[tuple[str, int], ...]:
-        """The mesh as a key."""
-        return tuple(self.mesh.items())
-
-    @property
-    def declared(self) -> Group:
-        """All parameters."""
-        return declared(self.cfg, self.chunks)
-
-    @property
-    def slots(self) -> Group:
-        """The optimizer's state beside the parameters."""
-        return slots(self.cfg, self.chunks, self.optimizer)
-
-    @property
-    def of_muon(self) -> tuple[Shape, ...]:
-        """The shapes of matrices that Muon updates, the costliest first."""
-        return of_muon(self.cfg, self.chunks, self.optimizer, self.sizes)
-
-    def declared_in(self, group: str) -> Group:
-        """The parameters of one group of the tree: 'embed', 'blocks', 'first'."""
-        return declared(self.cfg, self.chunks, group)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of a microbatch, all positions of a cp device: for heads and feed-forward."""
-        return self.rows * self.T // self.mesh['cp']
-
-    @property
-    def step_tokens(self) -> int:
-        """Tokens of a step, over all devices."""
-        shards = math.prod(self.mesh[axis] for axis in (*BATCH, CP))
-        return self.tokens * self.microbatches * shards
-
-    @property
-    def in_ring(self) -> bool:
-        """True where keys and values go from device to device."""
-        return self.mesh['cp'] > 1 and self.cfg.cp_style == 'ring'
-
-    def of_layer(self, kind: str) -> Sizes:
-        """The numbers per position of the attention of a layer of this kind."""
-        return attention_sizes(of_layer(self.cfg, kind))
-
-    def keys_seen(self, kind: str) -> float:
-        """Keys that a query of a layer of this kind sees, on average."""
-        return keys_seen(of_layer(self.cfg, kind), self.T)
-
-    @property
-    def layers(self) -> dict[str, int]:
-        """The kinds of layers of a device, and how many it has of each."""
-        found = Counter(self.cfg.block * self.blocks)
-        if self.cfg.first_dense:
-            found[self.cfg.first_kind] += self.cfg.first_dense
-        return dict(found)
-
-    def travels(self, kind: str) -> int:
-        """Numbers of a cp device's positions that travel, for a layer and microbatch."""
-        sizes = self.of_layer(kind)
-        return self.tokens * sizes.travels // (self.mesh['tp'] if sizes.travels_cut else 1)
-
-    @property
-    def local(self) -> int:
-        """Tokens of a microbatch at the positions of this tp device: in the residual stream."""
-        return self.tokens // self.mesh['tp']
-
-    @property
-    def width(self) -> int:
-        """Bytes per number in the compute type."""
-        return jnp.dtype(self.cfg.compute_dtype).itemsize
-
-    @property
-    def blocks(self) -> int:
-        """Blocks of layers on a device."""
-        return self.cfg.n_blocks // self.mesh['pp']
-
-    @property
-    def assignments(self) -> int:
-        """Rows that a device's experts take: choices, and the room for an uneven spread."""
-        cfg, ep = self.cfg, self.mesh['ep']
-        rows = self.tokens * cfg.experts_per_token
-        full = not cfg.buffer_factor or cfg.buffer_factor >= ep
-        slots = rows if full else math.ceil(cfg.buffer_factor * rows / ep)
-        return rows if ep == 1 else ep * slots
-
-    @property
-    def head_tokens(self) -> int:
-        """Tokens of a microbatch whose loss this device computes, as stages share the head."""
-        return self.local // self.mesh['pp']
-
-    @property
-    def loss_tokens(self) -> int:
-        """Tokens whose logits exist at a time, as `cross_entropy` cuts them."""
-        n = -(-self.head_tokens // self.cfg.loss_chunk)
-        while self.head_tokens % n:
-            n += 1
-        return self.head_tokens // n * self.mesh['tp']
-
-
-@functools.cache
-def declarations(cfg: ModelConfig, chunks: int) -> Tree:
-    """Declares every parameter, once per model."""
-    return model_params(cfg, chunks)
-
-
-def group(tree: Tree) -> Group:
-    """Returns the declarations in a tree as a group."""
-    return Group(tuple(jax.tree.leaves(tree, is_leaf=is_param)))
-
-
-@functools.cache
-def declared(cfg: ModelConfig, chunks: int, within: str = '') -> Group:
-    """Returns all parameters of a model, or those of one group of its tree."""
-    tree = declarations(cfg, chunks)
-    return group(tree.get(within, {}) if within else tree)
-
-
-@functools.cache
-def slots(cfg: ModelConfig, chunks: int, optimizer: OptimizerConfig) -> Group:
-    """Returns all that is kept beside the parameters."""
-    return group(slots_of(declarations(cfg, chunks), optimizer))
-
-
-@functools.cache
-def of_muon(
-    cfg: ModelConfig, chunks: int, optimizer: OptimizerConfig, mesh: tuple[tuple[str, int], ...]
-) -> tuple[Shape, ...]:
-    """Returns the shapes of matrices that Muon updates, once per mesh."""
-    return tuple(shapes(declarations(cfg, chunks), optimizer, dict(mesh)))
-
-
-@functools.cache
-def layer(cfg: ModelConfig, kind: str) -> Group:
-    """Returns the parameters of a layer of this kind."""
-    return group(layer_params(cfg, kind))
-
-
-def part_of(config: ConfigDict, platform: str) -> Part:
-    """Returns one device's part of a config on devices of this jax platform.
-
-    With config.schedule, of the phase with the largest steps.
-    """
-    config, mesh = in_phase(config, largest_phase(config)), dict(config.mesh)
-    over = config.microbatches * mesh['dp'] * mesh['fsdp'] * mesh['ep']
-    return Part(
-        cfg=model_for(config, platform),
-        platform=platform,
-        mesh=mesh,
-        microbatches=config.microbatches,
-        T=config.seq_len,
-        rows=config.batch_size // over,
-        chunks=config.pipeline.chunks,
-        gather=config.fsdp_gather,
-        optimizer=optimizer_for(config, platform),
-        schedule=train_schedule(config) if mesh[PP] > 1 else None,
-    )
-
-
-def shard_size(p: Param, mesh: dict[str, int], whole: str | None = None) -> int:
-    """Counts the numbers of a parameter on one device; `whole`: after a gather over that axis."""
-    axes = [axis for axis in spec_axes(p.spec) if axis != whole]
-    return math.prod(p.shape) // math.prod(mesh[axis] for axis in axes)
-
-
-@functools.cache
-def shards(
-    params: Group, mesh: tuple[tuple[str, int], ...], whole: str | None = None, every: bool = True
-) -> int:
-    """Counts the numbers of a group on one device, as `shard_size`; else `every`: of matrices."""
-    sizes = dict(mesh)
-    return sum(shard_size(p, sizes, whole) for p in params.params if every or p.matrix)
-
-
-def gathered(params: Group, s: Part) -> float:
-    """Returns the bytes of a group's matrices in matmuls: whole over fsdp, in the compute type."""
-    return shards(params, s.sizes, FSDP, every=False) * s.width
 
 
 # ---------------------------------------------------------------------------------------------
@@ -255,8 +36,8 @@ class Value:
     group: str = ''
 
 
-@functools.lru_cache(maxsize=64)
-def attention_values(s: Part, kind: str) -> list[Value]:
+@functools.cache
+def attention_values(s: Microbatch, kind: str) -> list[Value]:
     """Lists the arrays of a layer's attention, and the residual stream after it."""
     cfg, c, tp, t = s.cfg, s.width, s.mesh[TP], s.tokens
     D, N, sizes = cfg.d_model, cfg.n_heads // tp, s.of_layer(kind)
@@ -278,7 +59,8 @@ def attention_values(s: Part, kind: str) -> list[Value]:
     ]
 
 
-def feed_forward_values(s: Part, kind: str) -> list[Value]:
+@functools.cache
+def feed_forward_values(s: Microbatch, kind: str) -> list[Value]:
     """Lists the arrays of a layer's feed-forward."""
     cfg, c, tp, t = s.cfg, s.width, s.mesh[TP], s.tokens
     D, (_, feed_forward) = cfg.d_model, layer_kinds(cfg, kind)
@@ -302,14 +84,15 @@ def swiglu_values(rows: int, width: int, c: int) -> list[Value]:
     return [Value(2 * rows * width * c, HIDDEN), Value(rows * width * c)]
 
 
-@functools.lru_cache(maxsize=64)  # of the last few parts
-def layer_values(s: Part, kind: str) -> list[Value]:
+@functools.cache
+def layer_values(s: Microbatch, kind: str) -> list[Value]:
     """Lists all arrays that a layer keeps from forward to backward without rematerialization."""
     x = Value(s.local * s.cfg.d_model * s.width, RESIDUAL)
     return [x, *attention_values(s, kind), *feed_forward_values(s, kind)]
 
 
-def kept_of_layer(s: Part, kind: str) -> float:
+@functools.cache
+def kept_of_layer(s: Microbatch, kind: str) -> float:
     """Returns the bytes that a layer keeps from forward to backward, by model.remat: its input and
     the arrays kept by name."""
     values = layer_values(s, kind)
@@ -320,12 +103,14 @@ def kept_of_layer(s: Part, kind: str) -> float:
     return kept + (RESIDUAL not in keep) * values[0].bytes
 
 
-def recomputed_of_layer(s: Part, kind: str) -> float:
+@functools.cache
+def recomputed_of_layer(s: Microbatch, kind: str) -> float:
     """Returns the bytes that the backward pass of a layer computes again before it begins."""
     return sum(v.bytes for v in layer_values(s, kind)) - kept_of_layer(s, kind)
 
 
-def gradients_of_layer(s: Part, kind: str) -> float:
+@functools.cache
+def gradients_of_layer(s: Microbatch, kind: str) -> float:
     """Returns the bytes of the gradients of activations at once in a layer's backward pass."""
     cfg, c, tp, t = s.cfg, s.width, s.mesh[TP], s.tokens
     _, part = layer_kinds(cfg, kind)
@@ -354,7 +139,8 @@ def gradients_of_layer(s: Part, kind: str) -> float:
     return max(feed_forward, attention)
 
 
-def linear_values(s: Part, kind: str) -> float:
+@functools.cache
+def linear_values(s: Microbatch, kind: str) -> float:
     """Returns the bytes of inputs and output gradients of all `linear` of a layer, for W."""
     numbers = 0
     for p in layer(s.cfg, kind).params:
@@ -377,7 +163,7 @@ def pipeline_stash(s: Part) -> float:
     x = s.local * s.cfg.d_model * s.width
     stash = (s.schedule.x_depth + s.schedule.g_depth + 2) * x  # and the two that arrive
     if s.schedule.split:
-        block = sum(linear_values(s, kind) for kind in s.cfg.block)
+        block = sum(linear_values(s.micro, kind) for kind in s.cfg.block)
         stash += s.schedule.s_depth * s.blocks * block
     return stash
 
@@ -450,8 +236,8 @@ class Memory:
 
 def memory(s: Part) -> Memory:
     """Estimates the memory of one device."""
-    kinds, blocks = tuple(s.cfg.block), s.declared_in('blocks')
-    count = shards(s.declared, s.sizes)
+    kinds, blocks = tuple(s.cfg.block), s.declared.of('blocks')
+    count = shards(s.declared.all, s.sizes)
     in_blocks = shards(blocks, s.sizes)
     ahead = s.gather == 'step'
     summed = count
@@ -459,21 +245,21 @@ def memory(s: Part) -> Memory:
         summed -= in_blocks
         in_blocks = shards(blocks, s.sizes, FSDP)
         summed += in_blocks
-    kept = s.blocks // s.chunks * sum(kept_of_layer(s, kind) for kind in kinds)
+    kept = s.blocks // s.chunks * sum(kept_of_layer(s.micro, kind) for kind in kinds)
     if s.schedule is None:
-        kept += s.cfg.first_dense * kept_of_layer(s, s.cfg.first_kind)
-    layers = max(gathered(layer(s.cfg, kind), s) for kind in kinds)
+        kept += s.cfg.first_dense * kept_of_layer(s.micro, s.cfg.first_kind)
+    layers = max(gathered(s.declared.layer(kind), s.sizes, s.width) for kind in kinds)
     logits, head = head_parts(s)
     return Memory(
         parameters=FLOAT32 * count,
-        moments=FLOAT32 * shards(s.slots, s.sizes),
+        moments=FLOAT32 * shards(s.declared.slots, s.sizes),
         gradients=FLOAT32 * summed * (s.schedule is not None or s.microbatches > 1),
         microbatch_gradients=FLOAT32 * in_blocks / s.chunks,
         stash=pipeline_stash(s),
         activations=kept,
-        recomputed=max(recomputed_of_layer(s, kind) for kind in kinds),
-        gathered=gathered(blocks, s) if ahead else layers,
-        layer_gradients=max(gradients_of_layer(s, kind) for kind in kinds),
+        recomputed=max(recomputed_of_layer(s.micro, kind) for kind in kinds),
+        gathered=gathered(blocks, s.sizes, s.width) if ahead else layers,
+        layer_gradients=max(gradients_of_layer(s.micro, kind) for kind in kinds),
         logits=logits,
         head=head,
         update=max((shape.temporary for shape in s.of_muon), default=0.0),

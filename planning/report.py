@@ -2,6 +2,7 @@
 
 import dataclasses
 import shlex
+from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -10,7 +11,8 @@ from machine.chips import Chip
 from machine.memory import OutOfMemoryError
 from parallel import AXES
 from planning.compiled import Compiled, Cost
-from planning.footprint import part_of
+from planning.expected import Interval, expectation
+from planning.part import part_of
 from planning.roofline import NEWTON_SCHULZ, Estimate
 from planning.search import expected
 
@@ -173,6 +175,24 @@ def time_lines(e: Estimate) -> list[str]:
     return lines
 
 
+def expected_lines(e: Estimate) -> list[str]:
+    """Returns the part on what is expected: values, and the bounds of 8 runs in 10."""
+    x = expectation(e)
+
+    def line(name: str, i: Interval, text: Callable[[float], str]) -> str:
+        return row(name, text(i.value), text(i.low), text(i.high))
+
+    return [
+        'expected, from what published runs reach of each part',
+        f'  {"":<{WIDTH}}{"expected":>12}{"from":>12}{"to":>12}',
+        line('time of a step', x.seconds, seconds),
+        line('tokens/s', x.tokens_per_second, '{:,.0f}'.format),
+        line('MFU', x.mfu, '{:.1%}'.format),
+        line('memory of a device', x.memory, lambda n: scaled(n, 'B')),
+        '  8 runs in 10 are within, by the errors so far: docs/plan.md, "Expected".',
+    ]
+
+
 def limits(e: Estimate) -> dict[str, float]:
     """Returns the seconds of a step for which each resource is the one waited for."""
     found = {'matmuls': 0.0, 'memory': 0.0, NEWTON_SCHULZ: 0.0, 'bubble': e.bubble_seconds}
@@ -211,6 +231,7 @@ def table(config: ConfigDict, name: str, e: Estimate) -> str:
     """Returns the plan of a config as text."""
     head = f'{name} on {e.devices} x {e.chip.name}: {layout_text(config)}'
     parts = [model_lines(config, e), memory_lines(e), network_lines(e), time_lines(e)]
+    parts.append(expected_lines(e))
     if e.of_muon:
         parts.insert(3, muon_lines(e))
     body = '\n\n'.join('\n'.join(part) for part in parts)
@@ -250,6 +271,7 @@ def record(config: ConfigDict, e: Estimate) -> dict[str, Any]:
         'overlapped_step_seconds': e.overlapped_seconds,
         'tokens_per_second': e.tokens / e.seconds,
         'mfu': e.mfu(e.seconds),
+        'expected': dataclasses.asdict(expectation(e)),
         'limited_by': reason(e),
     }
 
@@ -262,8 +284,9 @@ def record(config: ConfigDict, e: Estimate) -> dict[str, Any]:
 def overrides(config: ConfigDict, base: ConfigDict) -> str:
     """Returns the flags that turn the base config into this one, as a shell takes them."""
     fields = [
-        *(f'mesh.{axis}' for axis in AXES), 'cp_style', 'microbatches', 'pipeline.schedule',
-        'pipeline.chunks', 'model.remat', 'model.remat_keep', 'model.remat_offload',
+        *(f'mesh.{axis}' for axis in AXES), 'cp_style', 'microbatches', 'fsdp_gather',
+        'pipeline.schedule', 'pipeline.chunks', 'model.remat', 'model.remat_keep',
+        'model.remat_offload',
     ]  # fmt: skip
     changed = []
     for field in fields:
@@ -278,31 +301,54 @@ def overrides(config: ConfigDict, base: ConfigDict) -> str:
     return ' '.join(changed) or '(as it is)'
 
 
+def faster_lines(
+    config: ConfigDict, e: Estimate, better: tuple[ConfigDict, Estimate] | None
+) -> list[str]:
+    """Returns what `search.faster` found, as lines; none if that is None."""
+    if better is None:
+        return []
+    c, found = better
+    return [
+        f'faster: {overrides(c, config)}',
+        f'  is expected to take {seconds(expected(found))}, where this takes '
+        f'{seconds(expected(e))}; it fits, with {scaled(found.memory.peak, "B")}',
+    ]
+
+
+def faster_record(config: ConfigDict, better: tuple[ConfigDict, Estimate] | None) -> dict[str, Any]:
+    """Returns what `search.faster` found as a part of a record."""
+    if better is None:
+        return {'faster': None}
+    c, found = better
+    flags = overrides(c, config)
+    return {'faster': record(c, found) | {'flags': flags, 'expected_seconds': expected(found)}}
+
+
 def search_title(name: str, devices: int, chip: Chip) -> str:
     """Returns the first line of the search's text."""
     return f'{name} on {devices} x {chip.name}'
 
 
 def search_text(
-    found: list[tuple[ConfigDict, Estimate]], tried: int, base: ConfigDict, n: int
+    found: list[tuple[ConfigDict, Estimate]], compared: int, base: ConfigDict, n: int
 ) -> str:
     """Returns the first `n` of the layouts found, each with its figures and its flags."""
     if not found:
-        return f'{tried:,} layouts tried, and none fits: use more devices, or a smaller model'
+        return f'{compared:,} layouts compared, and none fits: use more devices, or a smaller model'
     lines = [
-        f'{tried:,} layouts tried; the best {min(n, len(found))} meshes with their best layout, in '
-        'the order',
-        'of the mean of two bounds: every collective waited for, and every one behind compute. No',
-        'program reaches a bound: tokens/s and MFU are those at best.',
+        f'{compared:,} layouts compared; the best {min(n, len(found))} meshes with their best '
+        'layout, in the order',
+        'of the time that a step is expected to take, beside two bounds: with every collective',
+        'waited for, and with every one behind compute.',
     ]
     for i, (c, e) in enumerate(found[:n], 1):
         lines += [
             '',
             f'{i}. {layout_text(c)}',
+            f'   expected: {seconds(expected(e))} a step, {e.tokens / expected(e):,.0f} tokens/s, '
+            f'MFU {e.mfu(expected(e)):.1%}; {scaled(e.memory.peak, "B")}',
             f'   bounds of a step: {seconds(e.seconds)} with collectives waited for, '
-            f'{seconds(e.overlapped_seconds)} with them hidden, mean {seconds(expected(e))}',
-            f'   at best {e.tokens / e.overlapped_seconds:,.0f} tokens/s and MFU '
-            f'{e.mfu(e.overlapped_seconds):.1%}; {scaled(e.memory.peak, "B")}',
+            f'{seconds(e.overlapped_seconds)} with them hidden',
             f'   limited by {reason(e)}',
             *([f'   {why_cut(c, found)}'] if c.mesh.cp > 1 else []),
             f'   {overrides(c, base)}',
@@ -320,15 +366,17 @@ def why_cut(config: ConfigDict, found: list[tuple[ConfigDict, Estimate]]) -> str
             f'no layout of these devices fits'
         )
     return (
-        f'cut by cp: with whole sequences the best layout takes {seconds(expected(whole))} by the '
-        f'mean, and {scaled(whole.memory.peak, "B")}'
+        f'cut by cp: with whole sequences the best layout is expected to take '
+        f'{seconds(expected(whole))}, and {scaled(whole.memory.peak, "B")}'
     )
 
 
-def search_record(found: list[tuple[ConfigDict, Estimate]], tried: int, n: int) -> dict[str, Any]:
+def search_record(
+    found: list[tuple[ConfigDict, Estimate]], compared: int, n: int
+) -> dict[str, Any]:
     """Returns the first `n` of the layouts found as a record, in the order of expected_seconds."""
     best = [record(c, e) | {'expected_seconds': expected(e)} for c, e in found[:n]]
-    return {'tried': tried, 'best': best}
+    return {'tried': compared, 'best': best}
 
 
 # ---------------------------------------------------------------------------------------------

@@ -13,43 +13,31 @@ without Newton-Schulz, whose FLOPs do not grow with the tokens.
 
 import dataclasses
 import functools
+import itertools
 import math
 
+from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from config import ATTENTION_OUTPUT, HIDDEN, RESIDUAL, ModelConfig
 from layers.attention_kernels import ATTENTION_KERNELS
 from layers.dense import NEVER
 from machine.chips import Chip
-from model import flops_per_token, layer_kinds
-from parallel import AXES, CP, EP, FSDP, PP, TP, count, free_axes
-from pipeline.schedules import ideal, lock_step
-from planning.footprint import (
-    FLOAT32,
-    Group,
-    Memory,
-    Part,
-    declarations,
-    gathered,
-    kept_of_layer,
-    layer,
-    layer_values,
-    memory,
-    part_of,
-    shard_size,
-    shards,
-)
+from model import layer_kinds
+from parallel import AXES, CP, EP, FSDP, PP, TP, spec_axes
+from planning.footprint import FLOAT32, Memory, kept_of_layer, layer_values, memory
 from planning.muon import Shape
-from train_step import pipeline_costs
-
-useful_flops = functools.cache(flops_per_token)
-
-
-@functools.cache
-def counted(cfg: ModelConfig, chunks: int, active: bool) -> int:
-    """Counts the parameters, once per model."""
-    return count(declarations(cfg, chunks), active)
-
+from planning.part import (
+    Group,
+    Mesh,
+    Microbatch,
+    Part,
+    gathered,
+    layer,
+    part_of,
+    shards,
+    useful_flops,
+)
 
 # Arrays that a scan over layers keeps for its backward pass move so many times more: the stack is
 # filled with zeros, a layer's part copied into it, and out of it again. This is why computing again
@@ -66,6 +54,10 @@ class Work:
     part: str
     flops: float
     bytes: float  # read and written in its memory
+    attention: float = 0.0  # FLOPs of `flops` in attention kernels
+    experts: float = 0.0  # and in matmuls of rows that are grouped by expert
+    narrow: float = 0.0  # FLOPs of each matmul over the smallest of its dimensions
+    stacked: float = 0.0  # bytes that a scan over layers keeps; `bytes` has them STACKING times
 
     def seconds(self, chip: Chip) -> float:
         return max(self.flops / chip.flops, self.bytes / chip.bandwidth)
@@ -90,7 +82,8 @@ def forward_passes(s: Part) -> int:
     return 1 if s.schedule is None else 2
 
 
-def attention_flops(s: Part, kind: str) -> tuple[float, float]:
+@functools.cache
+def attention_flops(s: Microbatch, kind: str) -> tuple[float, float]:
     """Returns the FLOPs of one layer's attention for a microbatch, forward and backward: two
     matmuls and five."""
     sizes = s.of_layer(kind)
@@ -98,16 +91,16 @@ def attention_flops(s: Part, kind: str) -> tuple[float, float]:
     return each * (sizes.key + sizes.value), each * (3 * sizes.key + 2 * sizes.value)
 
 
-def expansion_flops(s: Part, kind: str) -> float:
+def expansion_flops(s: Microbatch, kind: str) -> float:
     """Returns the FLOPs of one pass that makes keys and values of the other cp devices' positions,
     which each device does for itself."""
     return 2.0 * (s.mesh[CP] - 1) * s.tokens * s.of_layer(kind).expansion / s.mesh[TP]
 
 
-def matmul_flops(s: Part, kind: str, again: bool = False) -> float:
+def matmul_flops(s: Microbatch, kind: str, again: bool = False) -> float:
     """Returns the FLOPs of one pass over a layer's matrices, for a microbatch on a device: 2 per
     weight and token. With `again` only those that remat computes again."""
-    kept = (*s.cfg.kept_names, NEVER) if again else ()
+    kept = (*s.cfg.spared_names, NEVER) if again else ()
     return flops_of(layer(s.cfg, kind), s.local, kept)
 
 
@@ -122,32 +115,81 @@ def flops_of(params: Group, tokens: int, without: tuple[str, ...]) -> float:
     )
 
 
+@functools.cache
+def layer_flops(s: Microbatch, kind: str, passes: int) -> tuple[float, float, float]:
+    """Returns the FLOPs of a layer for a microbatch, which passes forward so many times: of its
+    matmuls with weights, of attention, and of keys and values made again where cp cuts."""
+    attend, attend_back = attention_flops(s, kind)
+    matmuls, attends = (passes + 2) * matmul_flops(s, kind), passes * attend + attend_back
+    expanded = passes + 2 + s.in_ring  # backward makes them again
+    if s.cfg.remat != 'none':
+        matmuls += matmul_flops(s, kind, again=True)
+        attends += attend * (ATTENTION_OUTPUT not in s.cfg.spared_names)
+        expanded += not s.in_ring or ATTENTION_OUTPUT not in s.cfg.spared_names
+    return matmuls, attends, expanded * expansion_flops(s, kind)
+
+
+@functools.cache
+def layer_traffic(s: Microbatch, kind: str, passes: int) -> float:
+    """Returns the bytes of activations that a layer reads and writes for a microbatch."""
+    # Forward writes and reads each array once, backward twice that.
+    times = passes + (s.cfg.remat != 'none') + 2
+    moved = times * 2 * sum(v.bytes for v in layer_values(s, kind))
+    moved += STACKING * kept_of_layer(s, kind)
+    if ATTENTION_KERNELS[s.cfg.attention_kernel].scores:
+        moved += times * score_bytes(s, kind)
+    return moved
+
+
+@functools.cache
+def weight_traffic(params: Group, mesh: Mesh, width: int, times: int) -> float:
+    """Returns the bytes that a layer's weights and gradients take in memory for a microbatch."""
+    # Each gradient is written, and added to a sum that is read and written.
+    gradients = 4 * FLOAT32 * shards(params, mesh)
+    return times * 2 * gathered(params, mesh, width) + gradients
+
+
+@functools.cache
+def matmul_kinds(s: Microbatch, kind: str) -> tuple[float, float]:
+    """Returns, of a layer's matmuls by their FLOPs, the part that experts do, and the mean of one
+    over the smallest dimension that a device has of each."""
+    total = experts = narrow = 0.0
+    for p in layer(s.cfg, kind).params:
+        if not p.matrix:
+            continue
+        shard = [
+            n // math.prod(s.mesh[axis] for axis in spec_axes(P(dim)) if axis != FSDP)
+            for n, dim in itertools.zip_longest(p.shape, p.spec)
+        ]
+        takes, gives = (p.inputs, p.outputs) if p.inputs else (1, 1)
+        rows = s.tokens * p.use * (s.mesh[EP] if EP in spec_axes(p.spec) else 1)
+        least = min(rows, math.prod(shard[-gives:]), math.prod(shard[-takes - gives : -gives]))
+        flops = math.prod(p.shape) * p.use * p.work
+        total += flops
+        experts += flops * (p.use < 1)
+        narrow += flops / max(least, 1)
+    return experts / total, narrow / total
+
+
 def layers_work(s: Part, part: str, kinds: tuple[str, ...], n: int) -> Work:
     """Returns the work of `n` times layers of these kinds, for all microbatches of a step."""
-    passes, remat = forward_passes(s), s.cfg.remat != 'none'
-    flops = moved = 0.0
+    passes = forward_passes(s)
+    times = passes + (s.cfg.remat != 'none') + 2
+    flops = moved = attention = experts = narrow = stacked = 0.0
     for kind in kinds:
-        attend, attend_back = attention_flops(s, kind)
-        flops += (passes + 2) * matmul_flops(s, kind) + passes * attend + attend_back
-        expanded = passes + 2 + s.in_ring  # backward makes them again
-        if remat:
-            flops += matmul_flops(s, kind, again=True)
-            flops += attend * (ATTENTION_OUTPUT not in s.cfg.kept_names)
-            expanded += not s.in_ring or ATTENTION_OUTPUT not in s.cfg.kept_names
-        flops += expanded * expansion_flops(s, kind)
-        values = sum(v.bytes for v in layer_values(s, kind))
-        weights = gathered(layer(s.cfg, kind), s)
-        # Forward writes and reads each array once, backward twice that.
-        moved += (passes + remat + 2) * 2 * (values + weights)
-        moved += STACKING * kept_of_layer(s, kind)
-        if ATTENTION_KERNELS[s.cfg.attention_kernel].scores:
-            moved += (passes + remat + 2) * score_bytes(s, kind)
-        # Each gradient is written, and added to a sum that is read and written.
-        moved += 4 * FLOAT32 * shards(layer(s.cfg, kind), s.sizes)
-    return Work(part, s.microbatches * n * flops, s.microbatches * n * moved)
+        matmuls, attends, expanded = layer_flops(s.micro, kind, passes)
+        of_experts, over = matmul_kinds(s.micro, kind)
+        flops += matmuls + attends + expanded
+        attention, experts = attention + attends, experts + matmuls * of_experts
+        narrow += matmuls * over
+        moved += layer_traffic(s.micro, kind, passes)
+        moved += weight_traffic(s.declared.layer(kind), s.sizes, s.width, times)
+        stacked += kept_of_layer(s.micro, kind)
+    each = (flops, moved, attention, experts, narrow, stacked)
+    return Work(part, *(s.microbatches * n * x for x in each))
 
 
-def score_bytes(s: Part, kind: str) -> float:
+def score_bytes(s: Microbatch, kind: str) -> float:
     """Returns the bytes of attention scores, written and read in float32 and the compute type."""
     scores = s.tokens * s.keys_seen(kind) * s.cfg.n_heads / s.mesh[TP]
     return 2 * scores * (FLOAT32 + s.width)
@@ -161,13 +203,15 @@ def head_work(s: Part) -> Work:
     matrix, logits = rows * cfg.d_model, tokens * rows
     chunks = tokens // s.loss_tokens
     moved = logits * (2 * FLOAT32 + 3 * s.width) + matrix * (3 * s.width + 2 * FLOAT32 * chunks)
-    return Work('head', s.microbatches * 6 * tokens * matrix, s.microbatches * moved)
+    flops = s.microbatches * 6 * tokens * matrix
+    narrow = flops / min(s.loss_tokens, rows, cfg.d_model)
+    return Work('head', flops, s.microbatches * moved, narrow=narrow)
 
 
 def optimizer_work(s: Part) -> Work:
     """Returns the work of the update: gradients read twice, for the norm and the update; parameters
     and slots read and written."""
-    n, slots = (shards(params, s.sizes) for params in (s.declared, s.slots))
+    n, slots = (shards(params, s.sizes) for params in (s.declared.all, s.declared.slots))
     return Work('optimizer', 12.0 * n, FLOAT32 * (4 * n + 2 * slots))
 
 
@@ -200,7 +244,9 @@ def part_sent(n: int) -> float:
 def weight_transfers(s: Part) -> list[Transfer]:
     """Lists the gathers of weights over fsdp and the way back of their gradients."""
     once, M = s.gather == 'step', s.microbatches
-    blocks, first, embed = (gathered(s.declared_in(x), s) for x in ('blocks', 'first', 'embed'))
+    blocks, first, embed = (
+        gathered(s.declared.of(x), s.sizes, s.width) for x in ('blocks', 'first', 'embed')
+    )
     vocabulary = 2 * M * embed  # as embedding and as head
     # In forward, and in backward, which does not keep them; in a pipeline also in B's forward.
     times = M * (forward_passes(s) + 1)
@@ -218,7 +264,7 @@ def routed(cfg: ModelConfig, kind: str) -> bool:
     return layer_kinds(cfg, kind)[1].routed
 
 
-def activations_sent(s: Part, kind: str) -> tuple[list[float], list[float]]:
+def activations_sent(s: Microbatch, kind: str) -> tuple[list[float], list[float]]:
     """Returns the bytes that a layer gathers and scatters over tp in forward, each for attention
     and feed-forward."""
     cfg, c, t = s.cfg, s.width, s.tokens
@@ -228,24 +274,25 @@ def activations_sent(s: Part, kind: str) -> tuple[list[float], list[float]]:
     return [attention, x + choices], [x, x]
 
 
+@functools.cache
+def layer_activations_sent(s: Microbatch, kind: str, passes: int) -> float:
+    """Returns the bytes that a layer gathers and scatters over tp in all its passes."""
+    gathers, scatters = activations_sent(s, kind)
+    sent = (passes + 1) * sum(gathers + scatters)
+    if routed(s.cfg, kind):
+        sent -= 4 * s.tokens * s.cfg.experts_per_token  # numbers of experts: no gradient
+    if s.cfg.remat != 'none':  # what the feed-forward scatters is not needed again
+        sent += sum(gathers) + scatters[0] * (RESIDUAL not in s.cfg.spared_names)
+    return sent
+
+
 def activation_transfers(s: Part) -> list[Transfer]:
     """Lists what moves over tp: the residual stream, gathered and scattered by both parts of each
     layer."""
-    cfg, passes, remat = s.cfg, forward_passes(s), s.cfg.remat != 'none'
-    x = s.tokens * cfg.d_model * s.width
-
-    def of_kind(kind: str) -> float:
-        gathers, scatters = activations_sent(s, kind)
-        sent = (passes + 1) * sum(gathers + scatters)
-        if routed(cfg, kind):
-            sent -= 4 * s.tokens * cfg.experts_per_token  # numbers of experts: no gradient
-        if remat:  # what the feed-forward scatters is not needed again
-            sent += sum(gathers) + scatters[0] * (RESIDUAL not in cfg.kept_names)
-        return sent
-
-    sent = sum(n * of_kind(kind) for kind, n in s.layers.items())
+    passes, x = forward_passes(s), s.tokens * s.cfg.d_model * s.width
+    sent = sum(n * layer_activations_sent(s.micro, kind, passes) for kind, n in s.layers.items())
     sent += 2 * x  # the embedding's
-    sent += s.head_tokens * s.mesh[TP] * (2 * cfg.d_model * s.width + 28)  # and loss statistics
+    sent += s.head_tokens * s.mesh[TP] * (2 * s.cfg.d_model * s.width + 28)  # and loss statistics
     sent *= part_sent(s.mesh[TP]) * s.microbatches
     return [Transfer(TP, 'activations, gathered and scattered', sent)]
 
@@ -260,7 +307,7 @@ def context_transfers(s: Part) -> list[Transfer]:
     n, cfg = s.mesh[CP], s.cfg
     hop = sum(layers * s.travels(kind) for kind, layers in s.layers.items())
     once, again = (n - 1) * hop * s.width, 0
-    if cfg.remat != 'none' and not (s.in_ring and ATTENTION_OUTPUT in cfg.kept_names):
+    if cfg.remat != 'none' and not (s.in_ring and ATTENTION_OUTPUT in cfg.spared_names):
         again = once - hop * s.width if s.in_ring else once
     forward = forward_passes(s) * once + again
     backward = once + n * hop * FLOAT32 if s.in_ring else once
@@ -276,7 +323,7 @@ def expert_transfers(s: Part) -> list[Transfer]:
     rows = s.tokens * cfg.experts_per_token * cfg.d_model * s.width
     times = 2 * (forward_passes(s) + 1)
     if cfg.remat != 'none':
-        times += 1 + (HIDDEN not in cfg.kept_names)
+        times += 1 + (HIDDEN not in cfg.spared_names)
     sent = part_sent(s.mesh[EP]) * s.microbatches * layers * rows * times
     return [Transfer(EP, 'rows to their experts and back', sent)] if layers else []
 
@@ -294,30 +341,26 @@ def pipeline_transfers(s: Part) -> list[Transfer]:
 
 
 @functools.cache
-def gradients_sent(params: Group, mesh: tuple[tuple[str, int], ...]) -> dict[str, float]:
-    """Returns the bytes along each axis that sum the gradients over the axes that do not shard
-    their parameter: as a hierarchy, scattered over the innermost axis first."""
+def gradient_transfers(params: Group, mesh: Mesh) -> list[Transfer]:
+    """Lists the sums of gradients, once per step, over the axes that do not shard their parameter:
+    as a hierarchy, scattered over the innermost axis first."""
     sent, sizes = dict.fromkeys(AXES, 0.0), dict(mesh)
-    for p in params.params:
-        part = 2.0 * FLOAT32 * shard_size(p, sizes)
-        for axis in reversed(free_axes(p.spec)):
-            sent[axis] += part * part_sent(sizes[axis])
-            part /= sizes[axis]
-    return sent
+    for axes, _, n in params.by_axes:
+        part = 2.0 * FLOAT32 * (n // math.prod(sizes[axis] for axis in axes))
+        for axis in reversed(AXES):
+            if axis not in axes:
+                sent[axis] += part * part_sent(sizes[axis])
+                part /= sizes[axis]
+    return [Transfer(axis, 'gradients, summed', n) for axis, n in sent.items() if n]
 
 
-def gradient_transfers(s: Part) -> list[Transfer]:
-    """Lists the sums of gradients, once per step."""
-    sent = gradients_sent(s.declared, s.sizes)
-    return [Transfer(axis, 'gradients, summed', n) for axis, n in sent.items()]
-
-
-def muon_transfers(s: Part) -> list[Transfer]:
+@functools.cache
+def muon_transfers(matrices: tuple[Shape, ...]) -> list[Transfer]:
     """Lists what moves so that each matrix is whole on its home, and its update on all devices."""
     sent = dict.fromkeys(AXES, 0.0)
-    for axis, n in (pair for shape in s.of_muon for pair in shape.sent):
+    for axis, n in (pair for shape in matrices for pair in shape.sent):
         sent[axis] += n
-    return [Transfer(axis, 'matrices to their homes and back', n) for axis, n in sent.items()]
+    return [Transfer(axis, 'matrices to their homes and back', n) for axis, n in sent.items() if n]
 
 
 def all_transfers(s: Part) -> list[Transfer]:
@@ -328,8 +371,8 @@ def all_transfers(s: Part) -> list[Transfer]:
         *context_transfers(s),
         *expert_transfers(s),
         *pipeline_transfers(s),
-        *gradient_transfers(s),
-        *muon_transfers(s),
+        *gradient_transfers(s.declared.all, s.sizes),
+        *muon_transfers(s.of_muon),
     ]
     return [t for t in found if t.bytes > 0]
 
@@ -343,8 +386,7 @@ def bubble(s: Part) -> float:
     """Returns the part of the blocks' time that a stage idles, the ticks being in lock step."""
     if s.schedule is None:
         return 0.0
-    costs = pipeline_costs(s.cfg.remat)
-    return 1 - ideal(s.schedule, costs) / lock_step(s.schedule, costs)
+    return s.schedule.bubble
 
 
 @dataclasses.dataclass(frozen=True)
@@ -417,19 +459,19 @@ def estimate(config: ConfigDict, chip: Chip) -> Estimate:
     return estimate_part(part_of(config, chip.platform), chip)
 
 
-def estimate_part(s: Part, chip: Chip) -> Estimate:
-    """Estimates one device's part, which its share describes."""
+def estimate_part(s: Part, chip: Chip, used: Memory | None = None) -> Estimate:
+    """Estimates one device's part, which its share describes; `used`: its memory, if known."""
     work, sizes = all_work(s), [s.mesh[axis] for axis in AXES]
     of_model = sum(w.flops for w in work if w.part != NEWTON_SCHULZ)
     return Estimate(
         chip=chip,
         devices=math.prod(sizes),
         tokens=s.step_tokens,
-        parameters=counted(s.cfg, s.chunks, active=False),
-        active=counted(s.cfg, s.chunks, active=True),
+        parameters=s.declared.parameters,
+        active=s.declared.active,
         useful=useful_flops(s.cfg, s.T),
         computed=of_model * math.prod(sizes) / s.step_tokens,
-        memory=memory(s),
+        memory=used or memory(s),
         work=work,
         transfers=all_transfers(s),
         of_muon=s.of_muon,

@@ -1,26 +1,38 @@
-"""Searches the layouts of a config: meshes, microbatches, pipeline schedules, rematerialization."""
+"""Searches the layouts of a config: meshes, microbatches, pipeline schedules, rematerialization.
+
+Layouts are compared as parts of one device: a `ConfigDict` is made of those alone that are
+returned. Each number of microbatches on a mesh has a bound of what any schedule and
+rematerialization can reach, and only those that may be the best are estimated one by one (branch
+and bound). To lay out a zero-bubble schedule can take a second, so that too is done only where its
+bound is the best. The answer is that of an estimate of every layout (tests/test_search.py).
+"""
 
 import dataclasses
+import functools
+import heapq
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from config import ConfigError, ModelConfig
+from config import ConfigError, ModelConfig, model_config
 from layers.context_parallel import STYLES
 from machine.chips import Chip
-from parallel import AXES
-from planning.footprint import part_of
-from planning.roofline import Estimate, estimate_part
-from runtime.config_checks import is_routed, validate
+from parallel import AXES, BATCH, CP, EP, PP, TP
+from pipeline.schedules import CLOCKS, EQUAL_COSTS, check_settings
+from planning.expected import expected_seconds
+from planning.footprint import memory
+from planning.part import ZERO_BUBBLE, Part, Pipeline, least_zero_bubble, part_of, pipeline
+from planning.roofline import Estimate, all_work, estimate_part
+from runtime.config_checks import GATHERS, is_routed, mesh_errors, stage_errors, validate
 
 # (model.remat, model.remat_keep), from the least memory to the most.
 REMAT_CHOICES = (
     ('full', ()), ('full', ('attention',)), ('full', ('attention', 'residual')),
     ('full', ('attention', 'residual', 'hidden')), ('none', ()),
 )  # fmt: skip
-
-
 LONG = 8192  # positions from which on cp is tried
 
 
@@ -45,65 +57,139 @@ def meshes(devices: int) -> Iterator[dict[str, int]]:
     return factor(devices, AXES)
 
 
-def schedules(config: ConfigDict, stages: int) -> Iterator[tuple[str, int]]:
+def schedules(blocks: int, stages: int) -> Iterator[tuple[str, int]]:
     """Yields the pipeline schedules to try with this many stages, as (schedule, chunks)."""
     yield '1f1b', 1
     if stages > 1:
-        yield 'zero_bubble', 1
-        m = config.model
-        blocks = (m.n_layers - m.first_dense) // len(m.block)
+        yield ZERO_BUBBLE, 1
         for chunks in (2, 4):
             if blocks % (stages * chunks) == 0:
                 yield 'interleaved', chunks
 
 
-def can_run(config: ConfigDict, devices: int) -> bool:
-    """Returns whether `validate` accepts the config on this many devices; data are not needed."""
-    try:
-        validate(config, devices, needs_data=False)
-    except ConfigError:
-        return False
-    return True
-
-
-def candidates(config: ConfigDict, devices: int) -> Iterator[ConfigDict]:
-    """Yields the config with every mesh, number of microbatches and pipeline schedule that can run;
-    the batch size stays as it is."""
-    m = config.model
-    blocks = (m.n_layers - m.first_dense) // len(m.block)
-    for mesh in meshes(devices):
-        if mesh['ep'] > 1 and not is_routed(config):
-            continue  # without experts, ep is fsdp without its shards
-        if blocks % mesh['pp']:
-            continue  # seen before a schedule is made, which takes long for many stages
-        if mesh['cp'] > 1 and config.seq_len < LONG:
-            continue  # rows are cut more cheaply between devices
-        shards = mesh['dp'] * mesh['fsdp'] * mesh['ep']
-        if config.batch_size % shards or m.n_heads % mesh['tp'] or mesh['tp'] > m.n_heads:
-            continue
-        rows = config.batch_size // shards
-        for microbatches in factors(rows):
-            if mesh['pp'] > 1 and microbatches > 8 * mesh['pp']:
-                continue  # the bubble is small by then
-            for schedule, chunks in schedules(config, mesh['pp']):
-                c = config.copy_and_resolve_references()
-                c.mesh.update(mesh)
-                c.microbatches = microbatches
-                c.pipeline.update(schedule=schedule, chunks=chunks)
-                for style in STYLES if mesh['cp'] > 1 else (config.cp_style,):
-                    c = c.copy_and_resolve_references()
-                    c.cp_style = style
-                    if can_run(c, devices):
-                        yield c
-
-
-def check_base(config: ConfigDict) -> None:
-    """Raises ConfigError for what is wrong with a config in any layout: then none can run."""
+def on_one_device(config: ConfigDict) -> ConfigDict:
+    """Returns a copy of the config in the plainest layout."""
     c = config.copy_and_resolve_references()
     c.mesh.update(dict.fromkeys(AXES, 1))
     c.microbatches = 1
     c.pipeline.update(schedule='1f1b', chunks=1)
-    validate(c, 1, needs_data=False)
+    return c
+
+
+# ---------------------------------------------------------------------------------------------
+# The layouts of a config
+# ---------------------------------------------------------------------------------------------
+
+
+def shares(config: ConfigDict, devices: int, platform: str) -> Iterator[Part]:
+    """Yields one device's part for every mesh of this many devices, and style of cp, that can run:
+    all of its rows as one microbatch, without a pipeline's schedule."""
+    c, routed = on_one_device(config), is_routed(config)
+    rows, heads, blocks = c.batch_size, c.model.n_heads, model_config(c).n_blocks
+    for mesh in meshes(devices):
+        if mesh[EP] > 1 and not routed:
+            continue  # without experts, ep is fsdp without its shards
+        if mesh[CP] > 1 and c.seq_len < LONG:
+            continue  # rows are cut more cheaply between devices
+        if blocks % mesh[PP] or heads % mesh[TP] or rows % math.prod(mesh[x] for x in BATCH):
+            continue
+        c.mesh.update(mesh)
+        for style in STYLES if mesh[CP] > 1 else (config.cp_style,):
+            c.cp_style = style
+            if not any(mesh_errors(c)):
+                yield part_of(c, platform)
+
+
+@functools.cache
+def with_remat(cfg: ModelConfig, remat: str, keep: tuple[str, ...]) -> ModelConfig:
+    """Returns the model with another rematerialization, one object of each: much is kept by it."""
+    return dataclasses.replace(cfg, remat=remat, remat_keep=keep, remat_offload=())
+
+
+def in_microbatches(share: Part, microbatches: int) -> Part:
+    """Returns a part of `shares` whose rows are cut into microbatches."""
+    return dataclasses.replace(share, microbatches=microbatches, rows=share.rows // microbatches)
+
+
+def microbatches_of(share: Part) -> list[int]:
+    """Lists the numbers of microbatches to try."""
+    stages, numbers = share.mesh[PP], factors(share.rows)
+    return [m for m in numbers if stages == 1 or m <= 8 * stages]  # the bubble is small by then
+
+
+def schedules_of(s: Part) -> list[tuple[str, int]]:
+    """Lists the pipeline schedules that can run a part, as (schedule, chunks)."""
+    found = schedules(s.cfg.n_blocks, s.mesh[PP])
+    return [(name, chunks) for name, chunks in found if can_pipeline(s, name, chunks)]
+
+
+def can_pipeline(s: Part, name: str, chunks: int) -> bool:
+    """Returns whether a part runs by this schedule."""
+    stages = s.mesh[PP]
+    if stages == 1:
+        return True
+    try:
+        check_settings(name, stages, s.microbatches, chunks, EQUAL_COSTS, CLOCKS[0])
+    except ConfigError:
+        return False
+    return not any(stage_errors(s.cfg.n_blocks, s.local, stages, chunks))
+
+
+def with_schedule(s: Part, name: str, chunks: int, clock: str, exact: bool = True) -> Part:
+    """Returns a part with a schedule; of zero_bubble with a bound of it, unless `exact`."""
+    stages, remat = s.mesh[PP], s.cfg.remat
+    if stages == 1:
+        return s
+    times = (pipeline if exact else times_of)(name, stages, s.microbatches, chunks, remat, clock)
+    declared = s.declared.cut(chunks)
+    return dataclasses.replace(s, chunks=chunks, declared=declared, schedule=times)
+
+
+def times_of(
+    name: str, stages: int, microbatches: int, chunks: int, remat: str, clock: str
+) -> Pipeline:
+    """Returns what planning reads off a schedule; of zero_bubble a bound, soon made."""
+    if name == ZERO_BUBBLE:
+        return least_zero_bubble(stages, microbatches, remat)
+    return pipeline(name, stages, microbatches, chunks, remat, clock)
+
+
+def with_layout(config: ConfigDict, s: Part) -> ConfigDict:
+    """Returns the config in the layout of a part."""
+    c = config.copy_and_resolve_references()
+    c.mesh.update(s.mesh)
+    c.update(cp_style=s.cfg.cp_style, microbatches=s.microbatches, fsdp_gather=s.gather)
+    c.pipeline.chunks = s.chunks
+    if s.schedule:
+        c.pipeline.schedule = s.schedule.name
+    c.model.update(remat=s.cfg.remat, remat_keep=s.cfg.remat_keep, remat_offload=())
+    return c
+
+
+# ---------------------------------------------------------------------------------------------
+# The search
+# ---------------------------------------------------------------------------------------------
+
+Found = list[tuple[ConfigDict, Estimate]]
+
+
+class Node(NamedTuple):
+    """Layouts, and the least seconds that any of them may take; compared by both first fields.
+
+    Without an estimate it is a number of microbatches on a mesh, with its schedules, or one layout
+    with the bound of a zero-bubble schedule.
+    """
+
+    seconds: float
+    number: tuple[int, int]
+    part: Part
+    schedules: list[tuple[str, int]]
+    estimate: Estimate | None = None
+
+
+def check_base(config: ConfigDict) -> None:
+    """Raises ConfigError for what is wrong with a config in any layout: then none can run."""
+    validate(on_one_device(config), 1, needs_data=False)
 
 
 def search(
@@ -111,42 +197,157 @@ def search(
     devices: int,
     chip: Chip,
     room: float = 0.9,
-    progress: Callable[[int, int], None] | None = None,
-) -> tuple[list[tuple[ConfigDict, Estimate]], int]:
-    """Returns the fastest layout of each mesh, the fastest mesh first, and how many were tried.
+    progress: Callable[[int], None] | None = None,
+    best: int | None = None,
+) -> tuple[Found, int]:
+    """Returns the fastest layout of each mesh, the fastest mesh first, and how many were compared.
 
-    Leaves out layouts that take more than `room` of the chip's memory. Compares by `expected`.
-    Calls progress(layouts tried, meshes with one that fits). Raises ConfigError if the config is
-    wrong in any layout, or no layout divides it.
+    Leaves out layouts that take more than `room` of the chip's memory. Compares by `expected`. With
+    `best`, returns so many meshes, and after them the first without cp if that cuts all of them.
+    Calls progress(layouts compared). Raises ConfigError if the config is wrong in any layout, or no
+    layout divides it.
     """
     check_base(config)
-    best: dict[tuple[int, ...], tuple[ConfigDict, Estimate]] = {}
-    models: dict[ModelConfig, ModelConfig] = {}  # one object of each, which is found by identity
-    tried = 0
-    for c in candidates(config, devices):
-        s, key = part_of(c, chip.platform), tuple(c.mesh[axis] for axis in AXES)
-        for remat, keep in REMAT_CHOICES:
-            cfg = dataclasses.replace(s.cfg, remat=remat, remat_keep=keep, remat_offload=())
-            cfg = models.setdefault(cfg, cfg)
-            e = estimate_part(dataclasses.replace(s, cfg=cfg), chip)
-            tried += 1
-            if progress:
-                progress(tried, len(best))
-            if e.memory.peak > room * chip.memory:
-                break  # the next choices keep more
-            if key not in best or expected(e) < expected(best[key][1]):
-                found = c.copy_and_resolve_references()
-                found.model.update(remat=remat, remat_keep=keep, remat_offload=())
-                best[key] = (found, e)
-    if not tried:
+    clock, limit = config.pipeline.clock, room * chip.memory
+    nodes: list[Node] = []
+    compared = 0
+    for share in shares(config, devices, chip.platform):
+        used = memory(share)
+        fits = used.state + used.in_update <= limit  # for any microbatches
+        for microbatches in microbatches_of(share):
+            s = in_microbatches(share, microbatches)
+            names = schedules_of(s)
+            least = bound(s, names, clock, chip, limit) if names and fits else None
+            if least:
+                nodes.append(Node(expected(least), (len(nodes), -1), s, names))
+            compared += len(names) * len(REMAT_CHOICES)
+        if progress:
+            progress(compared)
+    if not compared:
         raise ConfigError(
             f'no layout of {devices} devices divides the config; use another number of devices, '
             f'or sizes of the model and a batch_size ({config.batch_size}) with more divisors'
         )
-    return sorted(best.values(), key=lambda found: expected(found[1])), tried
+    found = list(itertools.islice(in_order(nodes, chip, limit, clock), best))
+    if found and all(s.mesh[CP] > 1 for s, _ in found):
+        whole = [node for node in nodes if node.part.mesh[CP] == 1]
+        found += itertools.islice(in_order(whole, chip, limit, clock), 1)
+    return [(with_layout(config, s), e) for s, e in found], compared
+
+
+def faster(
+    config: ConfigDict, e: Estimate, room: float = 0.9, least: float = 0.05
+) -> tuple[ConfigDict, Estimate] | None:
+    """Returns a config that `validate` accepts, estimated as `e`, with the best microbatches,
+    rematerialization and fsdp_gather, and its estimate; None if it gains less than `least` of the
+    seconds of one that fits."""
+    clock, limit, chip = config.pipeline.clock, room * e.chip.memory, e.chip
+    names = [(config.pipeline.schedule, config.pipeline.chunks)]
+    c = config.copy_and_resolve_references()
+    c.microbatches = 1
+    c.pipeline.update(schedule='1f1b', chunks=1)
+    nodes = []
+    for gather in GATHERS:
+        share = dataclasses.replace(part_of(c, chip.platform), gather=gather)
+        for microbatches in microbatches_of(share):
+            s = in_microbatches(share, microbatches)
+            if can_pipeline(s, *names[0]) and (found := bound(s, names, clock, chip, limit)):
+                nodes.append(Node(expected(found), (len(nodes), -1), s, names))
+    s, found = next(in_order(nodes, chip, limit, clock), (None, e))
+    enough = not e.fits or expected(found) <= (1 - least) * expected(e)
+    return (with_layout(config, s), found) if s and enough else None
+
+
+def in_order(
+    nodes: list[Node], chip: Chip, limit: float, clock: str
+) -> Iterator[tuple[Part, Estimate]]:
+    """Yields the fastest layout of each mesh, the fastest mesh first: branch and bound.
+
+    The node that comes first is a layout, which then is the fastest of its mesh, or it is replaced
+    by the layouts in it, each at its own place in the order.
+    """
+    queue, done = sorted(nodes), set()
+    while queue:
+        node = heapq.heappop(queue)
+        if node.part.sizes in done:
+            continue
+        if node.estimate is not None:
+            done.add(node.part.sizes)
+            yield node.part, node.estimate
+        for inner in inside(node, chip, limit, clock):
+            heapq.heappush(queue, inner)
+
+
+def inside(node: Node, chip: Chip, limit: float, clock: str) -> Iterator[Node]:
+    """Yields the layouts of a node that fit, with a bound where the schedule takes long to make."""
+    if node.estimate is not None:
+        return
+    s, (first, place) = node.part, node.number
+    if place >= 0:
+        exact = with_schedule(s, ZERO_BUBBLE, 1, clock)
+        e = estimate_part(exact, chip)
+        if e.memory.peak <= limit:
+            yield Node(expected(e), node.number, exact, node.schedules, e)
+        return
+    for name, chunks in node.schedules:
+        for choice in REMAT_CHOICES:
+            place += 1
+            inner = dataclasses.replace(s, cfg=with_remat(s.cfg, *choice))
+            inner = with_schedule(inner, name, chunks, clock, exact=False)
+            used = memory(inner)
+            if used.peak > limit:
+                continue
+            e = estimate_part(inner, chip, used)
+            known = None if name == ZERO_BUBBLE else e
+            yield Node(expected(e), (first, place), inner, node.schedules, known)
+
+
+def bound(
+    s: Part, names: list[tuple[str, int]], clock: str, chip: Chip, limit: float
+) -> Estimate | None:
+    """Returns an estimate that no schedule and no rematerialization of a part falls below, None if
+    none of them fits.
+
+    Without rematerialization nothing is computed or sent again, and with all of it the least is
+    kept, read and written; the more chunks, the fewer layers at a time. So `expected` must not fall
+    where work, a transfer or the bubble grows.
+    """
+    times, chunks = None, max(chunks for _, chunks in names)
+    if s.mesh[PP] > 1:
+        times = least_pipeline(tuple(names), s.mesh[PP], s.microbatches, clock)
+    all_again, none_again = (
+        dataclasses.replace(s, cfg=with_remat(s.cfg, *choice), schedule=times, chunks=chunks)
+        for choice in (REMAT_CHOICES[0], REMAT_CHOICES[-1])
+    )
+    used = memory(all_again)
+    if used.peak > limit:
+        return None
+    e = estimate_part(none_again, chip, used)
+    work = [
+        dataclasses.replace(a, bytes=min(a.bytes, b.bytes), stacked=min(a.stacked, b.stacked))
+        for a, b in zip(e.work, all_work(all_again), strict=True)
+    ]
+    return dataclasses.replace(e, work=work)
+
+
+@functools.cache
+def least_pipeline(
+    names: tuple[tuple[str, int], ...], stages: int, microbatches: int, clock: str
+) -> Pipeline:
+    """Returns the least ticks and bubble of these schedules, for any rematerialization."""
+    found = [
+        times_of(name, stages, microbatches, chunks, remat, clock)
+        for name, chunks in names
+        for remat in {remat for remat, _ in REMAT_CHOICES}
+    ]
+    ticks, idle = min(x.ticks for x in found), min(x.bubble for x in found)
+    return Pipeline('the least', ticks, 1, 1, 1, False, idle)
 
 
 def expected(e: Estimate) -> float:
-    """Returns the seconds of a step by which layouts are compared: the mean of both bounds, since
-    compilers hide some of the collectives behind compute."""
-    return (e.seconds + e.overlapped_seconds) / 2
+    """Returns the seconds of a step by which layouts are compared: those that it is expected to
+    take (planning/expected.py).
+
+    More work, more bytes sent or a larger bubble must not make it less: `bound` relies on that.
+    """
+    return expected_seconds(e)

@@ -1,6 +1,7 @@
 """Describes devices to compile for that need not be there: TPU slices and nodes of GPUs."""
 
 import importlib.util
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -11,8 +12,15 @@ from jax.experimental import topologies
 from config import ConfigError
 from machine.chips import CHIPS
 
-TPU_NAMES = 'v4:2x4x4, v5e:4x4, v5p:2x2x4 or v6e:4x4'
+TPU_NAMES = 'v4:2x4x4, v5e:4x4, v5p:2x2x4, v6e:4x4 or tpu7x:2x2x1'
 GPU_NAMES = 'h100:8 (one node of 8) or h100:4x8 (4 nodes of 8)'
+
+# The slices that there are, in chips, by the configurations at cloud.google.com/tpu/docs; libtpu
+# opens others, too. v5e and v6e: all of them. The rest: those smaller than a cube of 4 x 4 x 4, and
+# whole cubes, at most so many chips.
+FLAT = ('1x1', '2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16')
+SMALL = ('2x2x1', '2x2x2', '2x2x4', '2x4x4')
+LARGEST = {'v4': 4096, 'v5p': 6144, 'tpu7x': 9216}
 
 # Properties of GPUs that CHIPS lacks and the compiler's choices depend on: compute capability as
 # (major, features), multiprocessors, float32 units of each, MiB of L2 cache, clock, KiB of shared
@@ -22,10 +30,13 @@ _HOPPER = {
     'sm': (9, 'ACCELERATED_FEATURES'), 'cores': 132, 'fpus': 128, 'l2': 50, 'ghz': 1.98,
     'shared': 228,
 }  # fmt: skip
+_BLACKWELL = _HOPPER | {'sm': (10, 'ACCELERATED_FEATURES'), 'cores': 148, 'l2': 126, 'ghz': 1.965}
 _GPUS = {
     'a100': {'sm': (8, 'NONE'), 'cores': 108, 'fpus': 64, 'l2': 40, 'ghz': 1.41, 'shared': 164},
     'h100': _HOPPER,
     'h200': _HOPPER,
+    'b200': _BLACKWELL,
+    'gb200': _BLACKWELL | {'cores': 152},
 }
 
 # A GpuTargetConfigProto of XLA, as text.
@@ -65,10 +76,48 @@ def topology_devices(name: str) -> Sequence[jax.Device]:
     """Returns the devices of a topology such as 'v4:2x4x4' or 'h100:8'.
 
     Only describes them: no device is opened, so that a training run on the same machine can go on.
-    Raises ConfigError if the compiler's package is missing or knows no such topology.
+    Raises ConfigError if no machine has it, or the compiler's package is missing or knows none.
     """
+    check_topology(name)
     chip, _, shape = name.partition(':')
     return gpu_devices(chip, shape) if chip in _GPUS else tpu_devices(name)
+
+
+def check_topology(name: str) -> None:
+    """Raises ConfigError unless machines have a topology of this name. No compiler is asked."""
+    chip, _, shape = name.partition(':')
+    if chip in _GPUS:
+        check_gpus(chip, shape)
+    elif chip in CHIPS and CHIPS[chip].torus:
+        check_slice(chip, shape)
+    else:
+        compiled = [x for x in CHIPS if x in _GPUS or CHIPS[x].torus]
+        raise ConfigError(
+            f'the topology {name!r} is unknown; use a chip of {", ".join(compiled)} with a shape, '
+            f'as in {TPU_NAMES}, or {GPU_NAMES}'
+        )
+
+
+def check_slice(chip: str, shape: str) -> None:
+    """Raises ConfigError unless there are slices of this shape, in any order of its dimensions. A
+    torus that may be twisted may end in _twisted or _untwisted, as libtpu names it."""
+    parts = re.fullmatch(r'([1-9]\d*(?:x[1-9]\d*)+)(_twisted|_untwisted)?', shape)
+    sizes = sorted(map(int, parts[1].split('x'))) if parts else []
+    if chip not in LARGEST:
+        known = parts is not None and not parts[2] and 'x'.join(map(str, sizes)) in FLAT
+        there = ', '.join(FLAT)
+    else:
+        small = [sorted(map(int, x.split('x'))) for x in SMALL]
+        cubes = len(sizes) == 3 and not any(n % 4 for n in sizes)
+        known = sizes in small or (cubes and math.prod(sizes) <= LARGEST[chip])
+        if parts and parts[2]:
+            known = known and cubes and 2 * sizes[0] == sizes[2] != sizes[0]
+        there = (
+            f'{", ".join(SMALL)}, and multiples of 4 in each of 3 dimensions up to '
+            f'{LARGEST[chip]:,} chips, as 4x4x8'
+        )
+    if not known:
+        raise ConfigError(f'no machine has {chip}:{shape}; slices of {chip} are {there}')
 
 
 def tpu_devices(name: str) -> Sequence[jax.Device]:
@@ -88,12 +137,23 @@ def tpu_devices(name: str) -> Sequence[jax.Device]:
         ) from error
 
 
-def gpu_devices(chip: str, shape: str) -> Sequence[jax.Device]:
-    """Returns the GPUs of one node, with shape '8', or of several nodes, '4x8'."""
+def check_gpus(chip: str, shape: str) -> tuple[int, int]:
+    """Returns the nodes, and the GPUs of each, of a shape. Raises ConfigError if it is none."""
     sizes = re.fullmatch(r'(?:([1-9]\d*)x)?([1-9]\d*)', shape)
     if not sizes:
         raise ConfigError(f'{chip}:{shape} is not a number of GPUs; use {GPU_NAMES}')
-    nodes, gpus = sizes[1] or 1, sizes[2]
+    nodes, gpus = int(sizes[1] or 1), int(sizes[2])
+    if gpus > CHIPS[chip].node:
+        raise ConfigError(
+            f'no machine has {chip}:{shape}: a node has at most {CHIPS[chip].node} GPUs; name '
+            f'several nodes, as in {chip}:2x{CHIPS[chip].node}'
+        )
+    return nodes, gpus
+
+
+def gpu_devices(chip: str, shape: str) -> Sequence[jax.Device]:
+    """Returns the GPUs of one node, with shape '8', or of several nodes, '4x8'."""
+    nodes, gpus = check_gpus(chip, shape)
     try:
         return topologies.get_topology_desc(
             platform='cuda', topology=f'1x{nodes}x{gpus}', target_config=gpu_target(chip)

@@ -40,10 +40,11 @@ from machine.config_flag import RECORDS
 from model import FEED_FORWARD, REMAT, kernel_layers
 from optimizer import COEFFICIENTS, OPTIMIZERS, SCALES
 from parallel import AXES, CP, DP, EP, FSDP, PP, TP
-from pipeline.schedules import CLOCKS, NAMES
+from pipeline.schedules import CLOCKS, NAMES, check_settings
 from runtime.writers import WRITERS
-from train_step import compiler_options, train_schedule
+from train_step import compiler_options, pipeline_costs
 
+GATHERS = ('layer', 'step')
 INT32 = 2**31 - 1  # counts are int32 on the device
 FLOAT32 = 3e38  # the largest number, and below the smallest that is not 0, in float32
 TINY = 1e-30
@@ -190,7 +191,7 @@ def choice_errors(fields: dict[str, Any]) -> Iterator[str]:
         'model.expert_kernel': names(EXPERT_KERNELS),
         'model.remat': REMAT,
         'model.router': ('sigmoid', 'softmax'),
-        'fsdp_gather': ('layer', 'step'),
+        'fsdp_gather': GATHERS,
         'cp_style': STYLES,
         'pipeline.schedule': NAMES,
         'pipeline.clock': CLOCKS,
@@ -284,10 +285,16 @@ def phase_errors(config: ConfigDict) -> Iterator[str]:
         name = f'from step {phase.start + 1} on: ' if phase.start else 'from the first step on: '
         sized[name] = in_phase(config, phase)
     for name, own in sized.items():
-        for errors in (layout_errors, kind_errors, pipeline_errors):
+        for errors in (mesh_errors, pipeline_errors):
             for error in errors(own):
                 found.setdefault(error, f'{name}{error}')
     yield from found.values()
+
+
+def mesh_errors(config: ConfigDict) -> Iterator[str]:
+    """Yields errors for what does not go with the mesh."""
+    yield from layout_errors(config)
+    yield from kind_errors(config)
 
 
 def layout_errors(config: ConfigDict) -> Iterator[str]:
@@ -404,23 +411,31 @@ def pipeline_errors(config: ConfigDict) -> Iterator[str]:
         if p.chunks > 1:
             yield f'pipeline.chunks={p.chunks} cuts stages, but mesh.pp=1 has none; use 1'
         return
-    n_blocks, parts = (m.n_layers - m.first_dense) // len(m.block), mesh.pp * p.chunks
-    if n_blocks % parts:
-        yield (
-            f'the {n_blocks} blocks of the model are not divisible by mesh.pp * pipeline.chunks='
-            f'{parts}; use a product of {divisors(n_blocks)}'
-        )
     tokens = config.batch_size // config.microbatches // (mesh.dp * mesh.fsdp * mesh.ep)
     tokens *= config.seq_len // (mesh.cp * mesh.tp)
-    if tokens % mesh.pp:
-        yield (
-            f"a microbatch's {tokens} tokens on a device are not divisible by mesh.pp={mesh.pp}, "
-            f'whose stages share the head; use a pp of {divisors(tokens)}'
-        )
+    blocks = (m.n_layers - m.first_dense) // len(m.block)
+    yield from stage_errors(blocks, tokens, mesh.pp, p.chunks)
     try:
-        train_schedule(config)
+        costs = pipeline_costs(m.remat)
+        check_settings(p.schedule, mesh.pp, config.microbatches, p.chunks, costs, p.clock)
     except ConfigError as error:
         yield f'pipeline: {error}'
+
+
+def stage_errors(blocks: int, tokens: int, stages: int, chunks: int) -> Iterator[str]:
+    """Yields errors for blocks of the model, and tokens of a microbatch on a device, that do not
+    spread over the stages and their chunks."""
+    parts = stages * chunks
+    if blocks % parts:
+        yield (
+            f'the {blocks} blocks of the model are not divisible by mesh.pp * pipeline.chunks='
+            f'{parts}; use a product of {divisors(blocks)}'
+        )
+    if tokens % stages:
+        yield (
+            f"a microbatch's {tokens} tokens on a device are not divisible by mesh.pp={stages}, "
+            f'whose stages share the head; use a pp of {divisors(tokens)}'
+        )
 
 
 def device_errors(config: ConfigDict, n_devices: int, n_processes: int) -> Iterator[str]:

@@ -38,7 +38,9 @@ COMMANDS = {
     'parallel.py': schedules,
 }
 WITH_WORDS = ('train.py', 'data.py', 'tokenizer.py')
-BENCHMARKS = sorted({p.name for p in (ROOT / 'benchmarks').glob('*.py')} - {'common.py'})
+BENCHMARKS = sorted(
+    {p.name for p in (ROOT / 'benchmarks').glob('*.py')} - {'common.py', 'released_models.py'}
+)
 
 FILES = {
     'syntax.py': 'import math\ndef get_config(:\n',
@@ -76,7 +78,7 @@ MISTAKES = [
     # the config
     ('train.py --config=tinny', 'there is no configs/tinny.py (did you mean configs/tiny.py?)'),
     ('train.py --config=configs/tinny.py', 'there is no configs/tinny.py'),
-    ('train.py --config={}/none.py', 'configs/ has deepseek_v3, default, gpu_h100'),
+    ('train.py --config={}/none.py', 'configs/ has deepseek_v3, default, gpu_b200'),
     ('train.py --config={}', 'there is no '),
     ('train.py --config=', 'there is no configs/.py'),
     ('train.py --config={}/syntax.py', 'syntax.py, line 2: SyntaxError: '),
