@@ -299,10 +299,14 @@ def open_data(
     )
     without = [p for (_, p, _), source in zip(named, sources, strict=True) if not source.evaluation]
     if without and config.eval.every:
+        remedy = (
+            'name files by validation=FILES or a larger validation_share= behind the path'
+            if all(map(is_direct, without))
+            else 'prepare the data again, into another folder, with a --validation_share above 0'
+        )
         raise ConfigError(
             f'eval.every={config.eval.every}, but nothing is held out for validation in '
-            f'{", ".join(without)}: use --config.eval.every=0, or prepare the data again, into '
-            'another folder, with a --validation_share above 0'
+            f'{", ".join(without)}: use --config.eval.every=0, or {remedy}'
         )
     encoding = sources[0].train.encoding()
     if encoding.n_vocab > config.model.vocab_size:
@@ -332,9 +336,7 @@ def vocabulary_note(vocab_size: int, encoding: tiktoken.Encoding) -> str:
 
 def _define_flags() -> None:
     flags.DEFINE_multi_string(
-        'input',
-        None,
-        f'Paths, folders, globs, URLs: {" ".join(KINDS)}; several with commas, or as words.',
+        'input', None, f'Paths, folders, globs, URLs, also as words: {" ".join(KINDS)}.'
     )
     flags.DEFINE_list('extensions', [], 'Endings of further files that are text: rst,c.')
     flags.DEFINE_boolean('as_text', False, 'Read files of any ending, but binary ones, as text.')
@@ -345,7 +347,7 @@ def _define_flags() -> None:
     flags.DEFINE_float('validation_share', 0.01, 'Share of documents held out.')
     flags.DEFINE_integer('workers', os.cpu_count(), 'Number of processes.', lower_bound=1)
     flags.DEFINE_string('ray', None, "Address of a Ray cluster, or 'auto' or 'local'.")
-    flags.DEFINE_string('text_field', 'text', 'Field of the text; doc.text: inside another.')
+    flags.DEFINE_string('text_field', 'text', 'Field of the text; doc.text: nested.')
     flags.DEFINE_enum(
         'format', None, list(FORMATS), 'Files of token ids instead of text, written by others.'
     )
@@ -354,7 +356,10 @@ def _define_flags() -> None:
     )
     flags.DEFINE_string('token_dtype', '', 'Type of ids, for nanogpt and for bytes in mds: uint16.')
     flags.DEFINE_integer(
-        'end_of_text', -1, "Id that separates documents in the files, if not the vocabulary's own."
+        'end_of_text',
+        None,
+        "Id that separates documents in the files, if not the vocabulary's own.",
+        lower_bound=0,
     )
     flags.DEFINE_enum(
         'borders',
@@ -362,9 +367,11 @@ def _define_flags() -> None:
         ['', *BORDERS],
         'A document is a record, or what lies between end-of-text tokens across records.',
     )
-    flags.DEFINE_float('max_bad_share', 0.001, 'Bad records that stop the job.')
+    flags.DEFINE_float('max_bad_share', 0.001, 'Share of bad records above which the job stops.')
     command.DEFINE_path('inspect', None, 'Prepared folder or URL to verify and describe.')
     flags.DEFINE_integer('samples', 3, 'Documents that --inspect shows.', lower_bound=0)
+    rare = ('token_field', 'token_dtype', 'end_of_text', 'borders', 'max_bad_share', 'samples')
+    command.mark_rare(*rare)
 
 
 def main(words: list[str]) -> None:
@@ -411,9 +418,8 @@ def main(words: list[str]) -> None:
 def _token_options(args: Any) -> TokenOptions | None:
     """Returns how the input's token ids are read, None for text. Raises ConfigError for flags that
     do not go together."""
-    options = TokenOptions(
-        args.format or '', args.token_field, args.token_dtype, args.end_of_text, args.borders
-    )
+    end = -1 if args.end_of_text is None else args.end_of_text
+    options = TokenOptions(args.format or '', args.token_field, args.token_dtype, end, args.borders)
     if args.format:
         if args.text_field != 'text' or args.extensions or args.as_text:
             raise ConfigError(

@@ -4,6 +4,8 @@
     --config.data.path='llmc:fineweb_train_*.bin,validation=fineweb_val_*.bin'
     --config.data.path=nanogpt:train.bin,validation=val.bin,dtype=uint16
 
+Several files are named by a glob, or one after the other with commas.
+
 The stream of a `DirectSplit` is the one that `python data.py --format=...` would write: the same
 documents in the same order, each followed by one end-of-text token, wherever and whether at all
 the files have it. Files are mapped into memory; a table says where each document lies.
@@ -19,6 +21,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import sys
 import tempfile
 import zipfile
@@ -30,7 +33,7 @@ import numpy as np
 import tiktoken
 
 from config import ConfigError
-from corpus.files import File
+from corpus.files import File, split_inputs
 from corpus.records import Piece
 from corpus.shards import UnreadableError
 from corpus.token_documents import (
@@ -52,6 +55,7 @@ from corpus.token_files import (
     find_token_files,
 )
 from corpus.token_flat import Flat
+from machine.progress import track
 from storage.stores import expanded
 from tokenizer import END_OF_TEXT, cached_token_bytes, end_of_text, fingerprint, get_encoding
 
@@ -73,7 +77,8 @@ class DirectPath(NamedTuple):
 
 def is_direct(path: str) -> bool:
     """Returns whether a path names token files as they lie."""
-    return path.partition(':')[0] in DIRECT and '://' not in path.partition(',')[0]
+    name, colon, rest = path.partition(':')
+    return name in DIRECT and bool(colon) and not rest.startswith('//')
 
 
 def parsed_path(path: str) -> DirectPath:
@@ -85,7 +90,7 @@ def parsed_path(path: str) -> DirectPath:
         key, equals, value = part.partition('=')
         if equals and key in OPTIONS:
             values[key] = value
-        elif values:
+        elif values or re.match('[a-z_]+=', part):
             raise ConfigError(f'{part!r} is no option; the options are {", ".join(OPTIONS)}')
         else:
             files += f',{part}'  # of a file's name
@@ -175,17 +180,18 @@ def _table(
     pattern: str, share: float, options: TokenOptions, tokenizer: str, enc: tiktoken.Encoding
 ) -> Table:
     """Returns the table of the files of a pattern, from the cache if they have not changed."""
+    patterns = split_inputs([pattern])
     if '://' in pattern:
         raise ConfigError(
             f'{pattern} is not local, so it cannot be mapped into memory: copy it here, or prepare '
             f'it with python data.py --format={options.format}'
         )
-    files = find_token_files([pattern], options)
+    files = find_token_files(patterns, options, 'data.path: ')
     flats = [FORMATS[options.format].flat(file, options) for file in files]
     places = [(os.path.abspath(f.path), f.name, f.size, f.version) for f in files]
     about = [TABLE_VERSION, share, dataclasses.astuple(options), fingerprint(enc)]
     path = os.path.join(cache_folder(), f'tokens-{_digest([about, places])}.npz')
-    unreadable = contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile)
+    unreadable = contextlib.suppress(OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile)
     with unreadable, np.load(path) as kept:
         return Table(flats, *(kept[name] for name in ARRAYS), str(kept['digest']))
     table = _made_table(files, flats, share, options, tokenizer, enc)
@@ -202,8 +208,6 @@ def _made_table(
     enc: tiktoken.Encoding,
 ) -> Table:
     """Reads all files, checks their ids, and returns the table of their documents."""
-    size = sum(file.size or 0 for file in files)
-    print(f'checking {size / 1e9:.2f} GB in {len(files):,} token files', file=sys.stderr)
     number = {file: i for i, file in enumerate(files)}
     lengths = byte_lengths(cached_token_bytes(enc), options.ends(enc.eot_token))
     pieces = [piece for part in cut_tokens(files, options, PART_BYTES) for piece in part]
@@ -212,7 +216,7 @@ def _made_table(
         lengths=lengths,
     )  # fmt: skip
     with ThreadPoolExecutor(os.cpu_count() or 1, 'check') as threads:
-        found = list(threads.map(check, pieces))
+        found = list(track(threads.map(check, pieces), 'checking token files', len(pieces)))
     columns = zip(*(arrays for arrays, _ in found), strict=True)
     *arrays, n_bytes = [np.concatenate(column) for column in columns] or [np.zeros(0)] * 6
     about = [dataclasses.astuple(options), fingerprint(enc), share]

@@ -128,6 +128,7 @@ def find_files(
     extensions: Sequence[str] = (),
     as_text: bool = False,
     kinds: Sequence[str] = (),
+    said: str = '--input=',
 ) -> list[File]:
     """Returns the files of paths, folders, globs and URLs, each once.
 
@@ -136,7 +137,8 @@ def find_files(
     read as text, with `as_text` all files but tar archives, whose members are. Other files that
     have none of the KINDS, or one of the NAMED_KINDS that the pattern does not name, are skipped,
     and how many is printed. If `kinds` are given, files with these endings alone are meant, and
-    others are no news. Raises ConfigError for a pattern that matches no file that can be read.
+    others are no news. Raises ConfigError for a pattern that matches no file that can be read, with
+    `said` before it.
     """
     text = tuple('.' + e.strip().lstrip('.').lower() for e in extensions if e.strip())
     files: dict[str, File] = {}
@@ -145,14 +147,14 @@ def find_files(
         if not found:
             place = '' if '://' in pattern else f' in {os.getcwd()}'
             raise ConfigError(
-                f'no file matches --input={pattern}{place}: check the path; names that start with '
+                f'no file matches {said}{pattern}{place}: check the path; names that start with '
                 'a dot are left out'
             )
         if kinds:
             known = [file for file in found if has_kind(file.name, tuple(kinds))]
             if not known:
                 raise ConfigError(
-                    f'--input={pattern} has no file that can be read: what is read is '
+                    f'{said}{pattern} has no file that can be read: what is read is '
                     f'{", ".join(kinds)}'
                 )
         else:
@@ -437,6 +439,9 @@ class _RemoteFile(io.RawIOBase):
         buffer[: len(content)] = content
         return len(content)
 
+    def readall(self) -> bytes:  # the inherited one requests 8 KB at a time
+        return _remote(self._url, self._file.read)
+
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         return _remote(self._url, self._file.seek, offset, whence)
 
@@ -449,8 +454,8 @@ class _RemoteFile(io.RawIOBase):
         super().close()
 
 
-def open_file(file: File) -> BinaryIO:
-    """Opens the file for reading.
+def open_file(file: File, buffered: bool = True) -> BinaryIO:
+    """Opens the file for reading; a remote one not `buffered` requests exactly what is read.
 
     Raises ConfigError for a local file that cannot be opened. Opening and reading raise RemoteError
     if a remote file system fails.
@@ -458,8 +463,8 @@ def open_file(file: File) -> BinaryIO:
     if '://' not in file.path:
         with _local_errors(file.path):
             return open(file.path, 'rb')
-    if has_kind(file.name, ROW_KINDS):
-        return _RemoteFile(file.path)  # unbuffered: pyarrow requests exactly the ranges it needs
+    if not buffered or has_kind(file.name, ROW_KINDS):  # pyarrow reads the ranges that it needs
+        return _RemoteFile(file.path)
     return io.BufferedReader(_RemoteFile(file.path), READ_BYTES)
 
 

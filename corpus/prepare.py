@@ -101,7 +101,8 @@ def prepare(
     """
     enc = _checked_encoding(job, workers)
     _check_output(job.output)
-    if workers > 1 and len(files) > 1 and not ray:
+    threads = job.tokens is not None and is_flat(job.tokens)
+    if workers > 1 and len(files) > 1 and not (ray or threads):
         start_server()  # it is ready when the files are cut
     store = open_store(job.output)
     silent = 1.0 if progress else math.inf
@@ -127,7 +128,6 @@ def prepare(
     if ray:
         tasks = [_absolute(*task) for task in tasks]
     tally = Tally(parts, job.max_bad_share)
-    threads = job.tokens is not None and is_flat(job.tokens)
     with (
         interruption(
             lambda: (
@@ -305,8 +305,8 @@ def _finished(job: Job, store: ts.KvStore, manifest: dict[str, Any]) -> dict[str
         ),
         'validation_share': (found['validation_share'], manifest['validation_share']),
     }
-    old = found.get('input', {})
-    pairs |= {f'the input ({k})': (old.get(k), v) for k, v in manifest['input'].items()}
+    old, new = found.get('input', {}), manifest['input']
+    pairs |= {f'the input ({k})': (old.get(k), new.get(k)) for k in [*new, 'tokens']}
     differing = [name for name, (was, asked) in pairs.items() if was != asked]
     if differing:
         raise ConfigError(

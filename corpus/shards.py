@@ -125,8 +125,10 @@ class ArrayWriter:
     def append_ended(self, ids: np.ndarray, lengths: np.ndarray, n_bytes: int) -> None:
         """Adds documents of these lengths, which have their end-of-text tokens already.
 
-        Raises as `append`.
+        Raises as `append`, OverflowError for a document of 2**32 tokens.
         """
+        if len(lengths) and lengths.max() > np.iinfo(np.uintc).max:
+            raise OverflowError(f'a document of {lengths.max():,} tokens is too long')
         self._put(ids)
         self._lengths.frombytes(lengths.astype(np.uintc).tobytes())
         self.documents += len(lengths)

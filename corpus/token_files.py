@@ -107,8 +107,8 @@ def checked_options(options: TokenOptions) -> TokenOptions:
             raise ConfigError(f'token_dtype={options.dtype} is no type of integers: use uint16')
     if kind.needs_dtype and not options.dtype:
         raise ConfigError(
-            f'{options.format} files do not say the type of their ids: name it, as in '
-            'token_dtype=uint16'
+            f'{options.format} files do not say the type of their ids: name it by '
+            '--token_dtype=uint16, or in a path for training by dtype=uint16'
         )
     if options.end_of_text < -1:
         raise ConfigError(f'end_of_text={options.end_of_text} is no id')
@@ -124,17 +124,20 @@ def is_flat(options: TokenOptions) -> bool:
     return FORMATS[options.format].flat is not None
 
 
-def find_token_files(patterns: Sequence[str], options: TokenOptions) -> list[File]:
+def find_token_files(
+    patterns: Sequence[str], options: TokenOptions, said: str = '--input='
+) -> list[File]:
     """Returns the files with tokens of paths, folders, globs and URLs, with sizes.
 
-    A Megatron prefix may be given without .bin. Raises ConfigError if there are none.
+    A Megatron prefix may be given without .bin. Raises ConfigError if there are none, where `said`
+    stands before a pattern.
     """
     kind = FORMATS[options.format]
     named = []
     for pattern in patterns:
         prefix = options.format == 'megatron' and not os.path.exists(pattern)
         named.append(f'{pattern}.bin' if prefix and os.path.exists(f'{pattern}.bin') else pattern)
-    found = find_files(named, kinds=kind.endings)
+    found = find_files(named, kinds=kind.endings, said=said)
     return kind.files(found, options)
 
 

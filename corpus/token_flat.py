@@ -13,7 +13,7 @@ import numpy as np
 import tensorstore as ts
 
 from config import ConfigError
-from corpus.files import File, open_file, with_size
+from corpus.files import READ_BYTES, File, open_file, with_size
 from corpus.records import Piece
 from corpus.token_documents import Block, ends_in
 from corpus.token_rows import exists, parsed_json
@@ -25,27 +25,31 @@ if TYPE_CHECKING:
 BLOCK_TOKENS = 1 << 18  # tokens of a block, which stay in the cache, unless a document has more
 SCANNED = 1 << 16  # tokens that are searched for the next end at a time
 INDEX_ROWS = 1 << 20  # entries of an index that are checked at a time
+INDEX_BYTES = 256 << 10  # of a remote index that are requested where a few entries are looked up
+CHUNKS = 4  # of a remote file in memory
 
 HEADER_BYTES = 256 * 4  # of an llm.c file
 LLMC_DTYPES = {(20240520, 1): '<u2', (20240801, 7): '<u4'}  # by magic number and version
 
 MEGATRON_MAGIC = b'MMIDIDX\0\0'
-MEGATRON_HEADER = (
-    34  # magic 9, version 8, code of the type 1, number of sequences 8, of documents 8
-)
+MEGATRON_HEADER = 34  # magic 9, version 8, code of the type 1, numbers of sequences, borders 8 each
 MEGATRON_DTYPES = {1: 'u1', 2: 'i1', 3: '<i2', 4: '<i4', 5: '<i8', 8: '<u2'}
 
 
 class Bytes:
-    """The bytes of a file: mapped into memory if it is local, ranges of it if it is remote."""
+    """The bytes of a file: mapped into memory if it is local, a few chunks if it is remote."""
 
-    def __init__(self, file: File):
-        """Opens the file. Raises ConfigError or RemoteError if it cannot be."""
+    def __init__(self, file: File, chunk: int = READ_BYTES):
+        """Opens the file, of which a remote one is asked for `chunk` bytes at a time, or for more.
+
+        Raises ConfigError or RemoteError if it cannot be opened.
+        """
         self.file = with_size(file)
         self.size = self.file.size or 0
         self._mapped, self._remote = None, None
+        self._chunk_bytes, self._chunks = chunk, {}
         if '://' in file.path:
-            self._remote = open_file(self.file)
+            self._remote = open_file(self.file, buffered=False)
         elif self.size:
             with open_file(self.file) as f:
                 self._mapped = np.memmap(f, np.uint8, 'r')
@@ -60,12 +64,30 @@ class Bytes:
             )
         if self._mapped is not None:
             return self._mapped[start:stop].view(dtype)
-        content = bytearray(stop - start)
-        if self._remote and content:
-            self._remote.seek(start)
-            if self._remote.readinto(content) != len(content):
-                raise ConfigError(f'{self.file.path} ends before byte {stop:,}: fetch it again')
+        n = self._chunk_bytes
+        if stop - start > n:
+            return np.frombuffer(self._read(start, stop), dtype)
+        content = bytearray()
+        for i in range(start // n, -(-stop // n)):
+            content += self._chunk(i)[max(0, start - i * n) : stop - i * n]
         return np.frombuffer(content, dtype)
+
+    def _chunk(self, i: int) -> bytes:
+        """Returns chunk i. The last CHUNKS are kept: whoever looks for the end of a document goes
+        back to its start, and an index is read in several places."""
+        if i not in self._chunks:
+            start = i * self._chunk_bytes
+            content = self._read(start, min(start + self._chunk_bytes, self.size))
+            self._chunks = dict(list(self._chunks.items())[1 - CHUNKS :]) | {i: content}
+        return self._chunks[i]
+
+    def _read(self, start: int, stop: int) -> bytes:
+        """Returns bytes start..stop-1 of a remote file. Raises ConfigError if it is shorter."""
+        self._remote.seek(start)
+        content = self._remote.read(stop - start)
+        if len(content) != stop - start:
+            raise ConfigError(f'{self.file.path} ends before byte {stop:,}: fetch it again')
+        return content
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +131,11 @@ def flat_pieces(flat: Flat, options: 'TokenOptions', part_bytes: int) -> list[Pi
 
 def _last_record(flat: Flat, start: int, token: int) -> int:
     """Returns the last record, from `start` on or n_records, that starts at `token` or before."""
-    low, high = start, flat.n_records
+    # Steps that double, since the record is near: far entries of an index are other requests.
+    low, step = start, 1
+    while low + step <= flat.n_records and int(flat.starts(low + step, low + step + 1)[0]) <= token:
+        low, step = low + step, 2 * step
+    high = min(flat.n_records, low + step - 1)
     while low < high:
         middle = (low + high + 1) // 2
         if int(flat.starts(middle, middle + 1)[0]) <= token:
@@ -227,7 +253,7 @@ class MegatronIndex:
                 f'{file.path} has no {os.path.basename(self.path)} beside it, which says where its '
                 'documents are: copy it there; nanoGPT files (--format=nanogpt) have none'
             )
-        self._content = content = Bytes(where)
+        self._content = content = Bytes(where, INDEX_BYTES)
         self.file = content.file
         magic = content.array(0, 9, 'u1').tobytes() if content.size >= 9 else b''
         if magic != MEGATRON_MAGIC:

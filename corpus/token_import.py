@@ -91,10 +91,10 @@ def _moved(
     if not chosen.any():
         return documents, in_validation
     in_validation = in_validation.copy()
-    in_validation[chosen] = move.to == 'validation'
+    i = int(np.argmax(chosen))  # of a record that end-of-text tokens cut, its first document alone
+    in_validation[i] = move.to == 'validation'
     if not move.tail:
         return documents, in_validation
-    i = int(np.argmax(chosen))
     start, stop = documents.starts[i], documents.stops[i]
     at = start + tail_start(int(stop - start), job.validation_share)
     in_validation[i] = False

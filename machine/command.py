@@ -37,7 +37,6 @@ flags.disclaim_key_flags()  # flags defined here belong to the command that asks
 
 HELP = ('--help', '-help', '-h', '--helpshort', '--helpfull')
 INTERRUPTED = 130  # the exit code that shells use for Ctrl-C
-RARE = ('coordinator', 'num_processes', 'process_id')  # flags that --helpfull alone shows
 NAME_WIDTH = 24  # columns of --help for the names of flags
 
 # ---------------------------------------------------------------------------------------------
@@ -186,6 +185,13 @@ def define_process_flags() -> None:
     flags.DEFINE_integer(
         'process_id', None, 'With --coordinator: number of this one, from 0.', lower_bound=0
     )
+    mark_rare('coordinator', 'num_processes', 'process_id')
+
+
+def mark_rare(*names: str) -> None:
+    """Lets --helpfull alone explain these flags, which are defined; --help names them."""
+    for name in names:
+        FLAGS[name].rare = True
 
 
 def DEFINE_config(name: str, help: str) -> None:
@@ -201,7 +207,7 @@ def DEFINE_config(name: str, help: str) -> None:
 def help_text(main: Callable, every: bool = True) -> str:
     """Returns the text of --help for the command whose main function this is.
 
-    `every` is for --helpfull, with the RARE flags.
+    `every` is for --helpfull, with the flags that `mark_rare` took.
     """
     module = sys.modules[main.__module__]
     width = min(shutil.get_terminal_size().columns, 100)
@@ -209,20 +215,15 @@ def help_text(main: Callable, every: bool = True) -> str:
     examples = [paragraph for paragraph in more if paragraph.startswith(' ')]
     lines = ['\n\n'.join([about, *examples]), '']
     named_flags = FLAGS.get_key_flags_for_module(module)
-    shown = [flag for flag in named_flags if every or flag.name not in RARE]
-    for flag in shown:
+    rare = [f'--{flag.name}' for flag in named_flags if getattr(flag, 'rare', False)]
+    for flag in named_flags:
+        if not every and f'--{flag.name}' in rare:
+            continue
         text = re.sub('^<.*>: ', '', flag.help) + default_text(flag)  # of a choice: the choices
         text = re.sub(r';\s+repeat this option to specify a list of values', '', text)
-        name = f'  {named(flag)}'
-        if len(name) > NAME_WIDTH - 2:
-            lines.append(name)
-            name = ''
-        indents = {'initial_indent': f'{name:<{NAME_WIDTH}}', 'subsequent_indent': ' ' * NAME_WIDTH}
-        lines += textwrap.wrap(text, width, **indents)
-    if len(shown) < len(named_flags):
-        lines.append(
-            f'  {"--helpfull":{NAME_WIDTH - 2}}All flags, also those for several machines.'
-        )
+        lines += help_lines(named(flag), text, width)
+    if rare and not every:
+        lines += help_lines('--helpfull', f'Also {", ".join(rare)}.', width)
     if 'config' in FLAGS:
         groups = [name for name, value in default.get_config().items() if hasattr(value, 'items')]
         fields = (
@@ -232,6 +233,17 @@ def help_text(main: Callable, every: bool = True) -> str:
         )
         lines += ['', *textwrap.wrap(fields, width, break_on_hyphens=False)]
     return '\n'.join(lines)
+
+
+def help_lines(name: str, text: str, width: int) -> list[str]:
+    """Returns the lines of a flag: its name and, beside or below, its text."""
+    first, space = f'  {name}', ' ' * NAME_WIDTH
+    own = [first] if len(first) > NAME_WIDTH - 2 else []
+    indent = space if own else f'{first:<{NAME_WIDTH}}'
+    wrapped = textwrap.wrap(
+        text, width, initial_indent=indent, subsequent_indent=space, break_on_hyphens=False
+    )
+    return own + wrapped
 
 
 def named(flag: flags.Flag) -> str:

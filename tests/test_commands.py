@@ -291,10 +291,14 @@ def test_help_fits_a_screen(script, monkeypatch, capsys):
     assert f'python {script}' in printed or 'python -m pipeline.schedules' in printed
     assert all(len(line) <= 80 for line in lines if line.startswith('  --'))
     assert 'absl' not in printed
-    assert ('  --helpfull' in printed) == (script in ('train.py', 'convert.py'))
-    assert '--coordinator' not in printed
+    rare = {'train.py': 'coordinator', 'convert.py': 'coordinator', 'data.py': 'token_dtype'}
+    assert ('  --helpfull' in printed) == (script in rare)
     run(f'{script} --helpfull')
-    assert ('--coordinator' in capsys.readouterr().out) == ('  --helpfull' in printed)
+    full = capsys.readouterr().out
+    for name in rare.values():
+        assert (f'  --{name}=' in full) == (rare.get(script) == name)
+        assert f'  --{name}=' not in printed
+        assert (f'--{name}' in printed) == (rare.get(script) == name)
     for word in ('--config=', 'configs/default.py', '--config.optimizer.peak_lr=3e-4'):
         assert (word in printed) == (script in ('train.py', 'plan.py'))
 

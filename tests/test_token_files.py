@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import shutil
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,7 +22,8 @@ import corpus.token_flat
 import corpus.token_rows
 import train
 from config import ConfigError
-from corpus.direct import direct_splits, parsed_path
+from corpus.direct import direct_splits, is_direct, parsed_path
+from corpus.files import READ_BYTES, find_files
 from corpus.inspection import inspect
 from corpus.prepare import Job, prepare
 from corpus.shards import Split, UnreadableError
@@ -211,6 +213,26 @@ def test_of_a_lone_document_the_end_is_held_out(tmp_path):
     assert inspect(str(tmp_path / 'out'), 0) == []
 
 
+def test_of_the_documents_of_one_record_one_is_held_out(tmp_path):
+    pa = pytest.importorskip('pyarrow')
+    pq = pytest.importorskip('pyarrow.parquet')
+    pq.write_table(
+        pa.table({'input_ids': [[1, 2, END, 3, 4, 5, END, 6, 7]]}), tmp_path / 'a.parquet'
+    )
+    manifest = read(tmp_path / 'a.parquet', {'format': 'parquet'}, tmp_path / 'out', 0.01)
+    assert manifest['moved'] == {'document': 'a.parquet:1', 'to': 'validation', 'tail': False}
+    assert documents_of(stream(tmp_path / 'out', 'validation')) == [[1, 2]]
+    assert documents_of(stream(tmp_path / 'out')) == [[3, 4, 5], [6, 7]]
+
+
+def test_a_finished_job_on_tokens_is_not_one_on_text(tmp_path):
+    pytest.importorskip('pyarrow')
+    path = GOLDEN / 'datasets/large.parquet'
+    read(path, {'format': 'parquet', 'field': 'ids'}, tmp_path / 'out')
+    with pytest.raises(ConfigError, match=r'the input \(tokens\)'):
+        prepare(find_files([str(path)]), Job(str(tmp_path / 'out'), 'bytes', 0.0), 1, 1 << 20)
+
+
 def test_random_streams_against_plain_python(tmp_path, small_blocks):
     rng = np.random.default_rng(0)
     for case in range(6):
@@ -325,12 +347,35 @@ def test_paths_of_token_files():
         'megatron:a,validation_share=x': 'no number',
         'megatron:a,validation=b,c=d': "'c=d' is no option",
         'llmc:a,borders=records': 'no records',
+        'nanogpt:a.bin,token_dtype=uint16': "'token_dtype=uint16' is no option",
         'megatron:a,borders=lines': 'is none of',
     }.items():
         with pytest.raises(ConfigError, match=message):
             parsed_path(wrong)
-    with pytest.raises(ConfigError, match='not local'):
-        direct_splits('megatron:gs://bucket/a', 'bytes')
+    for path in ('megatron:gs://bucket/a', 'nanogpt:a.bin,validation=gs://b,dtype=uint16'):
+        assert is_direct(path)
+        with pytest.raises(ConfigError, match=r'not local|no file matches data\.path: a\.bin'):
+            direct_splits(path, 'bytes')
+    assert not any(map(is_direct, ('megatron', 'megatron/a', 'gs://a', 'nanogpt://a', 'llm:a')))
+
+
+def test_of_few_documents_none_is_held_out(tokens, tmp_path):
+    put_together(tokens, tmp_path)
+    path = f'nanogpt:{tmp_path}/train.bin,dtype=uint16,validation_share=0'
+    config = small_run('', data__path=path, data__tokenizer='bytes', eval__every=5)
+    with pytest.raises(ConfigError, match=r'eval\.every=0, or name files by validation=FILES'):
+        open_data(config)
+
+
+def test_a_table_that_cannot_be_read_is_made_again(tmp_path):
+    first, _ = direct_splits(as_path('nanogpt', ',validation_share=0.3'), 'bytes')
+    (kept,) = (tmp_path / 'cache').iterdir()
+    content = kept.read_bytes()
+    for damaged in (b'', content[:100], content[: len(content) // 2], bytes(len(content))):
+        kept.write_bytes(damaged)
+        split, _ = direct_splits(as_path('nanogpt', ',validation_share=0.3'), 'bytes')
+        assert (split.digest, split.n_tokens) == (first.digest, first.n_tokens)
+        assert len(kept.read_bytes()) == len(content)
 
 
 def put_together(tokens: pathlib.Path, path: pathlib.Path) -> None:
@@ -431,6 +476,33 @@ def test_urls_give_what_local_files_give(name, tmp_path, small_blocks):
         system.rm(f'/{tmp_path.name}/plain.idx')
         with pytest.raises(ConfigError, match=r'no plain\.idx beside it'):
             read(f'memory://{tmp_path.name}/plain.bin', options, tmp_path / 'out')
+
+
+def test_remote_bytes_are_requested_about_once(tmp_path, monkeypatch):
+    system = pytest.importorskip('fsspec').filesystem('memory')
+    n = 200_000
+    lengths = np.random.default_rng(0).integers(1, 60, n)
+    ids = np.zeros(lengths.sum(), '<u2')
+    ids[np.cumsum(lengths) - 1] = END
+    places = 2 * (np.cumsum(lengths) - lengths)
+    header = b'MMIDIDX\0\0' + struct.pack('<QBQQ', 1, 8, n, n + 1)
+    arrays = lengths.astype('<i4'), places.astype('<i8'), np.arange(n + 1, dtype='<i8')
+    index = header + b''.join(a.tobytes() for a in arrays)
+    system.pipe(f'/{tmp_path.name}/a.bin', ids.tobytes())
+    system.pipe(f'/{tmp_path.name}/a.idx', index)
+    requests, opened = [], type(system.open(f'/{tmp_path.name}/a.bin'))
+    reading = opened.read
+    monkeypatch.setattr(
+        opened, 'read', lambda self, *n: requests.append(reading(self, *n)) or requests[-1]
+    )
+    for options in ({'format': 'megatron'}, {'format': 'nanogpt', 'dtype': 'uint16'}):
+        requests.clear()
+        url = f'memory://{tmp_path.name}/a.bin'
+        read(url, options, tmp_path / options['format'], part_bytes=2 * READ_BYTES)
+        wanted = ids.nbytes + (len(index) if options['format'] == 'megatron' else 0)
+        assert wanted <= sum(map(len, requests)) <= 1.9 * wanted
+        assert len(requests) < 100
+    assert stream(tmp_path / 'megatron') == stream(tmp_path / 'nanogpt')
 
 
 def test_a_cache_of_levanter_at_a_url(tmp_path):
