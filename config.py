@@ -345,6 +345,11 @@ def in_phase(config: ConfigDict, phase: Phase) -> ConfigDict:
     return config
 
 
+def without_schedule(config: ConfigDict) -> ConfigDict:
+    """Returns the config with the sizes that evaluation has, its own, and without a schedule."""
+    return in_phase(config, Phase(0, config.batch_size, config.seq_len))
+
+
 # ---------------------------------------------------------------------------------------------
 # Compared
 # ---------------------------------------------------------------------------------------------

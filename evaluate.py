@@ -27,7 +27,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from checkpoint import CheckpointError
-from config import ConfigError
+from config import ConfigError, without_schedule
 from machine import command, processes
 from machine.memory import OutOfMemoryError, keep_freed_memory, out_of_memory_explained
 from parallel import AXES, Tree, make_mesh
@@ -61,7 +61,7 @@ def mesh_sizes(text: str) -> dict[str, int]:
 def evaluated_config(config: ConfigDict, mesh: str, batch_size: int) -> ConfigDict:
     """Returns the config that is evaluated by: the run's, on another mesh or with other batches
     where they are given."""
-    config = config.copy_and_resolve_references()
+    config = without_schedule(config).copy_and_resolve_references()
     if mesh:
         config.mesh.update(dict.fromkeys(AXES, 1) | mesh_sizes(mesh))
     if batch_size:

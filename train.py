@@ -38,7 +38,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from checkpoint import Checkpointer, CheckpointError
-from config import ConfigError
+from config import ConfigError, without_schedule
 from corpus.packing import packing_note
 from corpus.shards import UnreadableError
 from data import Loader, Mixture, Source, open_data, prefetch, vocabulary_note
@@ -411,6 +411,7 @@ def evaluate_only(
     `averaged` is the config's eval.averaged by default. Adds loss and bits per byte to eval.jsonl.
     The run itself, which may be going on, is left alone.
     """
+    config = without_schedule(config)
     averaged = config.eval.averaged if averaged is None else averaged
     arguments = {'workdir': workdir, 'eval_only': step, 'averaged': averaged}
     agreement.check_same(agreement.start_facts(config, **arguments))

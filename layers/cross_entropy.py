@@ -109,7 +109,7 @@ def label_scores(x_tD: Array, w_vD: Array, labels_t: Array, chunk: int) -> tuple
         # As jnp.argmax, which takes the first of equals.
         before_Tv = (logits_Tv == top_T[:, None]) & (rows_v < labels_T[:, None])
         n_before_T = psum(jnp.sum(before_Tv, axis=-1, dtype=jnp.int32), TP)
-        missed_T = (label_logit_T < top_T) | (n_before_T > 0)
+        missed_T = ~(label_logit_T >= top_T) | (n_before_T > 0)  # NaN are missed
         valid_T = labels_T >= 0
         own = functools.partial(local_slice, axis=TP, dim=0)
         return own(jnp.where(valid_T, nats_T, 0)), own(missed_T & valid_T)

@@ -25,6 +25,7 @@ from config import (
     model_kinds,
     of_layer,
     phases,
+    without_schedule,
 )
 from configs import default
 from data import packing_errors, schedule_errors, source_errors
@@ -278,9 +279,7 @@ def phase_errors(config: ConfigDict) -> Iterator[str]:
     """Yields errors of the sizes of each phase of config.schedule, and of the sizes of the config,
     which are those of evaluation: each once."""
     found: dict[str, str] = {}
-    whole = config.copy_and_resolve_references()
-    whole.schedule.update(batch_size=(), seq_len=())
-    sized = {'': whole}
+    sized = {'': without_schedule(config)}
     for phase in phases(config):
         name = f'from step {phase.start + 1} on: ' if phase.start else 'from the first step on: '
         sized[name] = in_phase(config, phase)

@@ -243,8 +243,8 @@ class Progress:
         self, step: int, results: dict[str, float], lines: list[str], seconds: float
     ) -> None:
         """Writes the results of tasks, whose seconds do not count as training."""
-        self.last_time += seconds
-        self.writer.write(step=step, tokens=step * self.step_tokens, **results)
+        self.pause(seconds)
+        self.writer.write(step=step, tokens=self._tokens_before(step), **results)
         for line in lines:
             self.writer.say(f'step {step}/{self.config.steps}  {line}')
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from config import ConfigError
+from config import ConfigError, without_schedule
 from parallel import Tree
 from runtime.config_checks import validate
 from train_step import Setup, make_score_step, put_batch, setup
@@ -104,13 +104,12 @@ def make_scorer(s: Setup) -> Scorer:
     computed once. The scores depend on the mesh only by float32's rounding. With several processes
     all call it, with the same requests.
     """
-    n_devices = s.mesh.size
-    lengths = row_lengths(s.config, n_devices)
+    n_devices, config = s.mesh.size, without_schedule(s.config)
+    lengths = row_lengths(config, n_devices)
 
     @functools.cache
     def step_for(T: int, n: int) -> tuple[Setup, Callable]:
-        config = halved(with_rows(s.config, T), n, n_devices)
-        own = setup(config, s.mesh, s.model.document_end)
+        own = setup(halved(with_rows(config, T), n, n_devices), s.mesh, s.model.document_end)
         return own, make_score_step(own)
 
     def score(
@@ -122,7 +121,7 @@ def make_scorer(s: Setup) -> Scorer:
         distinct = list(dict.fromkeys(requests))
         check_requests(distinct, s)
         found: dict[Request, Score] = {}
-        batch_tokens = s.config.batch_size * s.config.seq_len
+        batch_tokens = config.batch_size * config.seq_len
         rows = [len(request.tokens) - 1 for request in distinct]
         groups = by_length(lengths, rows, batch_tokens)
         for T in sorted(groups, reverse=True):  # what takes most memory first

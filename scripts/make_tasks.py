@@ -9,13 +9,14 @@ configs/tiny.py learns from Python's standard library, so the project's own code
 """
 
 import io
+import itertools
 import json
 import keyword
 import pathlib
 import random
 import sys
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
@@ -27,6 +28,7 @@ from machine import command
 
 ROOT = pathlib.Path(__file__).parent.parent
 FOLDERS = ('layers', 'pipeline', 'corpus', 'storage', 'machine', 'runtime')  # of the project
+KINDS = ('bracket', 'indent', 'keyword', 'name')
 CONTEXT = 110  # characters before a continuation, from the start of a line
 BRACKETS = (')', ']', '}', ':')
 KEYWORDS = (' in ', ' is ', ' and ', ' or ', ' if ', ' else ', ' for ', ' as ', ' import ')
@@ -46,7 +48,7 @@ class Question(NamedTuple):
 def questions(code: str) -> Iterator[Question]:
     """Yields all questions that a file of code offers."""
     starts = [0]
-    for line in code.splitlines(keepends=True):
+    for line in io.StringIO(code):  # the lines that tokenize counts: none ends at a form feed
         starts.append(starts[-1] + len(line))
     tokens = list(tokenize.generate_tokens(io.StringIO(code).readline))
     names = sorted({t.string for t in tokens if is_name(t)})
@@ -92,21 +94,29 @@ def indentation(code: str, at: int) -> tuple[str, tuple[str, ...]] | None:
     return texts[depth], tuple(text for n, text in texts.items() if n != depth)
 
 
-def items(codes: list[str], n: int, seed: int) -> list[dict]:
+def of_files(files: list[pathlib.Path]) -> Iterator[list[Question]]:
+    """Yields the questions of each file; says which are no Python code of today."""
+    for file in files:
+        try:
+            yield list(questions(file.read_text('utf-8')))
+        except (SyntaxError, UnicodeDecodeError, tokenize.TokenError) as error:
+            print(f'{file} is left out: {error}', file=sys.stderr)
+
+
+def items(asked: Iterable[Question], n: int, seed: int) -> list[dict]:
     """Draws n items, as many of each kind, none of them twice."""
     rng = random.Random(seed)
-    by_kind: dict[str, list[Question]] = {}
-    for code in codes:
-        for q in questions(code):
-            if len(q.query) >= CONTEXT // 3 and len(q.wrong) >= CHOICES - 1:
-                by_kind.setdefault(q.kind, []).append(q)
+    by_kind: dict[str, list[Question]] = {kind: [] for kind in KINDS}
+    for q in asked:
+        if len(q.query) >= CONTEXT // 3 and len(q.wrong) >= CHOICES - 1:
+            by_kind[q.kind].append(q)
     found = []
-    for kind in sorted(by_kind):
+    for kind in KINDS:
         distinct = list({q.query: q for q in by_kind[kind]}.values())
-        if len(distinct) < n // len(by_kind):
+        if len(distinct) < n // len(KINDS):
             raise ConfigError(f'the code has {len(distinct)} questions of the kind {kind!r}; give '
                               f'more of it, or ask for fewer --items')  # fmt: skip
-        for q in rng.sample(distinct, n // len(by_kind)):
+        for q in rng.sample(distinct, n // len(KINDS)):
             choices = [q.right, *rng.sample(q.wrong, CHOICES - 1)]
             rng.shuffle(choices)
             gold = choices.index(q.right)
@@ -119,15 +129,18 @@ def main(_: list[str]) -> None:
     f = flags.FLAGS
     if not f.output:
         raise ConfigError('give --output=FILE.jsonl, the task file to write')
+    if f.items % len(KINDS):
+        raise ConfigError(f'--items={f.items} is no multiple of the {len(KINDS)} kinds; use one')
     folders = [pathlib.Path(f.source)] if f.source else [ROOT / name for name in FOLDERS]
     files = sorted(file for folder in folders for file in folder.rglob('*.py'))
     if not files:
         raise ConfigError(f'--source={f.source} holds no .py file; give a folder of Python code')
-    made = items([file.read_text() for file in files], f.items, f.seed)
+    asked = list(of_files(files))
+    made = items(itertools.chain(*asked), f.items, f.seed)
     header = {'task': pathlib.Path(f.output).stem, 'delimiter': ''}
     lines = [json.dumps(record) for record in (header, *made)]
     pathlib.Path(f.output).write_text('\n'.join(lines) + '\n')
-    print(f'{f.output}: {len(made)} items of {len(files)} files')
+    print(f'{f.output}: {len(made)} items of {len(asked)} files')
 
 
 def define_flags() -> None:

@@ -15,15 +15,27 @@ from test_resume import final_state
 from training_worker import small_run
 
 import train
-from config import ConfigError, in_phase, largest_phase, phase_at, phases, saved_config
+from config import (
+    ConfigError,
+    Phase,
+    in_phase,
+    largest_phase,
+    phase_at,
+    phases,
+    saved_config,
+    without_schedule,
+)
 from configs import default
 from corpus.batches import Loader, Mixture
+from evaluate import evaluated_config
 from machine.config_flag import override
 from parallel import make_mesh
-from planning.footprint import part_of
+from planning.part import part_of
+from runtime import scoring
 from runtime.config_checks import validate
 from runtime.metrics import Progress
 from runtime.plot import Run
+from runtime.scoring import row_lengths as rows
 from train_step import setup
 
 
@@ -155,6 +167,23 @@ def test_schedules_that_cannot_be_kept(fields, said):
     config.mesh.dp = config.mesh.tp = 4
     with pytest.raises(ConfigError, match=said):
         validate(config, 16)
+
+
+def test_evaluation_has_no_phases():
+    """Tasks take rows of any length and another mesh, which the smallest batch need not fit."""
+    config = scheduled(256, 32, seq_len=('0:128', '9:256'), batch_size=('0:2', '5:32'))
+    own = evaluated_config(config, 'dp=8', 64)
+    assert (own.batch_size, own.mesh.dp) == (64, 8)
+    assert phases(own) == (Phase(0, 64, 256),)
+    plain = default.get_config()
+    assert without_schedule(plain) is plain
+
+
+def test_scores_of_a_run_with_a_schedule_have_rows_of_all_lengths(monkeypatch):
+    found = []
+    monkeypatch.setattr(scoring, 'row_lengths', lambda config, n: found.append(rows(config, n)))
+    scoring.make_scorer(setup(scheduled(256, 32, seq_len=('0:64', '9:256')), make_mesh({})))
+    assert found == [[16, 32, 64, 128, 256]]
 
 
 def test_speed_and_flops_are_those_of_each_phase():

@@ -142,6 +142,17 @@ def test_the_first_of_equal_logits_is_the_greedy_one():
     np.testing.assert_allclose(nats, want, rtol=1e-5, atol=1e-6)
 
 
+def test_a_model_of_nan_gives_nothing_greedily():
+    x, w = np.full((2, 4), np.nan, np.float32), np.ones((8, 4), np.float32)
+    sharded = jax.shard_map(
+        lambda *shards: label_scores(*shards, 4),
+        mesh=make_mesh({}), in_specs=P(TP), out_specs=P(TP), check_vma=False,
+    )  # fmt: skip
+    nats, missed = jax.jit(sharded)(x, w, np.array([0, 7]))
+    assert np.isnan(nats).all()
+    assert missed.all()
+
+
 def test_rows_of_few_lengths_hold_all_requests():
     lengths = [16, 32, 64]
     few = by_length(lengths, [3, 16, 17, 64, 40], batch_tokens=128)

@@ -458,3 +458,20 @@ def test_the_shipped_task_is_sound():
     for pick in (np.argmin, np.argmax):
         right = [pick([len(c) for c in i.continuations]) == i.gold for i in task.items]
         assert np.mean(right) < 0.4
+
+
+def test_tasks_are_made_of_code_that_can_be_read(tmp_path):
+    """A form feed ends no line of code, and other files are named and left out."""
+    (tmp_path / 'a.py').write_text('\x0c\n' + (ROOT / 'data.py').read_text())
+    (tmp_path / 'b.py').write_text('print "x"\n  y = (\n')
+    (tmp_path / 'c.py').write_bytes(b'\xff\xfe')
+    command = [sys.executable, 'scripts/make_tasks.py', f'--source={tmp_path}',
+               f'--output={tmp_path}/made.jsonl', '--items=40']  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == f'{tmp_path}/made.jsonl: 40 items of 1 files\n'
+    assert [f'{name}.py is left out' in done.stderr for name in 'abc'] == [False, True, True]
+    code = (tmp_path / 'a.py').read_text()
+    for item in read_task(f'{tmp_path}/made.jsonl').items:
+        assert item.context + item.answer in code
+    uneven = subprocess.run([*command, '--items=10'], cwd=ROOT, capture_output=True, text=True)
+    assert (uneven.returncode, 'no multiple of the 4 kinds' in uneven.stderr) == (1, True)
