@@ -115,7 +115,7 @@ class Pieces(NamedTuple):
 def pack(lengths: np.ndarray, seq_len: int, max_documents: int) -> Pieces:
     """Packs documents of these lengths into windows of seq_len + 1 tokens, group by group."""
     groups, start, n = [], 0, 0
-    for i in range(0, len(lengths), GROUP):
+    for i in range(0, max(len(lengths), 1), GROUP):
         group = lengths[i : i + GROUP]
         found = pack_group(group, seq_len, max_documents)
         groups.append(found._replace(starts=found.starts + start, first=found.first[i > 0 :] + n))

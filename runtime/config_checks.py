@@ -176,7 +176,8 @@ def type_errors(fields: dict[str, Any]) -> Iterator[str]:
         elif type(value) is tuple and name not in RECORDS:
             for entry in value:
                 if not isinstance(entry, str):
-                    yield f'{name}={value!r} holds {entry!r}; use texts, as in ({str(entry)!r},)'
+                    text = ':'.join(map(str, entry)) if isinstance(entry, tuple) else str(entry)
+                    yield f'{name}={value!r} holds {entry!r}; use texts, as in ({text!r},)'
 
 
 def choice_errors(fields: dict[str, Any]) -> Iterator[str]:

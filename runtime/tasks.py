@@ -102,7 +102,7 @@ def judge(task: Task, item: Item, scores: Sequence[Score], n_tokens: Sequence[in
     if item.kind == CLOZE:
         right = {'raw': scores[0].greedy}
     elif item.kind == SCHEMA:
-        right = {'raw': bool(np.argmax(found) == item.gold)}
+        right = {'raw': is_best(found, item.gold)}
     else:
         by_rule = {
             'raw': found[:n],
@@ -111,9 +111,14 @@ def judge(task: Task, item: Item, scores: Sequence[Score], n_tokens: Sequence[in
         }
         if task.prior:
             by_rule['prior'] = found[:n] - found[n:]
-        right = {rule: bool(np.argmax(values) == item.gold) for rule, values in by_rule.items()}
+        right = {rule: is_best(values, item.gold) for rule, values in by_rule.items()}
     bits = -found[item.gold] / math.log(2)
     return Judged(right, bits, len(item.answer.encode()))
+
+
+def is_best(values: np.ndarray, gold: int) -> bool:
+    """Returns whether the value of the right answer is the first of the highest, and no NaN."""
+    return bool(np.argmax(values) == gold and not np.isnan(values[gold]))
 
 
 def accuracy(right: Sequence[bool]) -> tuple[float, float]:

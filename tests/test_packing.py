@@ -219,6 +219,7 @@ def test_documents_without_an_end_are_refused():
     assert (rows_of(PackedWindows(split, 19)) == 24).sum() == 1
     with pytest.raises(ConfigError, match='nothing to predict'):
         PackedWindows(Documents([1, 1, 1]), 8)
+    assert pack(np.zeros(0, np.int64), 8, 0).first.tolist() == [0]
 
 
 # ---------------------------------------------------------------------------------------------

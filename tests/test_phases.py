@@ -148,6 +148,7 @@ def test_sources_of_a_mixture_have_their_phases_together():
         ({'seq_len': ('0:96', '9:256')}, r'holds 96, which does not divide seq_len=256'),
         ({'seq_len': ('0:0', '9:256')}, r'schedule\.seq_len=.* holds a 0; use 1 or more'),
         ({'batch_size': ('0:64',)}, r'goes up to 64, and batch_size=32.*use batch_size=64'),
+        ({'batch_size': ((0, 8), (5, 32))}, r"holds \(0, 8\); use texts, as in \('0:8',\)"),
         ({'batch_size': ('1:32',)}, r'STEP:VALUE whose steps rise from 0; write as in --config\.'),
         ({'batch_size': ('0:8', '5:32', '5:16')}, r'steps rise from 0'),
         ({'batch_size': ('0:8', '-5:32')}, r'steps rise from 0'),

@@ -232,6 +232,11 @@ def test_schemas_and_cloze(tmp_path):
         judged = judge(task, task.items[0], [Score(x, False) for x in found], [1, 1])
         assert (judged.right, judged.n_bytes) == ({'raw': right}, 5)
         assert judged.bits == pytest.approx(-found[1] / math.log(2))
+    nan = [Score(math.nan, False)] * 2  # of a model that is lost: nothing is right
+    first = task_of(tmp_path, SCHEMA | {'gold': 0})
+    assert judge(first, first.items[0], nan, [1, 1]).right == {'raw': False}
+    choice = task_of(tmp_path, CHOICE)
+    assert not any(judge(choice, choice.items[0], nan, [1, 1]).right.values())
     task = task_of(tmp_path, CLOZE)
     for greedy in (True, False):
         assert judge(task, task.items[0], [Score(-1.0, greedy)], [2]).right == {'raw': greedy}
