@@ -696,6 +696,26 @@ def test_damaged_rows_are_named(name, tmp_path):
     assert not (tmp_path / 'out/manifest.json').exists()
 
 
+@pytest.mark.parametrize(
+    ('name', 'file', 'value'),
+    [
+        ('mds', 'index.json', []),
+        ('mds', 'index.json', {'version': 2}),
+        ('mds', 'index.json', {'version': 2, 'shards': [{'format': 'mds', 'version': 2}]}),
+        ('datasets', 'state.json', []),
+        ('datasets', 'state.json', {'_data_files': [{}]}),
+        ('levanter', 'shard_ledger.json', 3),
+    ],
+)
+def test_json_beside_tokens_that_says_something_else(name, file, value, tmp_path):
+    path, options = FILES[name]
+    shutil.copytree(GOLDEN / path, tmp_path / 'in')
+    (tmp_path / 'in' / file).write_text(json.dumps(value))
+    with pytest.raises(ConfigError, match=rf'{file} does not say what it should'):
+        read(tmp_path / 'in', options, tmp_path / 'out')
+    assert not (tmp_path / 'out').exists()
+
+
 def test_other_files_of_a_datasets_folder(tmp_path):
     folder = copied('datasets/saved', tmp_path)
     shutil.copy(folder / 'data-00000-of-00002.arrow', folder / 'cache-0123.arrow')
