@@ -480,8 +480,8 @@ def test_urls_give_what_local_files_give(name, tmp_path, small_blocks):
 
 def test_remote_bytes_are_requested_about_once(tmp_path, monkeypatch):
     system = pytest.importorskip('fsspec').filesystem('memory')
-    n = 200_000
-    lengths = np.random.default_rng(0).integers(1, 60, n)
+    n = 600_000
+    lengths = np.random.default_rng(0).integers(1, 20, n)
     ids = np.zeros(lengths.sum(), '<u2')
     ids[np.cumsum(lengths) - 1] = END
     places = 2 * (np.cumsum(lengths) - lengths)
@@ -500,7 +500,7 @@ def test_remote_bytes_are_requested_about_once(tmp_path, monkeypatch):
         url = f'memory://{tmp_path.name}/a.bin'
         read(url, options, tmp_path / options['format'], part_bytes=2 * READ_BYTES)
         wanted = ids.nbytes + (len(index) if options['format'] == 'megatron' else 0)
-        assert wanted <= sum(map(len, requests)) <= 1.9 * wanted
+        assert wanted <= sum(map(len, requests)) <= 2.2 * wanted
         assert len(requests) < 100
     assert stream(tmp_path / 'megatron') == stream(tmp_path / 'nanogpt')
 
