@@ -8,7 +8,8 @@ Several files are named by a glob, or one after the other with commas.
 
 The stream of a `DirectSplit` is the one that `python data.py --format=...` would write: the same
 documents in the same order, each followed by one end-of-text token, wherever and whether at all
-the files have it. Files are mapped into memory; a table says where each document lies.
+the files have it. But no document is moved to a split that the hashes leave empty. Files are
+mapped into memory; a table says where each document lies.
 
 Before the first use all ids are checked and the table is made, which reads the files once. It is
 kept in the cache folder under the paths, sizes and times of the files, so that another start reads

@@ -144,7 +144,7 @@ def arrow_errors() -> tuple[type[Exception], ...]:
         import pyarrow as pa
     except ImportError as error:
         raise ConfigError(f'reading Parquet needs pyarrow: {INSTALL}') from error
-    return (pa.ArrowException, OSError)
+    return (pa.ArrowException, OSError, UnicodeDecodeError)  # the last: a name in a schema
 
 
 def raise_unless_content(error: Exception) -> None:

@@ -384,17 +384,17 @@ def open_megatron(file: File, options: 'TokenOptions') -> Flat:
 def check_levanter(file: File, options: 'TokenOptions') -> File:
     """Checks the shard_ledger.json of a cache (levanter/store/cache.py, CacheLedger)."""
     file = with_size(file)
-    with open_file(file) as f:
-        ledger = parsed_json(file, f.read())
-    if not ledger.get('is_finished'):
+    with parsed_json(file) as ledger:
+        finished, n_rows = ledger.get('is_finished'), ledger.get('total_num_rows')
+    if not finished:
         raise ConfigError(
             f'{file.path} says that the cache is not finished: let Levanter finish it'
         )
     flat = open_levanter(file, options)
-    if flat.n_records != ledger.get('total_num_rows'):
+    if flat.n_records != n_rows:
         raise ConfigError(
-            f'{file.path} counts {ledger.get("total_num_rows")} rows, and the offsets of '
-            f'{options.field} {flat.n_records}: build the cache again'
+            f'{file.path} counts {n_rows} rows, and the offsets of {options.field} '
+            f'{flat.n_records}: build the cache again'
         )
     return file
 

@@ -1,18 +1,17 @@
 """Reads token ids from files of rows: Hugging Face datasets (Arrow), Parquet, MosaicML's MDS."""
 
-import bz2
+import contextlib
 import dataclasses
-import gzip
 import json
 import os
-import zlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from config import ConfigError
-from corpus.files import INSTALL, File, find_files, open_file, with_size
+from corpus.compression import decompressed
+from corpus.files import File, find_files, open_file, with_size
 from corpus.records import Piece
 from corpus.rows import arrow_errors, parquet, raise_unless_content, row_group_pieces
 from corpus.token_documents import Block
@@ -24,7 +23,11 @@ if TYPE_CHECKING:
 
 ROWS = 4096  # rows of a Parquet file in memory at a time
 MDS_ROWS = 4096  # samples of a block
+MDS_PACKINGS = {'.mds': '', '.zstd': '.zst', '.gz': '.gz', '.bz2': '.bz2'}  # by other endings
 MDS_DTYPES = {8: 'u1', 9: 'i1', 16: '<u2', 17: '<i2', 32: '<u4', 33: '<i4', 64: '<u8', 65: '<i8'}
+
+# What looking up a value raises that is not as it should be.
+OTHERWISE = (AttributeError, IndexError, KeyError, TypeError, ValueError)
 
 
 def sized(found: list[File], options: 'TokenOptions') -> list[File]:
@@ -38,12 +41,27 @@ def whole(file: File, options: 'TokenOptions') -> list[Piece]:
     return [Piece(file, 0, None, 1, file.size or 0)]
 
 
-def parsed_json(file: File, content: bytes) -> Any:
-    """Returns the value of a JSON file. Raises ConfigError if it is none."""
+@contextlib.contextmanager
+def parsed_json(file: File) -> Iterator[Any]:
+    """Gives the value of a JSON file to a body that takes from it what it should say.
+
+    Raises ConfigError, naming the file, if it is no JSON, or the body finds something else.
+    """
+    with open_file(file) as f:
+        content = f.read()
     try:
-        return json.loads(content)
+        value = json.loads(content)
     except ValueError as error:
         raise ConfigError(f'{file.path} is no JSON ({error}): fetch or write it again') from error
+    try:
+        yield value
+    except ConfigError:
+        raise
+    except OTHERWISE as error:
+        raise ConfigError(
+            f'{file.path} does not say what it should ({type(error).__name__}: {error}): fetch or '
+            'write it again'
+        ) from error
 
 
 def beside(file: File, name: str) -> File:
@@ -79,17 +97,17 @@ def dataset_files(found: list[File], options: 'TokenOptions') -> list[File]:
         if not exists(state_file):
             files += inside
             continue
-        with open_file(state_file) as f:
-            state = parsed_json(state_file, f.read())
-        if state.get('_indices_data_files') or state.get('_indices_files'):
-            raise ConfigError(
-                f'{folder} orders its rows by an index: save the dataset after flatten_indices()'
-            )
-        by_name = {os.path.basename(file.path): file for file in inside}
-        for entry in state.get('_data_files') or []:
-            if entry['filename'] not in by_name:
-                raise ConfigError(f'{folder} lacks {entry["filename"]}, which state.json names')
-            files.append(by_name[entry['filename']])
+        with parsed_json(state_file) as state:
+            if state.get('_indices_data_files') or state.get('_indices_files'):
+                raise ConfigError(
+                    f'{folder} orders its rows by an index: save the dataset after '
+                    'flatten_indices()'
+                )
+            by_name = {os.path.basename(file.path): file for file in inside}
+            for entry in state.get('_data_files') or []:
+                if entry['filename'] not in by_name:
+                    raise ConfigError(f'{folder} lacks {entry["filename"]}, which state.json names')
+                files.append(by_name[entry['filename']])
     return sized(files, options)
 
 
@@ -212,19 +230,19 @@ def mds_files(found: list[File], options: 'TokenOptions') -> list[File]:
     """
     files = []
     for index_file in found:
-        with open_file(index_file) as f:
-            index = parsed_json(index_file, f.read())
-        if not isinstance(index, dict) or index.get('version') != 2:
-            version = index.get('version') if isinstance(index, dict) else None
-            raise ConfigError(f'{index_file.path} has version {version}; version 2 is read')
-        for i, shard in enumerate(index['shards']):
-            if (shard.get('format'), shard.get('version')) != ('mds', 2):
+        with parsed_json(index_file) as index:
+            if index['version'] != 2:
                 raise ConfigError(
-                    f'{index_file.path}, shard {i}: format {shard.get("format")} of version '
-                    f'{shard.get("version")}; mds of version 2 is read'
+                    f'{index_file.path} has version {index["version"]}; version 2 is read'
                 )
-            _column(shard, options, index_file.path)
-            files.append(_shard_file(index_file, shard))
+            for i, shard in enumerate(index['shards']):
+                if (shard.get('format'), shard.get('version')) != ('mds', 2):
+                    raise ConfigError(
+                        f'{index_file.path}, shard {i}: format {shard.get("format")} of version '
+                        f'{shard.get("version")}; mds of version 2 is read'
+                    )
+                _column(shard, options, index_file.path)
+                files.append(_shard_file(index_file, shard))
     if len({file.path for file in files}) < len(files):
         raise ConfigError(f'{found[0].path} lists a shard twice')
     return files
@@ -295,17 +313,19 @@ def mds_blocks(piece: Piece, options: 'TokenOptions') -> Iterator[Block]:
         raise refuse(f'sample {min(at, n)} of {n:,} does not end within {len(content):,}', 4 * at)
     try:
         shard = json.loads(content[4 * (n + 2) : places[0]])
-    except ValueError as error:
+        column, encoding = _column(shard, options, path)
+        fixed = shard['column_sizes']
+    except ConfigError:
+        raise
+    except OTHERWISE as error:
         raise refuse(f'its columns are not readable ({error})', 4 * (n + 2)) from error
-    column, encoding = _column(shard, options, path)
-    fixed = shard['column_sizes']
     for start in range(0, n, MDS_ROWS):
         rows = []
         for i in range(start, min(start + MDS_ROWS, n)):
             try:
                 sample = content[places[i] : places[i + 1]]
                 rows.append(_decoded(_value(sample, fixed, column), encoding, options))
-            except (ValueError, IndexError, KeyError) as error:
+            except OTHERWISE as error:
                 raise refuse(f'sample {i + 1} is broken ({error})', int(places[i])) from error
         lengths = np.array([len(ids) for ids in rows], np.int64)
         tokens = np.concatenate(rows)
@@ -344,37 +364,14 @@ def _decoded(value: bytes, encoding: str, options: 'TokenOptions') -> np.ndarray
 
 def _unpacked(file: File) -> bytes:
     """Returns the content of a shard. Raises ConfigError if its compression is not readable."""
-    with open_file(file) as f:
-        content = f.read()
     ending = os.path.splitext(file.path)[1]
-    try:
-        if ending == '.zstd':
-            return _zstd(content, file)
-        if ending in ('.gz', '.bz2'):
-            return (gzip if ending == '.gz' else bz2).decompress(content)
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise ConfigError(f'{file.path} is broken ({error}): fetch it again') from error
-    if ending != '.mds':
+    if ending not in MDS_PACKINGS:
         raise ConfigError(
             f'{file.path} is compressed as {ending}: zstd, gz and bz2 are read; decompress it'
         )
-    return content
-
-
-def _zstd(content: bytes, file: File) -> bytes:
-    """Returns the content of zstd frames. Raises ValueError for broken ones."""
-    try:
-        import zstandard
-    except ImportError as error:
-        raise ConfigError(f'reading {file.name} needs zstandard: {INSTALL}') from error
-    try:
-        out = bytearray()
-        while content:
-            frame = zstandard.ZstdDecompressor().decompressobj()
-            out += frame.decompress(content)
-            if not frame.eof:
-                raise ValueError('the last zstd frame is cut short')
-            content = frame.unused_data
-        return bytes(out)
-    except zstandard.ZstdError as error:
-        raise ValueError(str(error)) from error
+    with open_file(file) as raw:
+        content, errors = decompressed(raw, file.name.removesuffix(ending) + MDS_PACKINGS[ending])
+        try:
+            return content.read()
+        except errors as error:
+            raise ConfigError(f'{file.path} is broken ({error}): fetch it again') from error

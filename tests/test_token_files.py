@@ -480,8 +480,8 @@ def test_urls_give_what_local_files_give(name, tmp_path, small_blocks):
 
 def test_remote_bytes_are_requested_about_once(tmp_path, monkeypatch):
     system = pytest.importorskip('fsspec').filesystem('memory')
-    n = 200_000
-    lengths = np.random.default_rng(0).integers(1, 60, n)
+    n = 600_000
+    lengths = np.random.default_rng(0).integers(1, 20, n)
     ids = np.zeros(lengths.sum(), '<u2')
     ids[np.cumsum(lengths) - 1] = END
     places = 2 * (np.cumsum(lengths) - lengths)
@@ -500,7 +500,7 @@ def test_remote_bytes_are_requested_about_once(tmp_path, monkeypatch):
         url = f'memory://{tmp_path.name}/a.bin'
         read(url, options, tmp_path / options['format'], part_bytes=2 * READ_BYTES)
         wanted = ids.nbytes + (len(index) if options['format'] == 'megatron' else 0)
-        assert wanted <= sum(map(len, requests)) <= 1.9 * wanted
+        assert wanted <= sum(map(len, requests)) <= 2.2 * wanted
         assert len(requests) < 100
     assert stream(tmp_path / 'megatron') == stream(tmp_path / 'nanogpt')
 
@@ -694,6 +694,26 @@ def test_damaged_rows_are_named(name, tmp_path):
         read(folder, options, tmp_path / 'out')
     assert str(tmp_path) in str(error.value)
     assert not (tmp_path / 'out/manifest.json').exists()
+
+
+@pytest.mark.parametrize(
+    ('name', 'file', 'value'),
+    [
+        ('mds', 'index.json', []),
+        ('mds', 'index.json', {'version': 2}),
+        ('mds', 'index.json', {'version': 2, 'shards': [{'format': 'mds', 'version': 2}]}),
+        ('datasets', 'state.json', []),
+        ('datasets', 'state.json', {'_data_files': [{}]}),
+        ('levanter', 'shard_ledger.json', 3),
+    ],
+)
+def test_json_beside_tokens_that_says_something_else(name, file, value, tmp_path):
+    path, options = FILES[name]
+    shutil.copytree(GOLDEN / path, tmp_path / 'in')
+    (tmp_path / 'in' / file).write_text(json.dumps(value))
+    with pytest.raises(ConfigError, match=rf'{file} does not say what it should'):
+        read(tmp_path / 'in', options, tmp_path / 'out')
+    assert not (tmp_path / 'out').exists()
 
 
 def test_other_files_of_a_datasets_folder(tmp_path):
