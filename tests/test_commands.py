@@ -15,6 +15,7 @@ from common_commands import command_line
 
 import convert
 import data
+import evaluate
 import generate
 import plan
 import tokenizer
@@ -33,6 +34,7 @@ COMMANDS = {
     'data.py': data,
     'tokenizer.py': tokenizer,
     'generate.py': generate,
+    'evaluate.py': evaluate,
     'plan.py': plan,
     'convert.py': convert,
     'parallel.py': schedules,
@@ -291,7 +293,8 @@ def test_help_fits_a_screen(script, monkeypatch, capsys):
     assert f'python {script}' in printed or 'python -m pipeline.schedules' in printed
     assert all(len(line) <= 80 for line in lines if line.startswith('  --'))
     assert 'absl' not in printed
-    rare = {'train.py': 'coordinator', 'convert.py': 'coordinator', 'data.py': 'token_dtype'}
+    rare = dict.fromkeys(('train.py', 'convert.py', 'evaluate.py'), 'coordinator')
+    rare['data.py'] = 'token_dtype'
     assert ('  --helpfull' in printed) == (script in rare)
     run(f'{script} --helpfull')
     full = capsys.readouterr().out
