@@ -275,7 +275,7 @@ def test_several_processes_spare_no_devices():
 
 @pytest.mark.parametrize('here', [True, False])
 def test_data_that_one_process_cannot_open_stops_all(here, monkeypatch):
-    def open_data(_):
+    def open_data(*_):
         if not here:
             raise ConfigError('the cache folder cannot be written')
 
