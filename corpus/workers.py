@@ -28,6 +28,10 @@ SHIPPED = (
     'machine.config_flag', 'machine.progress', 'storage.stores', 'tokenizer',
 )  # fmt: skip
 
+# What a worker has when it is forked. Not tensorstore, which starts a thread as it is imported: a
+# forked child would lack it.
+PRELOADED = ('corpus.documents', 'tokenizer')
+
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 # The path of a socket has at most 107 bytes, of which the names of a session take this away:
@@ -85,7 +89,8 @@ def _run_in_processes(
     fn: Callable[..., Any], shared: Any, tasks: Sequence[tuple], workers: int
 ) -> Iterator[Any]:
     context, others = start_server(), multiprocessing.active_children()
-    pool = ProcessPoolExecutor(min(workers, len(tasks)), context, _start_worker, (fn, shared))
+    given = (dict(os.environ), fn, shared)
+    pool = ProcessPoolExecutor(min(workers, len(tasks)), context, _start_worker, given)
     # Not pool.map, which cancels futures that the pool sets when the workers are ended.
     futures, yielded = [pool.submit(_work, task) for task in tasks], 0
     try:
@@ -111,14 +116,14 @@ def start_server() -> BaseContext:
     """Starts the process that worker processes are forked from, if there is none yet.
 
     A child that this process forked would inherit the locks of tensorstore's threads without the
-    threads. The server has only imported what a part needs, once for all workers: half a second of
-    CPU time each. Returns the context of multiprocessing; one that starts each worker anew where
-    processes cannot be forked.
+    threads. The server has only imported PRELOADED, once for all workers: 0.3 s of CPU time each.
+    Returns the context of multiprocessing; one that starts each worker anew where processes cannot
+    be forked.
     """
     if 'forkserver' not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context('spawn')
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['corpus.prepare'])
+    context.set_forkserver_preload(list(PRELOADED))
     # The server ignores the path that it is given, and imports that fail.
     before = os.environ.get('PYTHONPATH')
     os.environ['PYTHONPATH'] = os.pathsep.join([PROJECT, *([before] if before else [])])
@@ -139,11 +144,15 @@ def start_server() -> BaseContext:
 _given: list[Any] = []  # in a worker process: fn and shared
 
 
-def _start_worker(fn: Callable[..., Any], shared: Any) -> None:
+def _start_worker(environment: dict[str, str], fn: Callable[..., Any], shared: Any) -> None:
     """Prepares a worker process, which ends when its parent does.
 
-    A worker that outlived a killed parent would write into the work of the next job.
+    A worker that outlived a killed parent would write into the work of the next job. The server has
+    the environment variables of its start: they may have changed, as those that name a bucket's
+    server.
     """
+    os.environ.clear()
+    os.environ.update(environment)
     _given[:] = fn, shared
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # where it was started anew
     threading.Thread(target=_end_with_parent, daemon=True).start()

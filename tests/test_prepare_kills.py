@@ -331,3 +331,20 @@ def test_all_modules_that_a_part_needs_are_shipped():
     command = [sys.executable, '-c', MODULES, ROOT]
     found = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
     assert sorted(found) == sorted(workers.SHIPPED)
+
+
+def variable(_: None, name: str) -> str:
+    return os.environ.get(name, '')
+
+
+def test_workers_have_the_environment_of_the_job(monkeypatch):
+    """Not that of the start of the process which they are forked from."""
+    assert list(workers.run(variable, None, [('GIVEN',)] * 2, 2, None)) == ['', '']
+    monkeypatch.setenv('GIVEN', 'later')
+    assert list(workers.run(variable, None, [('GIVEN',)] * 2, 2, None)) == ['later', 'later']
+
+
+def test_what_workers_are_forked_from_has_no_threads_to_lose():
+    code = f'import sys; import {", ".join(workers.PRELOADED)}; print("tensorstore" in sys.modules)'
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == 'False\n', done.stderr
