@@ -175,12 +175,14 @@ def run(r: Run) -> dict[str, Any]:
     progress = Progress(s, writer, loader.tokens_before)
     state = start_state(s, r.checkpoints, r.start, r.init_from, r.averaged)
     phased = PhasedStep(s, loader, r.start, functools.partial(compiled_step, r=r))
-    evaluate, evaluation, evaluated = make_evaluation(s, encoding), {}, 0
+    evaluate = make_evaluation(s, encoding)
 
+    between = r.stop.between
     r.stop.begin()
     progress.start(r.start)
     batches = prefetch(phased.batch, r.start, config.steps)
     for step, batch in enumerate(batches, start=r.start + 1):
+        evaluation = {}  # of this step
         if phased.begins(step - 1):
             enter_phase(phased, step, state, progress)
         r.tracer.before(step, state)
@@ -198,24 +200,22 @@ def run(r: Run) -> dict[str, Any]:
             jax.block_until_ready(state)
             writer.terminal.catch_up(step)
             progress.check_peak()
+            params = evaluated_params(state, config)
         try:
             if now.evaluate:
-                with doing(f'evaluating after step {step}', r):
-                    params = evaluated_params(state, config)
-                    measure = functools.partial(evaluate, params, between=r.stop.between)
-                    evaluation, seconds = timed(over_sources, sources, measure)
-                evaluated = step
+                measure = functools.partial(evaluate, params, between=between)
+                text = f'evaluating after step {step}'
+                evaluation, seconds = paused(text, r, over_sources, sources, measure)
                 progress.log_evaluation(step, evaluation, seconds)
             if now.ask:
-                with doing(f'asking the tasks after step {step}', r):
-                    params = evaluated_params(state, config)
-                    measure = functools.partial(ask, params, between=r.stop.between)
-                    (results, lines), seconds = timed(measure)
+                measure = functools.partial(ask, between=between)
+                text = f'asking the tasks after step {step}'
+                (results, lines), seconds = paused(text, r, measure, params)
                 progress.log_tasks(step, results, lines, seconds)
             if now.sample:
-                with doing(f'sampling after step {step}', r):
-                    draw = functools.partial(sample, between=r.stop.between)
-                    samples, seconds = timed(draw, evaluated_params(state, config), step)
+                draw = functools.partial(sample, between=between)
+                text = f'sampling after step {step}'
+                samples, seconds = paused(text, r, draw, params, step)
                 progress.log_samples(step, samples, seconds)
         except CutShortError:
             now = now._replace(save=True, stop=True)
@@ -231,8 +231,6 @@ def run(r: Run) -> dict[str, Any]:
     with doing(f'saving step {step}', r):
         r.checkpoints.wait()
     seconds = time.perf_counter() - started
-    if evaluated < step:
-        evaluation = {}  # that of another step
     if now.stop:
         writer.say(f'stopped by a signal: step {step} is saved, of {config.steps}')
     elif evaluation and writer.active:
@@ -269,6 +267,12 @@ def doing(text: str, r: Run, at_once: bool = False) -> Iterator[None]:
         return
     with r.writer.terminal.patiently(text):
         yield
+
+
+def paused(text: str, r: Run, f: Callable[..., T], *args: Any) -> tuple[T, float]:
+    """Returns the result of f, and the seconds that it took, in a pause of the run: see `doing`."""
+    with doing(text, r):
+        return timed(f, *args)
 
 
 def opened_data(

@@ -1,4 +1,4 @@
-"""How fast documents are packed into windows, and a batch of packed windows is read.
+"""The speed of packing documents into windows, and of reading a batch of packed windows.
 
     python benchmarks/packing_speed.py
     python benchmarks/packing_speed.py --documents=10000000 --seq_len=4096 --max_documents=16

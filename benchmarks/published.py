@@ -101,7 +101,7 @@ class Row:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What makes two rows the same run."""
+        """The values that two rows of one run share."""
         name = released_models.known_as(self.model)
         return name, card(self), self.chips, self.seq_len, self.mesh
 

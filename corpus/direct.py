@@ -20,7 +20,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import json
 import os
 import re
 import sys
@@ -35,6 +34,7 @@ import tiktoken
 
 from config import ConfigError
 from corpus.files import File, split_inputs
+from corpus.hashes import digest_of
 from corpus.records import Piece
 from corpus.shards import UnreadableError
 from corpus.token_documents import (
@@ -57,7 +57,7 @@ from corpus.token_files import (
 )
 from corpus.token_flat import Flat
 from machine.progress import track
-from storage.stores import expanded
+from storage.stores import cache_folder, expanded
 from tokenizer import END_OF_TEXT, cached_token_bytes, end_of_text, fingerprint, get_encoding
 
 DIRECT = ('megatron', 'llmc', 'nanogpt')  # formats whose tokens lie in one piece, in local files
@@ -131,7 +131,7 @@ def direct_splits(path: str, tokenizer: str) -> tuple['DirectSplit', 'DirectSpli
     tables = {'train': table, 'validation': table}
     if parsed.validation:
         tables['validation'] = _table(parsed.validation, 0.0, parsed.options, tokenizer, enc)
-    digest = _digest([tables[name].digest for name in ('train', 'validation')])
+    digest = digest_of([tables[name].digest for name in ('train', 'validation')])
     splits = {}
     for name, found in tables.items():
         chosen = found.in_validation == (name == 'validation' and not parsed.validation)
@@ -151,7 +151,7 @@ def direct_splits(path: str, tokenizer: str) -> tuple['DirectSplit', 'DirectSpli
 
 
 class Table(NamedTuple):
-    """Where the documents of files lie, in order."""
+    """The places of the documents of files, in order."""
 
     flats: list[Flat]
     files: np.ndarray  # int32 [n], index of the document's file
@@ -164,17 +164,6 @@ class Table(NamedTuple):
 
 
 ARRAYS = ('files', 'starts', 'lengths', 'ended', 'in_validation', 'n_bytes')
-
-
-def cache_folder() -> str:
-    """Returns $JAXFORMER_CACHE, else $XDG_CACHE_HOME/jaxformer, else ~/.cache/jaxformer."""
-    user_cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
-    return os.environ.get('JAXFORMER_CACHE') or os.path.join(user_cache, 'jaxformer')
-
-
-def _digest(value: object) -> str:
-    """Returns 32 hex digits over a value that JSON can express."""
-    return hashlib.blake2b(json.dumps(value).encode(), digest_size=16).hexdigest()
 
 
 def _table(
@@ -191,7 +180,7 @@ def _table(
     flats = [FORMATS[options.format].flat(file, options) for file in files]
     places = [(os.path.abspath(f.path), f.name, f.size, f.version) for f in files]
     about = [TABLE_VERSION, share, dataclasses.astuple(options), fingerprint(enc)]
-    path = os.path.join(cache_folder(), f'tokens-{_digest([about, places])}.npz')
+    path = os.path.join(cache_folder(), f'tokens-{digest_of([about, places])}.npz')
     unreadable = contextlib.suppress(OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile)
     with unreadable, np.load(path) as kept:
         return Table(flats, *(kept[name] for name in ARRAYS), str(kept['digest']))
@@ -222,7 +211,7 @@ def _made_table(
     *arrays, n_bytes = [np.concatenate(column) for column in columns] or [np.zeros(0)] * 6
     about = [dataclasses.astuple(options), fingerprint(enc), share]
     named = [(file.name, file.size) for file in files]
-    digest = _digest([about, named, [digest for _, digest in found]])
+    digest = digest_of([about, named, [digest for _, digest in found]])
     return Table(flats, *arrays, n_bytes.reshape(-1, 2).sum(axis=0), digest)
 
 

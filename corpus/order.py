@@ -7,7 +7,7 @@ from fractions import Fraction
 import numpy as np
 
 from config import ConfigError
-from corpus.shards import mix
+from corpus.hashes import mix
 
 MAX_PERIOD = 10_000  # at most so many samples, then the order of a mixture's sources repeats
 

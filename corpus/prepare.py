@@ -13,7 +13,6 @@ no other document, with its last part held out for validation.
 
 import contextlib
 import dataclasses
-import hashlib
 import itertools
 import json
 import math
@@ -31,18 +30,19 @@ import tiktoken
 from config import ConfigError
 from corpus.documents import cut_into_parts, documents
 from corpus.files import FILE_KINDS, File, ending_of, retry, unpacked
+from corpus.hashes import digest_of, document_hash, split_of
 from corpus.records import Bad, Binary, Document, Piece
 from corpus.shards import (
     MANIFEST,
     SPLITS,
     VERSION,
     ArrayWriter,
-    document_hash,
     read_manifest,
-    split_of,
     write_manifest,
 )
 from corpus.tally import COUNTS, ProgressBar, Tally, add_bad, total
+from corpus.token_documents import tail_size
+from corpus.token_documents import tail_start as token_tail
 from corpus.token_files import TokenOptions, cut_tokens, is_flat
 from corpus.token_import import write_tokens
 from corpus.workers import run, start_server
@@ -51,7 +51,6 @@ from storage.stores import local_folder, open_store, store_errors
 from tokenizer import END_OF_TEXT, encode, end_of_text, fingerprint, get_encoding
 
 PART_BYTES = 32 << 20  # of input in one part, unless a file that cannot be cut is larger
-TAIL = 4096  # characters held out of a lone document, at least, unless they are most of its text
 
 T = TypeVar('T')
 
@@ -273,17 +272,12 @@ def _empty_manifest(
         'input': {
             'files': len(files),
             'bytes': sum(file.size or 0 for file in files),
-            'listing': _digest(listing),
+            'listing': digest_of(listing),
             'text_field': job.text_field,
             'part_bytes': part_bytes,
             **({'tokens': dataclasses.asdict(job.tokens)} if job.tokens else {}),
         },
     }
-
-
-def _digest(value: Any) -> str:
-    """Returns 32 hex digits over a value that JSON can express."""
-    return hashlib.blake2b(json.dumps(value).encode(), digest_size=16).hexdigest()
 
 
 def _dtype(enc: tiktoken.Encoding) -> np.dtype:
@@ -330,7 +324,7 @@ def _part_key(manifest: dict[str, Any], part: list[Piece], move: Move | None) ->
     for piece in part:
         file, *rest = dataclasses.astuple(piece)
         pieces.append([file if piece.file.as_text else file[:-1], *rest])
-    return _digest([shared, pieces])
+    return digest_of([shared, pieces])
 
 
 def _committed_parts(store: ts.KvStore, keys: list[str]) -> dict[int, dict[str, Any]]:
@@ -467,13 +461,13 @@ def _moved(item: Document, job: Job, move: Move) -> list[tuple[str, str, int]]:
 def tail_start(text: str, share: float) -> int:
     """Returns where the last `share` of a text starts, at a paragraph, a line or a word.
 
-    It has at least TAIL characters, or a tenth of a short text. A text of one character has no
-    tail: its length is returned.
+    It is about as long as `token_documents.tail_size` says. A text of one character has no tail:
+    its length is returned.
     """
-    if len(text) < 2:
-        return len(text)
-    size = max(share * len(text), min(TAIL, len(text) / 10))
-    wanted = min(max(1, len(text) - round(size)), len(text) - 1)
+    wanted = token_tail(len(text), share)
+    if wanted == len(text):
+        return wanted
+    size = tail_size(len(text), share)
     for mark in ('\n\n', '\n', ' '):
         start = text.rfind(mark, max(0, wanted - round(size / 2)), wanted)
         if start > 0:

@@ -2,10 +2,9 @@
 
 Each array DIR/train/00000 and so on holds the documents of one part of the input, one after the
 other, each followed by the end-of-text token, and DIR/train/00000.lengths the documents' lengths
-(corpus/lengths.py). DIR is a local folder or a tensorstore URL. Each
-chunk has a crc32c checksum, which is checked as it is read. The manifest holds a digest of each
-shard, which inspection checks, others of the checksums in it, which are checked when it is opened,
-and a digest of itself.
+(corpus/lengths.py). DIR is a local folder or a tensorstore URL. Each chunk has a crc32c checksum,
+which is checked as it is read. The manifest holds a digest of each shard, which inspection checks,
+others of the checksums in it, which are checked when it is opened, and a digest of itself.
 """
 
 import hashlib
@@ -54,28 +53,6 @@ def array_spec(store: ts.KvStore, path: str) -> dict[str, Any]:
         'store_data_equal_to_fill_value': True,
         'fill_missing_data_reads': False,
     }
-
-
-def split_of(document: str, validation_share: float, hashed: str = '') -> str:
-    """Returns the split of the document with this id. It does not depend on other documents.
-
-    `hashed` is its `document_hash`, where that is there already.
-    """
-    below = int(hashed or document_hash(document), 16) < validation_share * 2**64
-    return 'validation' if below else 'train'
-
-
-def document_hash(document: str) -> str:
-    """Returns 16 hex digits over a document's id, in whose order documents go to validation."""
-    name = document.encode('utf-8', 'surrogateescape')  # Linux allows any bytes in a file's name
-    return hashlib.blake2b(name, digest_size=8).hexdigest()
-
-
-def mix(x: np.ndarray) -> np.ndarray:
-    """Mixes the bits of each number, uint64 -> uint64: the finalizer of splitmix64."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 # ---------------------------------------------------------------------------------------------

@@ -13,10 +13,10 @@ import tempfile
 import time
 
 from config import ConfigError
-from corpus.direct import cache_folder
 from corpus.files import File
 from corpus.prepare import Job, prepare
 from corpus.shards import MANIFEST, VERSION
+from storage.stores import cache_folder
 from tokenizer import fingerprint, get_encoding, stdlib_files
 
 STDLIB_FILES = 2  # version of the choice that stdlib_files makes; raise it with that choice

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from corpus.hashes import mix
 from corpus.records import Bad
-from corpus.shards import mix
 
 COUNTED = 1 << 16  # tokens whose bytes are looked up at a time, which stay in the cache
-TAIL = 4096  # tokens held out of a lone document, at least, unless they are most of it
+TAIL = 4096  # tokens or characters held out of a lone document, at least, unless that is most
 
 
 class Block(NamedTuple):
@@ -179,13 +179,16 @@ def byte_lengths(token_bytes: np.ndarray, ends: Sequence[int]) -> np.ndarray:
     return lengths.astype(np.min_scalar_type(lengths.max()))
 
 
+def tail_size(n: int, share: float) -> float:
+    """Returns how much of a lone document of n tokens or characters is held out: `share` of it, but
+    at least TAIL, or a tenth of a short one."""
+    return max(share * n, min(TAIL, n / 10))
+
+
 def tail_start(n: int, share: float) -> int:
-    """Returns where the part of a lone document of n tokens starts that is held out: the last
-    `share` of it, but at least TAIL tokens, or a tenth of a short one. Of one token none is."""
-    if n < 2:
-        return n
-    size = max(share * n, min(TAIL, n / 10))
-    return min(max(1, n - round(size)), n - 1)
+    """Returns where the part of a lone document of n tokens or characters starts that is held out:
+    its end. Of one token none is."""
+    return min(max(1, n - round(tail_size(n, share))), n - 1) if n > 1 else n
 
 
 # ---------------------------------------------------------------------------------------------

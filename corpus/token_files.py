@@ -48,7 +48,7 @@ BORDERS = ('records', 'end_of_text')
 
 @dataclasses.dataclass(frozen=True)
 class TokenOptions:
-    """What a job reads token files as; what the files do not say themselves."""
+    """The facts about token files that they do not say themselves."""
 
     format: str  # one of FORMATS
     field: str = ''  # column of rows; '': the format's usual one
@@ -62,7 +62,7 @@ class TokenOptions:
 
 
 class Format(NamedTuple):
-    """How a format is read."""
+    """A format: its files, and the functions that read them."""
 
     endings: tuple[str, ...]  # of the files to look for
     field: str  # its usual column of tokens; '': it has none

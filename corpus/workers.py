@@ -21,11 +21,11 @@ from corpus.files import INSTALL
 # The project's modules that a task's code comes from, for machines that do not have them.
 SHIPPED = (
     'config', 'configs.default', 'corpus.compression', 'corpus.csv_files', 'corpus.documents',
-    'corpus.files', 'corpus.hub_tokenizer', 'corpus.lengths', 'corpus.prepare', 'corpus.records',
-    'corpus.rows', 'corpus.shards', 'corpus.tally', 'corpus.tar_files', 'corpus.text_files',
-    'corpus.token_documents', 'corpus.token_files', 'corpus.token_flat', 'corpus.token_import',
-    'corpus.token_rows', 'corpus.vocabulary_files', 'corpus.workers', 'machine.command',
-    'machine.config_flag', 'machine.progress', 'storage.stores', 'tokenizer',
+    'corpus.files', 'corpus.hashes', 'corpus.hub_tokenizer', 'corpus.lengths', 'corpus.prepare',
+    'corpus.records', 'corpus.rows', 'corpus.shards', 'corpus.tally', 'corpus.tar_files',
+    'corpus.text_files', 'corpus.token_documents', 'corpus.token_files', 'corpus.token_flat',
+    'corpus.token_import', 'corpus.token_rows', 'corpus.vocabulary_files', 'corpus.workers',
+    'machine.command', 'machine.config_flag', 'machine.progress', 'storage.stores', 'tokenizer',
 )  # fmt: skip
 
 # What a worker has when it is forked. Not tensorstore, which starts a thread as it is imported: a

@@ -5,6 +5,7 @@ within a second says nothing. What cannot be printed is left out.
 """
 
 import contextlib
+import functools
 import shutil
 import sys
 import threading
@@ -114,9 +115,13 @@ def track(items: Iterable[T], what: str, total: int) -> Iterator[T]:
 
 
 @contextlib.contextmanager
-def patiently(text: str) -> Iterator[None]:
-    """Says `text` while the body runs, if that takes longer than SILENT_SECONDS."""
-    timer = threading.Timer(SILENT_SECONDS, print, [text], {'file': sys.stderr, 'flush': True})
+def patiently(
+    text: str, say: Callable[[str], None] | None = None, seconds: float | None = None
+) -> Iterator[None]:
+    """Says `text` while the body runs, if that takes longer than so many seconds: by default
+    SILENT_SECONDS, and on standard error."""
+    say = say or functools.partial(print, file=sys.stderr, flush=True)
+    timer = threading.Timer(SILENT_SECONDS if seconds is None else seconds, say, [text])
     timer.daemon = True
     timer.start()
     try:

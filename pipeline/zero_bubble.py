@@ -174,11 +174,9 @@ def least_time(stages: int, microbatches: int, costs: Costs) -> float:
 
 
 def _distance(state: State, s: int, step: int, kind: int) -> int:
-    """Returns how many stages do a unit before it reaches stage s from there."""
+    """Returns how many stages do a unit before it reaches stage s, the next one being the first."""
     n = 1
-    while 0 <= s + step * (n + 1) < len(state) and state[s + step * n][kind] <= state[s][kind]:
-        if state[s + step * (n + 1)][kind] > state[s][kind]:
-            break
+    while 0 <= (at := s + step * (n + 1)) < len(state) and state[at][kind] <= state[s][kind]:
         n += 1
     return n
 

@@ -149,7 +149,7 @@ def interval(value: float, spread: float) -> Interval:
 
 @dataclasses.dataclass(frozen=True)
 class Expectation:
-    """What a step of a config is expected to take."""
+    """The time, rates and memory that a step of a config is expected to take."""
 
     seconds: Interval
     tokens_per_second: Interval  # of all devices

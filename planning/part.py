@@ -121,7 +121,7 @@ def layer(cfg: ModelConfig, kind: str) -> Group:
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """What planning reads off a schedule (pipeline.tables.Schedule)."""
+    """The numbers that planning reads off a schedule (pipeline.tables.Schedule)."""
 
     name: str
     ticks: int

@@ -26,6 +26,20 @@ def _nothing() -> None:
     pass
 
 
+def in_turn(compute: Callable[[int], Tree], n: int, after: Callable[[int], None]) -> list[Tree]:
+    """Returns compute(0) to compute(n - 1), of which AHEAD are queued on the devices at a time.
+
+    Calls after(i) once i is queued.
+    """
+    found = []
+    for i in range(n):
+        found.append(compute(i))
+        if i >= AHEAD:
+            jax.block_until_ready(found[i - AHEAD])
+        after(i)
+    return found
+
+
 def make_evaluation(s: Setup, encoding: tiktoken.Encoding) -> Evaluate:
     """Returns (params, a fixed evaluation set) -> mean loss (nats per token) and bits per byte.
 
@@ -40,12 +54,10 @@ def make_evaluation(s: Setup, encoding: tiktoken.Encoding) -> Evaluate:
     def evaluate(
         params: Tree, batches: EvaluationSet, between: Callable[[], None] = _nothing
     ) -> dict[str, float]:
-        found = []
-        for i in range(batches.n_batches):
-            found.append(step(params, put_batch(batches.batch_at, i, s), bytes_V))
-            if i >= AHEAD:
-                jax.block_until_ready(found[i - AHEAD])
-            between()
+        def sums_of(i: int) -> Tree:
+            return step(params, put_batch(batches.batch_at, i, s), bytes_V)
+
+        found = in_turn(sums_of, batches.n_batches, lambda _: between())
         nats, targets, n_bytes = (
             sum(float(sums[name]) for sums in found) for name in ('nats', 'targets', 'bytes')
         )

@@ -95,9 +95,7 @@ def make_model(s: Setup, params: Tree, encoding: tiktoken.Encoding) -> Any:
             return [sum(next(found)[0] for _ in range(n)) for n in counts]
 
         def generate_until(self, requests: Sequence[Any], **_: Any) -> list[str]:
-            groups: dict[
-                str, list[int]
-            ] = {}  # requests of the same arguments are continued at once
+            groups: dict[str, list[int]] = {}  # those of the same arguments are continued at once
             for i, request in enumerate(requests):
                 groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(i)
             texts = [''] * len(requests)

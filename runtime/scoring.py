@@ -5,18 +5,17 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from config import ConfigError, without_schedule
 from parallel import Tree
 from runtime.config_checks import validate
+from runtime.evaluation import in_turn
 from train_step import Setup, make_score_step, put_batch, setup
 
 SHORTEST = 16  # positions of the shortest rows
 FEW = 8  # batches: rows of another length are not compiled for, to save so few of them
-AHEAD = 2  # batches that are queued on the devices
 
 
 class Request(NamedTuple):
@@ -166,12 +165,11 @@ def score_group(
             context[:] = -2 - context
         return batch
 
-    found = []
-    for i in range(-(-len(group) // B)):
-        found.append(step(params, put_batch(batch_at, i, s)))
-        if i >= AHEAD:
-            jax.block_until_ready(found[i - AHEAD])
-        after(min((i + 1) * B, len(group)))
+    found = in_turn(
+        lambda i: step(params, put_batch(batch_at, i, s)),
+        -(-len(group) // B),
+        lambda i: after(min((i + 1) * B, len(group))),
+    )
     nats, missed = (
         np.concatenate([np.asarray(sums[name]).reshape(-1) for sums in found])[: len(group)]
         for name in ('nats', 'missed')

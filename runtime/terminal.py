@@ -11,10 +11,10 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import TextIO
 
-from machine.progress import CLEAR, hours
+from machine.progress import CLEAR, hours, patiently
 from parallel import Array
 
 REDRAW_SECONDS = 0.1
@@ -56,16 +56,9 @@ class Terminal:
             self._write(f'{CLEAR if self.live else ""}{text}\n')
             self._draw(at_once=True)
 
-    @contextlib.contextmanager
-    def patiently(self, text: str) -> Iterator[None]:
+    def patiently(self, text: str) -> AbstractContextManager[None]:
         """Says `text` while the body runs, if that takes longer than WORD_SECONDS."""
-        timer = threading.Timer(WORD_SECONDS, self.say, [text])
-        timer.daemon = True
-        timer.start()
-        try:
-            yield
-        finally:
-            timer.cancel()
+        return patiently(text, self.say, WORD_SECONDS)
 
     def log(self, step: int, text: str, seconds: float) -> None:
         """Shows a step's metrics in the bar, or prints a line; `seconds` is the time per step."""

@@ -12,6 +12,12 @@ import tensorstore as ts
 from config import ConfigError
 
 
+def cache_folder() -> str:
+    """Returns $JAXFORMER_CACHE, else $XDG_CACHE_HOME/jaxformer, else ~/.cache/jaxformer."""
+    user_cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+    return os.environ.get('JAXFORMER_CACHE') or os.path.join(user_cache, 'jaxformer')
+
+
 def expanded(path: str) -> str:
     """Returns the path with the home folder for a leading ~ or ~user; URLs stay as they are.
 

@@ -7,9 +7,13 @@ from typing import Any
 
 import jax
 import pytest
+from common import set_up
+from ml_collections import ConfigDict
 
 import train
-from train_step import Setup, lower_train_step
+from checkpoint import Checkpointer
+from parallel import Tree
+from train_step import Setup, abstract_state, lower_train_step
 
 MEASURED = {'tokens_per_second', 'mfu', 'host_bytes'}  # on this machine, at this time
 BESIDE = ('data', 'eval', 'log', 'checkpoint')  # groups of the config that the step does not read
@@ -40,3 +44,10 @@ def share_programs(monkeypatch: pytest.MonkeyPatch) -> None:
         return types.SimpleNamespace(compile=compiled)
 
     monkeypatch.setattr(train, 'lower_train_step', lower)
+
+
+def final_state(workdir: pathlib.Path, config: ConfigDict) -> Tree:
+    """Returns the state of a run's newest checkpoint."""
+    checkpoints = Checkpointer(f'{workdir}/checkpoints')
+    shapes = abstract_state(set_up(config))
+    return checkpoints.restore(checkpoints.latest_step(), shapes)

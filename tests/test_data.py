@@ -20,8 +20,9 @@ from config import ConfigError
 from configs import default
 from corpus import order, stdlib
 from corpus.files import RemoteError
+from corpus.hashes import split_of
 from corpus.order import permute
-from corpus.shards import SPLITS, Split, split_of
+from corpus.shards import SPLITS, Split
 from corpus.workers import WorkerError
 from data import EvaluationSet, Loader, Mixture, open_data, prefetch, vocabulary_note
 from tokenizer import get_encoding, stdlib_files

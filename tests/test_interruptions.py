@@ -8,55 +8,16 @@ import random
 import signal
 import socket
 import subprocess
-import sys
 import time
 import zlib
 
 import numpy as np
 import pytest
-import tensorstore as ts
 from common_runs import records
+from common_workers import Worker, arrays, assert_bit_equal
 
-WORKER = pathlib.Path(__file__).with_name('training_worker.py')
 STEPS = 24
-TIMEOUT = 300  # seconds, for what would otherwise hang
 ONCE = ('before the marker', 'after the marker')  # announced once per save, others more often
-
-
-class Worker:
-    """A process of a training run, its output in a file beside the workdir, or in `folder`."""
-
-    def __init__(
-        self, workdir: pathlib.Path, setup: dict, folder: pathlib.Path | None = None, **options
-    ):
-        options = setup | {'workdir': str(workdir)} | options
-        self.file = (folder or workdir.parent) / f'output-{time.monotonic_ns()}.txt'
-        with open(self.file, 'w') as f:
-            self.process = subprocess.Popen(
-                [sys.executable, WORKER, json.dumps(options)], stdout=f, stderr=subprocess.STDOUT
-            )
-
-    @property
-    def output(self) -> str:
-        return self.file.read_text()
-
-    def wait_for(self, text: str, count: int = 1) -> None:
-        """Returns once the output holds the text so many times."""
-        deadline = time.monotonic() + TIMEOUT
-        while self.output.count(text) < count:
-            assert self.process.poll() is None, self.output
-            assert time.monotonic() < deadline, self.output
-            time.sleep(0.01)
-
-    def send(self, number: int) -> None:
-        self.process.send_signal(number)
-
-    def end(self) -> int:
-        return self.process.wait(TIMEOUT)
-
-    def succeed(self) -> str:
-        assert self.end() == 0, self.output
-        return self.output
 
 
 def start_together(n: int, workdir: pathlib.Path, setup: dict, *each: dict, **options):
@@ -79,21 +40,6 @@ def committed(workdir: pathlib.Path) -> list[int]:
         assert int(marker.read_text(), 16) == zlib.crc32(metadata)
         steps.append(int(marker.parent.name))
     return sorted(steps)
-
-
-def arrays(folder: pathlib.Path) -> dict[str, np.ndarray]:
-    """Returns the leaves of a step by their zarr.json, without the code under test."""
-    found = {}
-    for path in sorted((folder / 'arrays').iterdir()):
-        spec = {'driver': 'zarr3', 'kvstore': {'driver': 'file', 'path': f'{path}/'}}
-        found[path.name] = ts.open(spec).result().read().result()
-    return found
-
-
-def assert_bit_equal(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
-    assert set(a) == set(b)
-    for name in a:
-        assert a[name].tobytes() == b[name].tobytes(), name
 
 
 def said_start(workdir: pathlib.Path) -> str:

@@ -8,10 +8,9 @@ import jax
 import numpy as np
 import pytest
 from common_checkpoint import assert_same
-from common_runs import records, share_programs
+from common_runs import final_state, records, share_programs
+from common_workers import Worker, arrays, assert_bit_equal
 from ml_collections import ConfigDict
-from test_interruptions import Worker, arrays, assert_bit_equal
-from test_resume import final_state
 from training_worker import small_run
 
 import train

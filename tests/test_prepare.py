@@ -23,8 +23,9 @@ from servers import serve_s3
 from config import ConfigError
 from corpus import prepare as module
 from corpus.files import find_files
+from corpus.hashes import split_of
 from corpus.prepare import Job, ahead, prepare, tail_start
-from corpus.shards import SPLITS, ArrayWriter, Split, split_of
+from corpus.shards import SPLITS, ArrayWriter, Split
 from tokenizer import fingerprint, get_encoding
 
 

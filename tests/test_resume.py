@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from common import set_up
 from common_checkpoint import assert_placed, assert_same, config_on, state_on
-from common_runs import records
+from common_runs import final_state, records
 from training_worker import small_run
 
 import train
@@ -29,12 +29,6 @@ from runtime.lease import Lease
 from runtime.resume import compared_data, load_params, restore_state
 from runtime.workdir import read_json
 from train_step import setup
-
-
-def final_state(workdir: pathlib.Path, config):
-    checkpoints = Checkpointer(f'{workdir}/checkpoints')
-    shapes = train_step.abstract_state(set_up(config))
-    return checkpoints.restore(checkpoints.latest_step(), shapes)
 
 
 @pytest.fixture(scope='module')
