@@ -32,7 +32,7 @@ from machine.chips import Chip
 from machine.memory import out_of_memory_explained
 from parallel import AXES, make_mesh
 from planning.hlo import Instruction, Program, array_bytes, device_groups, dimensions, parse
-from planning.topology import topology_devices
+from planning.topology import compiler_versions, topology_devices
 from train_step import lower_train_step, setup
 
 KERNEL_EFFICIENCY = 0.35  # of the peak, for the causal matmuls of splash attention
@@ -378,6 +378,7 @@ class Compiled:
     """The compiler's answer about a training step. Bytes are of one device."""
 
     topology: str
+    compiler: dict[str, str]  # versions of its package and of jax, by package
     seconds: float  # of compiling
     arguments: float  # bytes of state and batch
     temporary: float  # bytes
@@ -416,4 +417,5 @@ def compile_step(config: ConfigDict, topology: str, chip: Chip) -> Compiled:
     else:
         cost = read_cost(text, mesh, chip)
     peak = arguments + temporary + new
-    return Compiled(topology, seconds, arguments, temporary, peak, cost, why)
+    versions = compiler_versions(chip.platform)
+    return Compiled(topology, versions, seconds, arguments, temporary, peak, cost, why)
