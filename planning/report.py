@@ -453,6 +453,7 @@ def compiled_time_lines(e: Estimate, cost: Cost) -> list[str]:
             '  Bounds: each kernel at the longer of its matmuls at the peak and its arrays at the',
             f"  memory's bandwidth. {cost.unpriced:,.0f} calls of kernels count no matmuls.",
         ]
+    aside = f' SparseCores: {seconds(cost.aside)} beside it, by their bytes.' if cost.aside else ''
     return [
         *lines,
         f'  {cost.seconds * e.chip.clock / 1e6:,.0f} million cycles at {e.chip.clock / 1e9:g} GHz, '
@@ -460,7 +461,7 @@ def compiled_time_lines(e: Estimate, cost: Cost) -> list[str]:
         f'  so idle ticks of a pipeline count like full ones. Splash attention: '
         f'{seconds(cost.kernel_seconds)} of it, at an',
         f'  assumed part of the peak. {cost.unpriced:,.0f} calls of kernels without an estimate '
-        f'count nothing.',
+        f'count nothing.{aside}',
     ]
 
 
