@@ -51,8 +51,10 @@ _FREE = (
     'after-all', 'iota',
 )  # fmt: skip
 
-# Instructions that read or write only a part of their first operand.
-_SLICES = ('slice', 'dynamic-slice', 'gather', 'dynamic-update-slice')
+# Instructions that write only a part of their first operand, in place: which of the operands
+# holds it. Those, and others that read only a part.
+_UPDATES = {'dynamic-update-slice': 1, 'scatter': 2}
+_SLICES = ('slice', 'dynamic-slice', 'gather', *_UPDATES)
 
 # Asynchronous instructions that move data within a device, beside its work: they count nothing.
 _MOVES = ('copy', 'slice', 'dynamic-slice', 'dynamic-update-slice')
@@ -321,7 +323,7 @@ def tpu_price(i: Instruction, program: Program, chip: Chip) -> Cost:
     """Returns the compiler's estimate of an instruction, or that of `splash_flops` for a kernel.
     What a SparseCore does has none: its bytes count at the memory's bandwidth, a bound."""
     cycles = _CYCLES.search(i.text)
-    if cycles and int(cycles.group(1)) == _NO_ESTIMATE:
+    if cycles and chip.clock and int(cycles.group(1)) == _NO_ESTIMATE:
         return Cost(seconds=bytes_touched(i, program) / chip.bandwidth)
     if cycles:
         return Cost(seconds=int(cycles.group(1)) / chip.clock if chip.clock else 0.0)
@@ -433,14 +435,15 @@ def fusion_bytes(inside: list[Instruction], program: Program) -> float:
     total = 0.0
     for name, reads in readers.items():
         if all(i.op in _SLICES and position == 0 for i, position in reads):
-            total += sum(array_bytes(i.shape) for i, _ in reads if i.op != 'dynamic-update-slice')
+            total += sum(array_bytes(i.shape) for i, _ in reads if i.op not in _UPDATES)
         else:
             total += array_bytes(by_name[name].shape)
     root = inside[-1]
     for name in root.operands if root.op == 'tuple' else [root.name]:
         result = by_name[origin(name)]
-        updated = result.op == 'dynamic-update-slice'
-        total += array_bytes(program.shapes[result.operands[1]] if updated else result.shape)
+        update = result.operands[_UPDATES[result.op]] if result.op in _UPDATES else None
+        total += array_bytes(program.shapes[update] if update else result.shape)
+        total += array_bytes(program.shapes[update]) if result.op == 'scatter' else 0  # adds to it
     return total
 
 

@@ -298,6 +298,18 @@ def test_a_lookup_on_the_sparsecore_counts_its_bytes_and_hides_behind_what_follo
     assert read_cost(with_operands, MESH, TPU).seconds == 700 + 5000 + (moved - 5700) + 20
 
 
+def test_a_scatter_on_the_sparsecore_reads_and_writes_the_rows_that_it_adds_to():
+    gather = SPARSE.index('  %gather.37')
+    text = (
+        SPARSE[:gather]
+        + """  %rows = bf16[8,512]{1,0} constant(0)
+  ROOT %scatter.1 = bf16[100,512]{1,0} scatter(%param_0.1645, %param_1.1688, %rows)
+"""
+        + SPARSE[SPARSE.index('}, execution_thread') :]
+    )
+    assert read_cost(text, MESH, TPU).aside == 2 * 8 * 512 * 2 + 8 * 4
+
+
 def collective_on_sparsecore(op: str, attributes: str) -> str:
     """Returns SPARSE with a collective in the place of the gather."""
     start = SPARSE.index('  ROOT %gather_offload_custom_fusion.3')
