@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jax.sharding import NamedSharding
 
 from machine.chips import CHIPS
-from parallel import AXES
+from parallel import AXES, FSDP, P, all_gather, make_mesh
 from planning.compiled import KERNEL_EFFICIENCY, gpu_price, mesh_axes, read_cost, splash_flops
 from planning.hlo import UnknownFormError, device_groups, parse
 
@@ -363,6 +364,38 @@ def test_metadata_that_looks_like_the_end_of_a_computation_is_none():
     assert 'metadata="a line\nthat is broken"' in PROGRAM
     text = PROGRAM.replace('metadata="a line\nthat is broken"', odd)
     assert read_cost(text, MESH, TPU) == read_cost(PROGRAM, MESH, TPU)
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize('name', ['v4:2x2x1', 'v5e:2x2', 'v5p:2x2x1', 'v6e:2x2', 'tpu7x:2x2x1'])
+def test_each_chips_program_of_a_large_table_is_read(name, tpu_devices):
+    """A lookup and its gradient, on SparseCores of some, and gathers that libtpu may put there."""
+    V, D, devices = 100_352, 512, tpu_devices(name)
+    n = len(devices)
+    mesh = make_mesh({FSDP: n}, devices)
+
+    def gradient(w_vD: jax.Array, ids: jax.Array) -> jax.Array:
+        def total(w_vD: jax.Array) -> jax.Array:
+            rows = all_gather(w_vD.astype(jnp.bfloat16), FSDP, 0)[ids]
+            return (rows.astype(jnp.float32) ** 2).sum()
+
+        return jax.grad(total)(w_vD)
+
+    sharded = jax.shard_map(gradient, mesh=mesh, in_specs=P(FSDP), out_specs=P(FSDP))
+    sharding = NamedSharding(mesh, P(FSDP))
+    w = jax.ShapeDtypeStruct((V, D), jnp.float32, sharding=sharding)
+    ids = jax.ShapeDtypeStruct((4096 * n,), jnp.int32, sharding=sharding)
+    text = jax.jit(sharded).lower(w, ids).compile().as_text()
+    chip = CHIPS[name.partition(':')[0]]
+    cost = read_cost(text, mesh, chip)
+    traffic = {kind: t.bytes for (kind, axes), t in cost.traffic.items() if axes == FSDP}
+    table = V * D * 2 * (n - 1) / n
+    assert traffic['all-gather'] == table
+    scattered = traffic.get('reduce-scatter', 0) + traffic.get('all-reduce', 0) / 2
+    assert scattered in (table, 2 * table)  # in bfloat16 or float32
+    assert 2 * V * D * 2 / chip.bandwidth < cost.seconds < 1
+    if name.startswith('tpu7x'):
+        assert 0 < cost.aside < 0.1
 
 
 def test_text_without_a_program_is_refused():
