@@ -457,13 +457,13 @@ class Compiled:
     """The compiler's answer about a training step. Bytes are of one device."""
 
     topology: str
-    compiler: dict[str, str]  # versions of its package and of jax, by package
     seconds: float  # of compiling
     arguments: float  # bytes of state and batch
     temporary: float  # bytes
     peak: float  # bytes of both, and of results that do not take the arguments' place
-    cost: Cost | None  # None if the compiler cannot print the program
+    cost: Cost | None  # None if the program cannot be printed or read
     why: str = ''  # the reason for cost=None
+    compiler: dict[str, str] = dataclasses.field(default_factory=dict)  # versions, with jax's
 
 
 def compile_step(config: ConfigDict, topology: str, chip: Chip) -> Compiled:
@@ -497,7 +497,7 @@ def compile_step(config: ConfigDict, topology: str, chip: Chip) -> Compiled:
         try:
             cost = read_cost(text, mesh, chip)
         except hlo.UnknownFormError as error:
-            why = f'unknown form of a program: {error}'
+            why = f'it has a form that is not known here: {error}'
     peak = arguments + temporary + new
     versions = compiler_versions(chip.platform)
-    return Compiled(topology, versions, seconds, arguments, temporary, peak, cost, why)
+    return Compiled(topology, seconds, arguments, temporary, peak, cost, why, versions)

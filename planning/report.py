@@ -414,14 +414,14 @@ def compiled_text(e: Estimate, c: Compiled) -> str:
     padding = '; small arrays are padded to tiles of 8 x 128 numbers' if tpu else ''
     lines = [
         f'compiled for {c.topology} in {c.seconds:.0f} s',
-        f'  by {compiler_text(c.compiler)}',
+        *([f'  by {compiler_text(c.compiler)}'] if c.compiler else []),
         f'  {"":<{WIDTH}}{"compiler":>12}{"estimate":>12}',
         row('parameters, moments, batch', scaled(c.arguments, 'B'), scaled(m.state, 'B')),
         row('peak', scaled(c.peak, 'B'), scaled(m.peak, 'B'), f'{m.peak / c.peak - 1:+.1%}'),
         f'  {c.peak / e.chip.memory:.0%} of {scaled(e.chip.memory, "B")}, {verdict}{padding}.',
     ]
     if c.cost is None:
-        return '\n'.join([*lines, f'  the compiler cannot print the program: {c.why}'])
+        return '\n'.join([*lines, f'  the program cannot be read: {c.why}'])
     lines += ['', f'  {"collectives of a step":<{WIDTH}}{"count":>12}{"sent":>12}{"exposed":>12}']
     for (kind, axes), t in sorted(c.cost.traffic.items(), key=lambda item: -item[1].bytes):
         lines.append(

@@ -10,13 +10,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from common import small_config
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import NamedSharding
 
 from machine.chips import CHIPS
 from parallel import AXES, FSDP, P, all_gather, make_mesh
-from planning.compiled import KERNEL_EFFICIENCY, gpu_price, mesh_axes, read_cost, splash_flops
+from planning import compiled
+from planning.compiled import (
+    KERNEL_EFFICIENCY,
+    compile_step,
+    gpu_price,
+    mesh_axes,
+    read_cost,
+    splash_flops,
+)
 from planning.hlo import UnknownFormError, device_groups, parse
 
 MESH = SimpleNamespace(devices=np.arange(8).reshape(2, 1, 2, 1, 1, 2), axis_names=AXES)
@@ -364,6 +373,39 @@ def test_metadata_that_looks_like_the_end_of_a_computation_is_none():
     assert 'metadata="a line\nthat is broken"' in PROGRAM
     text = PROGRAM.replace('metadata="a line\nthat is broken"', odd)
     assert read_cost(text, MESH, TPU) == read_cost(PROGRAM, MESH, TPU)
+
+
+@pytest.mark.parametrize(
+    ('text', 'why'),
+    [
+        (jax.errors.JaxRuntimeError('INTERNAL: no text\nmore'), 'INTERNAL: no text'),
+        (SPARSE.replace(' call-', ' host-'), 'it has a form that is not known here: the async'),
+        (SPARSE, ''),
+    ],
+    ids=['not printed', 'not known', 'read'],
+)
+def test_a_program_that_cannot_be_read_has_its_memory_and_the_reason(text, why, monkeypatch):
+    class Step:
+        def compile(self):
+            return self
+
+        def memory_analysis(self):
+            sizes = ('argument', 'temp', 'output', 'alias')
+            return SimpleNamespace(**{f'{x}_size_in_bytes': 8 for x in sizes})
+
+        def as_text(self) -> str:
+            if isinstance(text, Exception):
+                raise text
+            return text
+
+    monkeypatch.setattr(compiled, 'topology_devices', lambda _: jax.devices())
+    monkeypatch.setattr(compiled, 'setup', lambda *_: None)
+    monkeypatch.setattr(compiled, 'lower_train_step', lambda _: Step())
+    monkeypatch.setattr(compiled, 'compiler_versions', lambda _: {'libtpu': '0', 'jax': '1'})
+    answer = compile_step(small_config(), 'v4:2x2x1', TPU)
+    assert answer.why.startswith(why)
+    assert (answer.cost is None) == bool(why)
+    assert (answer.peak, answer.compiler) == (16, {'libtpu': '0', 'jax': '1'})
 
 
 @pytest.mark.tpu
