@@ -38,7 +38,7 @@ from planning import report
 from planning.compiled import compile_step
 from planning.roofline import Estimate, estimate
 from planning.search import faster, search
-from planning.topology import GPU_NAMES, TPU_NAMES, check_topology
+from planning.topology import GPU_NAMES, TPU_NAMES, check_topology, compiler_versions
 from runtime.config_checks import validate
 
 FLAGS = flags.FLAGS
@@ -108,8 +108,9 @@ def compile_for(config: ConfigDict, topology: str, e: Estimate) -> dict[str, Any
     try:
         answer = compile_step(config, topology, e.chip)
     except OutOfMemoryError as error:
-        print(report.out_of_memory_text(topology, error))
-        return report.out_of_memory_record(topology, error)
+        compiler = compiler_versions(e.chip.platform)
+        print(report.out_of_memory_text(topology, compiler, error))
+        return report.out_of_memory_record(topology, compiler, error)
     print(report.compiled_text(e, answer))
     return report.compiled_record(answer)
 

@@ -67,13 +67,13 @@ CHIPS = {
     ),
     'v6e': Chip(
         'TPU v6e', 'tpu', ('TPU v6 lite', 'TPU v6e'), 918e12, 32 * GB, 1638 * GB, 2 * 100 * GB,
-        f'{_TPU}v6e', torus=2,
+        f'{_TPU}v6e', 1.75e9, torus=2,
     ),
     # Half of a chip, whose two dies are devices of their own: 2,307 TFLOP/s, 192 GiB, 7,380 GB/s
     # and 1,200 GB/s of links, in both directions, are a chip's.
     'tpu7x': Chip(
         'TPU7x', 'tpu', ('TPU7x',), 2307e12 / 2, 192 * GIB / 2, 7380 * GB / 2, 200 * GB / 2,
-        f'{_TPU}tpu7x; half of a chip', torus=3, of_chip=2,
+        f'{_TPU}tpu7x; half of a chip', 2.2e9, torus=3, of_chip=2,
     ),
     'a100': Chip(
         'A100', 'gpu', ('NVIDIA A100-SXM4-80GB',), 312e12, 80 * GB, 2039 * GB, 300 * GB,

@@ -13,7 +13,9 @@ that can be had without the chips:
 All three count once per trip of the loops around them; of a conditional the costliest branch
 counts. On TPU the kernels of splash attention have no estimate: their causal matmuls count at
 `KERNEL_EFFICIENCY` of the peak. Other kernels without an estimate count nothing; `Cost.unpriced`
-is their number. The figures serve to compare two programs that were compiled alike.
+is their number. A SparseCore works beside the rest: its bytes count at the memory's bandwidth, and
+only what is waited for. Raises UnknownFormError for a form that would count as nothing otherwise.
+The figures serve to compare two programs that were compiled alike.
 """
 
 import dataclasses
@@ -31,8 +33,9 @@ from config import ConfigError
 from machine.chips import Chip
 from machine.memory import out_of_memory_explained
 from parallel import AXES, make_mesh
+from planning import hlo
 from planning.hlo import Instruction, Program, array_bytes, device_groups, dimensions, parse
-from planning.topology import topology_devices
+from planning.topology import compiler_versions, topology_devices
 from train_step import lower_train_step, setup
 
 KERNEL_EFFICIENCY = 0.35  # of the peak, for the causal matmuls of splash attention
@@ -48,9 +51,16 @@ _FREE = (
     'after-all', 'iota',
 )  # fmt: skip
 
-# Instructions that read or write only a part of their first operand.
-_SLICES = ('slice', 'dynamic-slice', 'gather', 'dynamic-update-slice')
+# Instructions that write only a part of their first operand, in place: which of the operands
+# holds it. Those, and others that read only a part.
+_UPDATES = {'dynamic-update-slice': 1, 'scatter': 2}
+_SLICES = ('slice', 'dynamic-slice', 'gather', *_UPDATES)
 
+# Asynchronous instructions that move data within a device, beside its work: they count nothing.
+_MOVES = ('copy', 'slice', 'dynamic-slice', 'dynamic-update-slice')
+
+_NO_ESTIMATE = 2**63 - 1  # the cycles that the TPU compiler notes for work on a SparseCore
+_GROUPS = re.compile(r', (?:replica_groups|source_target_pairs)=')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CONSTANT = re.compile(r'constant\((-?\d+)\)')
@@ -83,6 +93,7 @@ class Cost:
 
     seconds: float = 0.0  # of computing; on TPU of one core, or of two that act as one
     kernel_seconds: float = 0.0  # of those, splash attention's, by KERNEL_EFFICIENCY
+    aside: float = 0.0  # of SparseCores and the like beside those, which hold what is waited for
     flops: float = 0.0  # of matmuls; counted on GPU only
     unpriced: float = 0.0  # calls of kernels that count nothing
     traffic: dict[tuple[str, str], Traffic] = dataclasses.field(default_factory=dict)
@@ -90,6 +101,7 @@ class Cost:
     def add(self, other: 'Cost', times: float = 1.0) -> None:
         self.seconds += times * other.seconds
         self.kernel_seconds += times * other.kernel_seconds
+        self.aside += times * other.aside
         self.flops += times * other.flops
         self.unpriced += times * other.unpriced
         for key, traffic in other.traffic.items():
@@ -131,27 +143,30 @@ class Walk:
         if computation in self.known:
             return self.known[computation]
         self.known[computation] = total = Cost()
-        starts: dict[str, tuple[Instruction, float]] = {}  # and the seconds of work before each
+        # Asynchronous starts by their names, or those of their updates, and the work before each.
+        begun: dict[str, tuple[Instruction, float]] = {}
         for i in self.program.instructions(computation):
             total.add(self.work(i))
-            if i.op.endswith('-start'):
-                starts[i.name] = i, total.seconds
-            elif i.op.endswith('-done'):
-                start, before = starts[i.operands[0]]
-                synchronous = '"is_sync":true' in start.text
-                hidden = 0.0 if synchronous else total.seconds - before
-                for kind, found in collectives(start, self.program):
-                    # The shape of a start includes its operands, that of its done does not.
-                    shape = i.shape if found is start else found.shape
-                    total.add(self.transfer(kind, found, shape, hidden))
-            else:
-                hidden = math.inf if is_async_fusion(i) else 0.0
+            if i.stage == 'start':
+                begun[i.name] = i, total.seconds
+                continue
+            hidden = math.inf if is_async_fusion(i) else 0.0
+            if not i.stage:
                 for kind, found in collectives(i, self.program):
                     total.add(self.transfer(kind, found, found.shape, hidden))
+                continue
+            if i.operands[0] not in begun:
+                raise hlo.UnknownFormError(f'{i.op} without its start beside it ({i.name})')
+            start, before = begun[i.operands[0]]
+            if i.stage == 'update':  # it may bring the operands, without which nothing begins
+                begun[i.name] = start, before if start.operands else total.seconds
+            else:
+                total.add(self.finished(start, i, total.seconds - before))
         return total
 
     def work(self, i: Instruction) -> Cost:
-        """Returns the cost of an instruction and of what it calls, without its own traffic."""
+        """Returns the cost of an instruction and of what it calls, without its own traffic. What is
+        asynchronous and calls counts when it is done."""
         total = Cost()
         if i.op == 'while':
             total.add(self.cost(i.computation('body')), trips(i, self.program))
@@ -159,19 +174,77 @@ class Walk:
             total.add(max((self.cost(branch) for branch in branches(i)), key=weight))
         elif i.op == 'call':
             total.add(self.cost(i.computation('to_apply')))
+        elif i.stage and i.kind in ('async', 'call', 'fusion', 'custom-call'):
+            pass
         else:
+            check_known(i, self.program)
             total.add(self.price(i, self.program, self.chip))
         return total
+
+    def finished(self, start: Instruction, done: Instruction, hidden: float) -> Cost:
+        """Returns the cost of an asynchronous instruction, beside which `hidden` seconds of work
+        were placed. Raises UnknownFormError if its kind is none that is known here."""
+        hidden = 0.0 if '"is_sync":true' in start.text else hidden
+        kind = start.kind
+        if kind in COLLECTIVES:
+            # The shape of a start includes its operands, that of its done does not.
+            return self.transfer(kind, start, done.shape, hidden)
+        if kind in ('async', 'call'):
+            (called,) = start.called
+            inside = [i for i in self.program.instructions(called) if i.op not in _FREE]
+            if len(inside) == 1 and inside[0].op in COLLECTIVES:
+                return self.transfer(inside[0].op, inside[0], inside[0].shape, hidden)
+            return beside(self.cost(called), hidden)
+        if kind in ('fusion', 'custom-call'):
+            text = start.text.replace(start.op, kind, 1)
+            whole = Instruction(start.name, done.shape, kind, text)
+            cost = self.work(whole)
+            for inner, found in collectives(whole, self.program):
+                cost.add(self.transfer(inner, found, found.shape, 0.0))
+            return beside(cost, hidden)
+        if kind not in _MOVES:
+            raise hlo.UnknownFormError(f'the asynchronous instruction {start.op} ({start.name})')
+        return Cost()
 
     def transfer(self, kind: str, i: Instruction, shape: str, hidden: float) -> Cost:
         """Returns the traffic of a collective with a result of this shape, of which `hidden`
         seconds pass behind other work."""
         groups = device_groups(i.text)
+        if 'replica_groups={}' in i.text:  # one group of all
+            groups = [list(range(self.mesh.devices.size))]
         first = groups[0] if groups else [0, 1]
         sent = bytes_sent(kind, shape, len(first))
         seconds = sent / self.chip.axis_bandwidth(max(first) - min(first) + 1)
         one = Traffic(1, sent, seconds, max(seconds - hidden, 0.0))
         return Cost(traffic={(kind, mesh_axes(groups, self.mesh)): one})
+
+
+def beside(inner: Cost, hidden: float) -> Cost:
+    """Returns what is waited for of a computation that runs beside `hidden` seconds of other work:
+    first its own work hides behind that, then what it exposes of its traffic."""
+    total = Cost(
+        seconds=max(inner.seconds - hidden, 0.0), aside=max(inner.seconds, inner.aside),
+        kernel_seconds=inner.kernel_seconds, flops=inner.flops, unpriced=inner.unpriced,
+    )  # fmt: skip
+    hidden = max(hidden - inner.seconds, 0.0)
+    for key, traffic in inner.traffic.items():
+        covered = min(traffic.exposed, hidden)
+        hidden -= covered
+        total.traffic[key] = dataclasses.replace(traffic, exposed=traffic.exposed - covered)
+    return total
+
+
+def check_known(i: Instruction, program: Program) -> None:
+    """Raises UnknownFormError if an instruction that is no known way to call is a collective of an
+    unknown kind, or calls a collective."""
+    if i.kind not in COLLECTIVES and _GROUPS.search(i.text.partition('metadata=')[0]):
+        raise hlo.UnknownFormError(f'the collective {i.op} ({i.name})')
+    if i.op == 'fusion' or i.kind in COLLECTIVES:
+        return
+    for called in i.called:
+        for j in program.all_instructions(called):
+            if j.kind in COLLECTIVES:
+                raise hlo.UnknownFormError(f'{j.op} within {i.op} ({i.name})')
 
 
 def trips(loop: Instruction, program: Program) -> int:
@@ -208,13 +281,12 @@ def weight(cost: Cost) -> float:
 
 
 def collectives(i: Instruction, program: Program) -> Iterator[tuple[str, Instruction]]:
-    """Yields (kind, instruction) of the collectives that an instruction is or, if it is a fusion or
-    an asynchronous call, contains."""
-    inner = i.called if i.op in ('fusion', 'async-start') else []
+    """Yields (kind, instruction) of the collectives that an instruction is or, if it is a fusion,
+    contains."""
+    inner = i.called if i.op == 'fusion' else []
     for j in (i, *(j for called in inner for j in program.all_instructions(called))):
-        kind = j.op.removesuffix('-start')
-        if kind in COLLECTIVES:
-            yield kind, j
+        if j.kind in COLLECTIVES and j.stage in ('', 'start'):
+            yield j.kind, j
 
 
 def is_async_fusion(i: Instruction) -> bool:
@@ -247,9 +319,12 @@ def bytes_sent(kind: str, shape: str, size: int) -> float:
 # ---------------------------------------------------------------------------------------------
 
 
-def tpu_price(i: Instruction, _: Program, chip: Chip) -> Cost:
-    """Returns the compiler's estimate of an instruction, or that of `splash_flops` for a kernel."""
+def tpu_price(i: Instruction, program: Program, chip: Chip) -> Cost:
+    """Returns the compiler's estimate of an instruction, or that of `splash_flops` for a kernel.
+    What a SparseCore does has none: its bytes count at the memory's bandwidth, a bound."""
     cycles = _CYCLES.search(i.text)
+    if cycles and chip.clock and int(cycles.group(1)) == _NO_ESTIMATE:
+        return Cost(seconds=bytes_touched(i, program) / chip.bandwidth)
     if cycles:
         return Cost(seconds=int(cycles.group(1)) / chip.clock if chip.clock else 0.0)
     if i.op != 'custom-call' or '"tpu_custom_call"' not in i.text:
@@ -259,21 +334,24 @@ def tpu_price(i: Instruction, _: Program, chip: Chip) -> Cost:
 
 
 def splash_flops(i: Instruction) -> float:
-    """Returns the FLOPs of a kernel of splash attention, causal, from its name and its largest
-    bfloat16 array of heads [(B,) N, T, H]; 0 for any other kernel. Its text does not tell a window,
-    so layers that have one count as if they saw all."""
+    """Returns the FLOPs of a kernel of splash attention, causal; 0 for any other kernel.
+
+    Its first two arrays of floats are the queries [(B,) N, T, H] and the keys [(B,) K, S, H]; S is
+    a multiple of T where each device has a part of the queries. Matmuls of values count as wide as
+    those of keys. The backward pass is one kernel of 5 matmuls, which has partial gradients of the
+    queries [(B,) key blocks, N, T, H] among its results, or one of 4 and one of 3. The text does
+    not tell a window, so layers that have one count as if they saw all.
+    """
     matmuls = {'mha_fwd': 2, 'mha_dkv': 4, 'mha_dq': 3}
     n = next((n for part, n in matmuls.items() if part in i.name), 0)
-    if 'mha_dkv' in i.name and re.search(r'fused_bwd_kernel\\*": true', i.text):
-        n = 5
-    arrays = re.findall(r'bf16\[((?:\d+,)?\d+,\d+,\d+)\]', i.shape + i.text)
-    if not n or not arrays:
+    shapes = re.findall(r'\b(?:bf16|f32)\[((?:\d+,)+\d+)\]', i.text)
+    if not n or len(shapes) < 2:
         return 0.0
-    *front, T, H = max(
-        ([int(d) for d in a.split(',')] for a in arrays),
-        key=lambda d: math.prod(d) // d[-2],
-    )
-    return n * 2 * math.prod(front) * T * T * H / 2
+    (*front, T, H), (*_, S, _) = ([int(d) for d in shape.split(',')] for shape in shapes[:2])
+    if n == 4:
+        results = re.findall(r'\[((?:\d+,)+\d+)\]', i.shape)
+        n += any(len(shape.split(',')) > len(front) + 2 for shape in results)
+    return n * 2 * math.prod(front) * T * S * H / 2
 
 
 # ---------------------------------------------------------------------------------------------
@@ -357,14 +435,15 @@ def fusion_bytes(inside: list[Instruction], program: Program) -> float:
     total = 0.0
     for name, reads in readers.items():
         if all(i.op in _SLICES and position == 0 for i, position in reads):
-            total += sum(array_bytes(i.shape) for i, _ in reads if i.op != 'dynamic-update-slice')
+            total += sum(array_bytes(i.shape) for i, _ in reads if i.op not in _UPDATES)
         else:
             total += array_bytes(by_name[name].shape)
     root = inside[-1]
     for name in root.operands if root.op == 'tuple' else [root.name]:
         result = by_name[origin(name)]
-        updated = result.op == 'dynamic-update-slice'
-        total += array_bytes(program.shapes[result.operands[1]] if updated else result.shape)
+        update = result.operands[_UPDATES[result.op]] if result.op in _UPDATES else None
+        total += array_bytes(program.shapes[update] if update else result.shape)
+        total += array_bytes(program.shapes[update]) if result.op == 'scatter' else 0  # adds to it
     return total
 
 
@@ -382,8 +461,9 @@ class Compiled:
     arguments: float  # bytes of state and batch
     temporary: float  # bytes
     peak: float  # bytes of both, and of results that do not take the arguments' place
-    cost: Cost | None  # None if the compiler cannot print the program
+    cost: Cost | None  # None if the program cannot be printed or read
     why: str = ''  # the reason for cost=None
+    compiler: dict[str, str] = dataclasses.field(default_factory=dict)  # versions, with jax's
 
 
 def compile_step(config: ConfigDict, topology: str, chip: Chip) -> Compiled:
@@ -414,6 +494,10 @@ def compile_step(config: ConfigDict, topology: str, chip: Chip) -> Compiled:
     except jax.errors.JaxRuntimeError as error:  # seen with asynchronous instructions
         why = str(error).splitlines()[0]
     else:
-        cost = read_cost(text, mesh, chip)
+        try:
+            cost = read_cost(text, mesh, chip)
+        except hlo.UnknownFormError as error:
+            why = f'it has a form that is not known here: {error}'
     peak = arguments + temporary + new
-    return Compiled(topology, seconds, arguments, temporary, peak, cost, why)
+    versions = compiler_versions(chip.platform)
+    return Compiled(topology, seconds, arguments, temporary, peak, cost, why, versions)

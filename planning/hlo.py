@@ -16,12 +16,18 @@ BITS = {
 
 _ARRAY = re.compile(r'\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]')
 _HEADER = re.compile(r'(ENTRY )?(%[\w.\-]+) \(.*->.*\{$')
+_END = re.compile(r'\}(?:, execution_thread="\w+")?')
 _NAME = re.compile(r'\s+(?:ROOT )?(%[\w.\-]+) = (.*)$', re.DOTALL)
-_CALLED = re.compile(r'(?:calls|to_apply)=(%[\w.\-]+)')
+_CALLED = re.compile(r'(?:calls|to_apply)=(%[\w.\-]+)|called_computations=\{([^}]*)\}')
+_STAGE = re.compile(r'(.+)-(start|update|done)')
 _MESH = re.compile(
     r'replica_groups=mesh\[([^\]]*)\]'
     r'(?:, device_ids=\((?:\[([\d,]+)\]T\()?([\d,]+)\)?\))? \{([^}]*)\}'
 )
+
+
+class UnknownFormError(ValueError):
+    """The text of a program holds what cannot be read here, and would count as nothing."""
 
 
 # ---------------------------------------------------------------------------------------------
@@ -45,7 +51,20 @@ class Instruction:
     @property
     def called(self) -> list[str]:
         """The names of the computations that it calls or applies."""
-        return _CALLED.findall(self.text)
+        found = _CALLED.findall(self.text)
+        return [name for one, several in found for name in (one or several).split(', ') if name]
+
+    @property
+    def kind(self) -> str:
+        """Its operation; of an asynchronous one without its stage: 'call' of 'call-start'."""
+        staged = _STAGE.fullmatch(self.op)
+        return staged[1] if staged else self.op
+
+    @property
+    def stage(self) -> str:
+        """'start', 'update' or 'done' of an asynchronous operation; '' of any other."""
+        staged = _STAGE.fullmatch(self.op)
+        return staged[2] if staged else ''
 
     @property
     def operands(self) -> list[str]:
@@ -93,7 +112,7 @@ def parse(text: str) -> Program:
         if header:
             computation, pending = computations.setdefault(header.group(2), []), ''
             entry = header.group(2) if header.group(1) else entry
-        elif line.rstrip() == '}':
+        elif _END.fullmatch(line.rstrip()):
             finish()
             computation, pending = None, ''
         elif line.startswith('  ') and ' = ' in line:
@@ -152,7 +171,8 @@ def device_groups(text: str) -> list[list[int]]:
 
     HLO lists groups as {{0,1},{2,3}}, or as [groups,size]<=[dims]T(order): the device numbers in
     an array of shape dims, transposed, and reshaped to groups of that size; or as the axes of a
-    mesh of its own along which the devices of a group lie (`mesh_groups`).
+    mesh of its own along which the devices of a group lie (`mesh_groups`). Raises UnknownFormError
+    if it names them in another way.
     """
     listed = re.search(r'(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}', text)
     if listed:
@@ -162,6 +182,9 @@ def device_groups(text: str) -> list[list[int]]:
         return mesh_groups(*named.groups())
     iota = re.search(r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', text)
     if not iota:
+        named = re.search(r'(?:replica_groups|source_target_pairs)=(?!\{\})\S.{,60}', text)
+        if named:
+            raise UnknownFormError(f'device groups written as {named[0]!r}')
         return []
     shape, dims, order = ([int(i) for i in g.split(',')] if g else None for g in iota.groups())
     devices = np.arange(math.prod(dims)).reshape(dims).transpose(order)

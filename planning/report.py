@@ -15,6 +15,7 @@ from planning.expected import Interval, expectation
 from planning.part import part_of
 from planning.roofline import NEWTON_SCHULZ, Estimate
 from planning.search import expected
+from planning.topology import pinned_libtpu
 
 WIDTH = 44  # characters of the column of names
 
@@ -384,14 +385,26 @@ def search_record(
 # ---------------------------------------------------------------------------------------------
 
 
-def out_of_memory_text(topology: str, error: OutOfMemoryError) -> str:
+def compiler_text(compiler: dict[str, str]) -> str:
+    """Returns the versions of a compiler and of jax in a line: 'libtpu 0.0.42.1, jax 0.10.2'; with
+    a libtpu that jax is not made for, also the one that it is."""
+    said = ', '.join(f'{package} {version}' for package, version in compiler.items())
+    pinned = pinned_libtpu() if 'libtpu' in compiler else None
+    if pinned is None or f'{compiler["libtpu"]}.'.startswith(f'{pinned}.'):
+        return said
+    return f'{said}, which is made for libtpu {pinned}: pip install -r requirements/tpu.txt'
+
+
+def out_of_memory_text(topology: str, compiler: dict[str, str], error: OutOfMemoryError) -> str:
     """Returns the answer for a program that does not fit, with the remedies."""
-    return f'compiled for {topology}: {error}'
+    return f'compiled for {topology}: {error}\nby {compiler_text(compiler)}'
 
 
-def out_of_memory_record(topology: str, error: OutOfMemoryError) -> dict[str, Any]:
+def out_of_memory_record(
+    topology: str, compiler: dict[str, str], error: OutOfMemoryError
+) -> dict[str, Any]:
     """Returns the answer for a program that does not fit as a record."""
-    return {'compiled': {'topology': topology, 'out_of_memory': str(error)}}
+    return {'compiled': {'topology': topology, 'compiler': compiler, 'out_of_memory': str(error)}}
 
 
 def compiled_text(e: Estimate, c: Compiled) -> str:
@@ -401,13 +414,14 @@ def compiled_text(e: Estimate, c: Compiled) -> str:
     padding = '; small arrays are padded to tiles of 8 x 128 numbers' if tpu else ''
     lines = [
         f'compiled for {c.topology} in {c.seconds:.0f} s',
+        *([f'  by {compiler_text(c.compiler)}'] if c.compiler else []),
         f'  {"":<{WIDTH}}{"compiler":>12}{"estimate":>12}',
         row('parameters, moments, batch', scaled(c.arguments, 'B'), scaled(m.state, 'B')),
         row('peak', scaled(c.peak, 'B'), scaled(m.peak, 'B'), f'{m.peak / c.peak - 1:+.1%}'),
         f'  {c.peak / e.chip.memory:.0%} of {scaled(e.chip.memory, "B")}, {verdict}{padding}.',
     ]
     if c.cost is None:
-        return '\n'.join([*lines, f'  the compiler cannot print the program: {c.why}'])
+        return '\n'.join([*lines, f'  the program cannot be read: {c.why}'])
     lines += ['', f'  {"collectives of a step":<{WIDTH}}{"count":>12}{"sent":>12}{"exposed":>12}']
     for (kind, axes), t in sorted(c.cost.traffic.items(), key=lambda item: -item[1].bytes):
         lines.append(
@@ -439,6 +453,7 @@ def compiled_time_lines(e: Estimate, cost: Cost) -> list[str]:
             '  Bounds: each kernel at the longer of its matmuls at the peak and its arrays at the',
             f"  memory's bandwidth. {cost.unpriced:,.0f} calls of kernels count no matmuls.",
         ]
+    aside = f' SparseCores: {seconds(cost.aside)} beside it, by their bytes.' if cost.aside else ''
     return [
         *lines,
         f'  {cost.seconds * e.chip.clock / 1e6:,.0f} million cycles at {e.chip.clock / 1e9:g} GHz, '
@@ -446,7 +461,7 @@ def compiled_time_lines(e: Estimate, cost: Cost) -> list[str]:
         f'  so idle ticks of a pipeline count like full ones. Splash attention: '
         f'{seconds(cost.kernel_seconds)} of it, at an',
         f'  assumed part of the peak. {cost.unpriced:,.0f} calls of kernels without an estimate '
-        f'count nothing.',
+        f'count nothing.{aside}',
     ]
 
 

@@ -1,10 +1,12 @@
 """Describes devices to compile for that need not be there: TPU slices and nodes of GPUs."""
 
+import importlib.metadata
 import importlib.util
 import math
 import os
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -20,6 +22,7 @@ GPU_NAMES = 'h100:8 (one node of 8) or h100:4x8 (4 nodes of 8)'
 # whole cubes, at most so many chips.
 FLAT = ('1x1', '2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16')
 SMALL = ('2x2x1', '2x2x2', '2x2x4', '2x4x4')
+HOSTS = {'1x1': (1, 1), '2x4': (2, 4), '4x2': (4, 2)}  # chips of a host; of all others 2 x 2
 LARGEST = {'v4': 4096, 'v5p': 6144, 'tpu7x': 9216}
 
 # Properties of GPUs that CHIPS lacks and the compiler's choices depend on: compute capability as
@@ -83,6 +86,30 @@ def topology_devices(name: str) -> Sequence[jax.Device]:
     return gpu_devices(chip, shape) if chip in _GPUS else tpu_devices(name)
 
 
+def compiler_versions(platform: str) -> dict[str, str]:
+    """Returns the version of the package that compiles for 'tpu' or 'gpu', and that of jax."""
+    packages = ('libtpu',) if platform == 'tpu' else ('jax-cuda13-plugin', 'jax-cuda12-plugin')
+    compiler = next((x for x in packages if _version(x)), packages[-1])
+    return {x: _version(x) or 'unknown' for x in (compiler, 'jax')}
+
+
+def pinned_libtpu() -> str | None:
+    """Returns the libtpu that the installed jax is made for, as '0.0.42'; None if it names none."""
+    for requirement in importlib.metadata.requires('jax') or ():
+        pin = re.match(r'libtpu *== *(\d+(?:\.\d+)*)', requirement)
+        if pin:
+            return pin[1]
+    return None
+
+
+def _version(package: str) -> str | None:
+    """Returns the version of an installed package; None if it is missing."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def check_topology(name: str) -> None:
     """Raises ConfigError unless machines have a topology of this name. No compiler is asked."""
     chip, _, shape = name.partition(':')
@@ -120,21 +147,42 @@ def check_slice(chip: str, shape: str) -> None:
         raise ConfigError(f'no machine has {chip}:{shape}; slices of {chip} are {there}')
 
 
-def tpu_devices(name: str) -> Sequence[jax.Device]:
-    """Returns the devices of a TPU slice, as libtpu names it: chip, colon, shape of the torus."""
+def tpu_devices(name: str, **more: Any) -> Sequence[jax.Device]:
+    """Returns the devices of a TPU slice, as libtpu names it: chip, colon, shape of the torus; more
+    arguments as `slice_arguments` lists them. Raises ConfigError if libtpu lacks it."""
     os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
     os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')  # no questions to a metadata server
     if importlib.util.find_spec('libtpu') is None:
         raise ConfigError('--compile takes libtpu: pip install -r requirements/tpu.txt')
-    # Without it, each of the two cores of a v4 chip is a device.
-    megacore = {'chip_config_name': 'megacore'} if name.startswith('v4:') else {}
+    given = slice_arguments(name) | more
     try:
-        return topologies.get_topology_desc(platform='tpu', topology_name=name, **megacore).devices
+        return topologies.get_topology_desc(platform='tpu', topology_name=name, **given).devices
     except jax.errors.JaxRuntimeError as error:
         raise ConfigError(
             f'libtpu has no topology {name!r} ({str(error).splitlines()[0]}); use one as '
             f'{TPU_NAMES}, or {GPU_NAMES}'
         ) from error
+
+
+def slice_arguments(name: str) -> dict[str, Any]:
+    """Returns what libtpu has to be told of a slice besides its name.
+
+    wrap: for each of 3 dimensions, whether links join its ends. In slices of whole cubes of 4 x 4 x
+        4 all have them, in smaller ones none (cloud.google.com/tpu/docs/v5p). A dimension of a v5e
+        or v6e has them if it is that of the whole pod, 16. Without, libtpu takes every torus for a
+        mesh, and compiles other collectives.
+    chips_per_host_bounds: 2 x 2 chips a host; the 8 of v5e and v6e 2x4 share one.
+    chip_config_name: without 'megacore', each of the two cores of a v4 chip is a device.
+    """
+    chip, _, shape = name.partition(':')
+    sizes = [int(n) for n in re.findall(r'\d+', shape)]
+    if chip in LARGEST:
+        wrap = [len(sizes) == 3 and not any(n % 4 for n in sizes)] * 3
+    else:
+        wrap = [n == 16 for n in sizes]
+    host = [*HOSTS.get(shape, (2, 2)), 1]
+    megacore = {'chip_config_name': 'megacore'} if chip == 'v4' else {}
+    return {'wrap': (*wrap, *(False,) * 3)[:3], 'chips_per_host_bounds': tuple(host)} | megacore
 
 
 def check_gpus(chip: str, shape: str) -> tuple[int, int]:

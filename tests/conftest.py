@@ -50,12 +50,9 @@ choose_platform(8)
 def tpu_devices():
     """Returns a function: name of a topology -> its devices, for which jax can only compile."""
     pytest.importorskip('libtpu', reason='needs libtpu: pip install -r requirements/tpu.txt')
-    from jax.experimental import topologies
+    from planning.topology import tpu_devices
 
-    def devices(name: str, **more):
-        return topologies.get_topology_desc(platform='tpu', topology_name=name, **more).devices
-
-    return devices
+    return tpu_devices
 
 
 @pytest.fixture

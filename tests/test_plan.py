@@ -6,6 +6,7 @@ import pathlib
 import re
 import shlex
 from collections import Counter
+from importlib.metadata import version
 
 import jax
 import jax.numpy as jnp
@@ -460,7 +461,10 @@ def test_out_of_memory_is_an_answer(run_plan, tpu_devices):
     )  # fmt: skip
     assert 'compiled for v5e:2x2: out of memory' in printed
     assert "model.remat='none': 'full' keeps only the input" in printed
-    assert 'out_of_memory' in json.loads(printed.splitlines()[-1])['compiled']
+    answer = json.loads(printed.splitlines()[-1])['compiled']
+    assert 'out_of_memory' in answer
+    assert answer['compiler'] == {x: version(x) for x in ('libtpu', 'jax')}
+    assert f'by libtpu {version("libtpu")}, jax {version("jax")}' in printed
 
 
 def test_chips_are_known_by_their_device_kind():
