@@ -330,13 +330,18 @@ def search_title(name: str, devices: int, chip: Chip) -> str:
 
 
 def search_text(
-    found: list[tuple[ConfigDict, Estimate]], compared: int, base: ConfigDict, n: int
+    found: list[tuple[ConfigDict, Estimate]],
+    compared: int,
+    base: ConfigDict,
+    n: int,
+    of: str = 'meshes',
 ) -> str:
-    """Returns the first `n` of the layouts found, each with its figures and its flags."""
+    """Returns the first `n` of the layouts found, each the best `of` those that have one alike,
+    with its figures and its flags."""
     if not found:
         return f'{compared:,} layouts compared, and none fits: use more devices, or a smaller model'
     lines = [
-        f'{compared:,} layouts compared; the best {min(n, len(found))} meshes with their best '
+        f'{compared:,} layouts compared; the best {min(n, len(found))} {of} with their best '
         'layout, in the order',
         'of the time that a step is expected to take, beside two bounds: with every collective',
         'waited for, and with every one behind compute.',
