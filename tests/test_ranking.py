@@ -227,7 +227,13 @@ def test_layouts_of_one_mesh_differ_in_rematerialization():
 
 def real(config: str, topology: str, devices: int, capsys) -> list[dict]:
     """The rows of a small config by a real compiler."""
-    flags = (f'--devices={devices}', '--best=2', '--json', '--config.check_vma=False')
+    flags = (
+        f'--devices={devices}',
+        '--best=2',
+        '--json',
+        '--config.compute_dtype=bfloat16',
+        '--config.check_vma=False',
+    )
     run_command(
         plan, f'--config={ROOT}/configs/{config}.py', '--search', f'--compile={topology}', *flags,
         f'--chip={topology.partition(":")[0]}',
