@@ -51,8 +51,8 @@ _TPU = 'https://cloud.google.com/tpu/docs/'
 # and both directions; v4's links are from Jouppi et al. 2023 (arXiv 2304.01433, table 4: 6 links of
 # 50 GB/s). v4's clock is from the same paper, the others are peak FLOP/s / FLOPs per cycle.
 # TPU7x: docs.cloud.google.com/tpu/docs/tpu7x. B200's and GB200's bandwidth is that of the cards in
-# XLA's descriptions of them (xla/backends/gpu/target_config/specs), below the 8,000 GB/s of the data
-# sheets; the other cards' are those of the sheets within 0.1 %.
+# XLA's descriptions of them (xla/backends/gpu/target_config/specs), below the 8,000 GB/s of their
+# data sheets; the other cards' are those of the sheets within 0.1 %.
 # `held` of NVIDIA's is a guess from cuBLAS' best matmuls of random numbers, as far as published;
 # with 500 of 700 W the clock is lower by about the third root.
 CHIPS = {

@@ -95,6 +95,7 @@ def memory_lines(e: Estimate) -> list[str]:
         ('parameters, float32: the master copy', m.parameters, ''),
         ("the optimizer's state, float32", m.moments, ''),
         ('gradients, float32, summed over microbatches', m.gradients, 'both' if all_grads else ''),
+        ('parameters in another layout, for gathers', m.copies, 'both'),
         ('pipeline stash', m.stash, ''),
         ('gathered weights' + (' of all layers' if m.ahead else ' of a layer'), m.gathered,
          'both' if m.ahead else 'backward'),
@@ -105,6 +106,7 @@ def memory_lines(e: Estimate) -> list[str]:
         ('gradients of one microbatch, float32', m.microbatch_gradients, 'backward'),
         ('logits of one loss_chunk, and their gradient', m.logits, 'head'),
         ("the head's weight, gathered, and gradient", m.head, 'head'),
+        ('for the backward pass, made before it', m.beside_head, 'head'),
         ('gradients, float32, of all parameters', all_grads * m.parameters, 'update'),
         ('matrices at home, and arrays made from them', m.update, 'update'),
     ]  # fmt: skip
