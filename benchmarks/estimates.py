@@ -79,7 +79,7 @@ CASES = {
         'tpu_v4', 'v4:2x4x4', {'microbatches': 1}, {'pp': 1, 'fsdp': 16, 'ep': 2, 'tp': 1},
         EIGHT_MOE | {'remat': 'none'},
     ),
-    'tpu kept by name': Case('gpu_h100', 'v5p:2x2x2', model=NAMED),
+    'tpu kept by name': Case('gpu_h100', 'v5p:2x2x2', model=NAMED, long=True),
     'tpu muon': Case('gpu_h100', 'v5p:2x2x2', MUON),
     'tpu kinds': Case('gpu_h100', 'v5p:2x2x2', model=KINDS),
     'tpu offload': Case('gpu_h100', 'v5p:2x2x2', model=OFFLOADED),
@@ -103,10 +103,12 @@ CASES = {
     'gpu stages': Case('tpu_v4', 'h100:8', SMALL_H100, {'fsdp': 2}, {'block': ('dense',)}),
     'gpu experts': Case('tpu_v4_best', 'h100:8', SMALL_H100, {'fsdp': 8}, EIGHT_MOE),
     'gpu experts, clipped': Case(
-        'tpu_v4_best', 'h100:8', SMALL_H100, {'fsdp': 8}, EIGHT_MOE | {'swiglu_limit': 7.0}
+        'tpu_v4_best', 'h100:8', SMALL_H100, {'fsdp': 8}, EIGHT_MOE | {'swiglu_limit': 7.0},
+        long=True,
     ),
     'gpu experts apart': Case(
-        'tpu_v4_best', 'h100:8', SMALL_H100, {'fsdp': 4, 'ep': 2}, EIGHT_MOE | {'remat': 'full'}
+        'tpu_v4_best', 'h100:8', SMALL_H100, {'fsdp': 4, 'ep': 2}, EIGHT_MOE | {'remat': 'full'},
+        long=True,
     ),
     'gpu best': Case('tpu_v4_best', 'h100:8', SMALL_H100, {'fsdp': 8}, long=True),
     'gpu head of its own': Case(
@@ -114,11 +116,17 @@ CASES = {
     ),
     'gpu kept by name': Case('gpu_h100', 'h100:8', model=NAMED, long=True),
     'gpu muon': Case('gpu_h100', 'h100:8', MUON),
-    'gpu kinds': Case('gpu_h100', 'h100:8', model=KINDS),
+    'gpu kinds': Case('gpu_h100', 'h100:8', model=KINDS, long=True),
     'gpu offload': Case(
         'gpu_h100', 'h100:8', model={'remat': 'full', 'remat_offload': ('qkv', 'residual')}
     ),
-    'gpu heads': Case('gpu_h100', 'h100:8', {}, {'fsdp': 4, 'tp': 2}),
+    'gpu heads': Case('gpu_h100', 'h100:8', {}, {'fsdp': 4, 'tp': 2}, long=True),
+    'gpu gathered once': Case(
+        'gpu_h100', 'h100:8', {'fsdp_gather': 'step'}, model={'remat': 'full'}
+    ),
+    'gpu kept': Case(
+        'gpu_h100', 'h100:8', {'batch_size': 64}, model={'remat': 'none', 'n_layers': 12}, long=True
+    ),
     'gpu ring': Case('long_context', 'h100:8', LONG, {'fsdp': 2, 'cp': 4}),
     'gpu gathered cp': Case(
         'long_context', 'h100:8', LONG | {'cp_style': 'gather'}, {'fsdp': 2, 'cp': 4}

@@ -49,7 +49,9 @@ _TPU = 'https://cloud.google.com/tpu/docs/'
 
 # TPU: the specifications at cloud.google.com/tpu/docs, whose interconnect figure counts all links
 # and both directions; v4's links are from Jouppi et al. 2023 (arXiv 2304.01433, table 4: 6 links of
-# 50 GB/s). v4's clock is from the same paper, the others are peak FLOP/s / FLOPs per cycle.
+# 50 GB/s). v4's clock is from the same paper, the others are peak FLOP/s / FLOPs per cycle: v6e's
+# and TPU7x's by 524,288 of them, as the clocks then are round numbers, and the cycles that the
+# compiler estimates for a matmul of 8,192 cubed are 70 and 81 % of the peak (90 % on v5p).
 # TPU7x: docs.cloud.google.com/tpu/docs/tpu7x. B200's and GB200's bandwidth is that of the cards in
 # XLA's descriptions of them (xla/backends/gpu/target_config/specs), below the 8,000 GB/s of their
 # data sheets; the other cards' are those of the sheets within 0.1 %.
@@ -70,13 +72,13 @@ CHIPS = {
     ),
     'v6e': Chip(
         'TPU v6e', 'tpu', ('TPU v6 lite', 'TPU v6e'), 918e12, 32 * GB, 1638 * GB, 2 * 100 * GB,
-        f'{_TPU}v6e', torus=2,
+        f'{_TPU}v6e', 1.75e9, torus=2,
     ),
     # Half of a chip, whose two dies are devices of their own: 2,307 TFLOP/s, 192 GiB, 7,380 GB/s
     # and 1,200 GB/s of links, in both directions, are a chip's.
     'tpu7x': Chip(
         'TPU7x', 'tpu', ('TPU7x',), 2307e12 / 2, 192 * GIB / 2, 7380 * GB / 2, 200 * GB / 2,
-        f'{_TPU}tpu7x; half of a chip', torus=3, of_chip=2,
+        f'{_TPU}tpu7x; half of a chip', 2.2e9, torus=3, of_chip=2,
     ),
     'a100': Chip(
         'A100', 'gpu', ('NVIDIA A100-SXM4-80GB',), 312e12, 80 * GB, 2039 * GB, 300 * GB,

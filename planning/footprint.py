@@ -194,7 +194,7 @@ def laid_out_anew(s: Part) -> float:
         return 0.0
     vocabulary = (s.declared.of(name) for name in ('embed', 'head'))
     count = sum(gathered_within(group, s.sizes) for group in vocabulary)
-    for kind, layers in s.layers.items():
+    for kind, layers in s.layers.items() if s.gather == 'layer' else ():
         count += layers * gathered_within(s.declared.layer(kind), s.sizes)
     return FLOAT32 * count
 
@@ -227,7 +227,7 @@ class Memory:
     parameters: float  # float32, the master copy
     moments: float  # float32, the optimizer's slots, and averaged parameters
     gradients: float  # float32, added up over microbatches
-    microbatch_gradients: float  # float32, of one microbatch, before they are added
+    microbatch_gradients: float  # of one microbatch, before they are added
     stash: float  # in flight between pipeline stages
     activations: float  # kept from forward to backward
     recomputed: float  # in the backward pass of one layer
@@ -290,7 +290,8 @@ def memory(s: Part) -> Memory:
         kept += s.cfg.first_dense * kept_of_layer(s.micro, s.cfg.first_kind)
     layers = max(gathered(s.declared.layer(kind), s.sizes, s.width) for kind in kinds)
     logits, head = head_parts(s)
-    gradients = FLOAT32 * in_blocks / s.chunks
+    # Those of weights that are gathered once are of the compute type, as what they belong to.
+    gradients = (s.width if ahead else FLOAT32) * in_blocks / s.chunks
     return Memory(
         parameters=FLOAT32 * count,
         moments=FLOAT32 * shards(s.declared.slots, s.sizes),

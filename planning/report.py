@@ -103,7 +103,7 @@ def memory_lines(e: Estimate) -> list[str]:
          'backward' if m.stash else 'both'),
         ('activations of a layer, computed again', m.recomputed, 'backward'),
         ('gradients of activations within a layer', m.layer_gradients, 'backward'),
-        ('gradients of one microbatch, float32', m.microbatch_gradients, 'backward'),
+        ('gradients of one microbatch', m.microbatch_gradients, 'backward'),
         ('logits of one loss_chunk, and their gradient', m.logits, 'head'),
         ("the head's weight, gathered, and gradient", m.head, 'head'),
         ('for the backward pass, made before it', m.beside_head, 'head'),

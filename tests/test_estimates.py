@@ -1,6 +1,8 @@
 """The estimates of memory within 15 % of the compilers' figures: benchmarks/estimates.py."""
 
 import dataclasses
+import pathlib
+import re
 
 import pytest
 from common_commands import benchmark
@@ -11,6 +13,7 @@ from planning import ranking
 from planning.compiled import Compiled, compile_step
 from planning.roofline import estimate
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 estimates = benchmark('estimates')
 CASES = estimates.CASES
 
@@ -100,3 +103,17 @@ def test_xla_gpu_holds_more_beside_the_head():
     assert m.head == V * D * 6
     tpu = estimate(config, dataclasses.replace(CHIPS['v5p'], memory=1e12)).memory
     assert (tpu.copies, tpu.beside_head) == (0, 0)
+
+
+def test_the_page_has_these_estimates():
+    """The compilers' figures on it are within 15 %, and each estimate is today's."""
+    page = (ROOT / 'docs/plan.md').read_text()
+    rows = re.findall(r'^\| ([^|]+) \| (\S+) \| [^|]+ \| (\S+) \| (\S+) \| (\S+) % \|$', page, re.M)
+    assert len({name for name, *_ in rows}) >= 12
+    for name, topology, estimated, compiled, off in rows:
+        case = CASES[name]
+        assert topology == case.topology
+        peak = estimate(case.make(), CHIPS[case.chip]).memory.peak / 1e9
+        assert float(estimated) == pytest.approx(peak, abs=0.006)
+        assert float(off) == pytest.approx(100 * (peak / float(compiled) - 1), abs=0.6)
+        assert case.long or abs(float(off)) < 15

@@ -1,9 +1,9 @@
 """`plan.py --search --compile`: the best layouts compiled, and both orders side by side."""
 
-import dataclasses
 import importlib
 import json
 import pathlib
+from dataclasses import replace
 
 import jax
 import pytest
@@ -53,8 +53,8 @@ class Compilers:
 def rank(monkeypatch, *answers: Compiled | Exception, chip: str = 'v4') -> list[Ranked]:
     """Ranks as many layouts, of which the estimate of each is the same, by these answers."""
     monkeypatch.setattr(ranking, 'compile_step', Compilers(*answers))
-    config = load('tpu_v4_best')
-    e = estimate(config, CHIPS[chip])
+    config, chips = load('tpu_v4_best'), CHIPS | {'unclocked': replace(CHIPS['v4'], clock=0.0)}
+    e = estimate(config, chips[chip])
     return ranked([(config, e)] * len(answers), 'v4:2x2x1')
 
 
@@ -99,7 +99,7 @@ def test_a_bug_is_not_taken_for_a_refusal(monkeypatch):
     [
         (Compiled('v4:2x2x1', 1.0, 1.0, 1.0, 1e9, None, 'INTERNAL'), 'v4', 'cannot print'),
         (answer(1.0, unpriced=3), 'v4', '3 calls of kernels have no estimate'),
-        (answer(1.0), 'v6e', 'the clock of a TPU v6e'),
+        (answer(1.0), 'unclocked', 'the clock of a TPU v4'),
     ],
 )
 def test_a_program_without_seconds_says_why(monkeypatch, given, chip, why):
@@ -137,9 +137,9 @@ def test_a_layout_without_seconds_is_placed_by_its_estimate_at_the_others_scale(
 def scaled_to(e: Estimate, time: float) -> Estimate:
     """Returns an estimate of which a step is expected to take so many seconds."""
     work = [Work('a part', 0.0, 1e12)]
-    each = expected(dataclasses.replace(e, work=work, transfers=[]))
+    each = expected(replace(e, work=work, transfers=[]))
     work = [Work('a part', 0.0, 1e12 * time / each)]
-    return dataclasses.replace(e, work=work, transfers=[])
+    return replace(e, work=work, transfers=[])
 
 
 @pytest.fixture
@@ -213,16 +213,14 @@ def test_layouts_of_one_mesh_differ_in_rematerialization():
     assert n == m
     keys = [(tuple(c.mesh.values()), c.model.remat, tuple(c.model.remat_keep)) for c, _ in found]
     assert len(set(keys)) == len(keys) > len(of_meshes)
+    full = [mesh for mesh, remat, _ in keys if remat == 'full']
+    assert len(set(full)) < len(full)  # some keep more by name
     times = [expected(e) for _, e in found]
     assert times == sorted(times)
     first = {}
     for c, e in found:
         first.setdefault(tuple(c.mesh.values()), (c, expected(e)))
     assert list(first.values()) == [(c, expected(e)) for c, e in of_meshes]
-    # No layout of a kind is faster: each microbatches and schedule by itself.
-    c, e = found[-1]
-    again = c.copy_and_resolve_references()
-    assert expected(estimate(again, CHIPS['v4'])) == expected(e)
 
 
 def real(config: str, topology: str, devices: int, capsys) -> list[dict]:
