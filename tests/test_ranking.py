@@ -3,7 +3,7 @@
 import importlib
 import json
 import pathlib
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import jax
 import pytest
@@ -33,7 +33,13 @@ def load(name: str) -> ConfigDict:
 def answer(time: float, exposed: float = 0.0, peak: float = 1e9, unpriced: float = 0) -> Compiled:
     traffic = {('all-gather', 'fsdp'): Traffic(1, 1.0, 9.0, exposed)}
     cost = Cost(time, unpriced=unpriced, traffic=traffic)
-    return Compiled('v4:2x2x1', 1.0, 1.0, 1.0, peak, cost)
+    return compiled(peak, cost)
+
+
+def compiled(peak: float, cost: Cost | None = None, why: str = '') -> Compiled:
+    given = {'topology': 'v4:2x2x1', 'seconds': 1.0, 'arguments': 1.0, 'temporary': 1.0}
+    rest = {f.name: '' for f in fields(Compiled)}
+    return Compiled(**rest | given | {'peak': peak, 'cost': cost, 'why': why})
 
 
 class Compilers:
@@ -97,7 +103,7 @@ def test_a_bug_is_not_taken_for_a_refusal(monkeypatch):
 @pytest.mark.parametrize(
     ('given', 'chip', 'why'),
     [
-        (Compiled('v4:2x2x1', 1.0, 1.0, 1.0, 1e9, None, 'INTERNAL'), 'v4', 'cannot print'),
+        (compiled(1e9, None, 'INTERNAL'), 'v4', 'cannot print'),
         (answer(1.0, unpriced=3), 'v4', '3 calls of kernels have no estimate'),
         (answer(1.0), 'unclocked', 'the clock of a TPU v4'),
     ],
@@ -120,7 +126,7 @@ def test_a_layout_without_seconds_is_placed_by_its_estimate_at_the_others_scale(
     config = load('tpu_v4_best')
     e = estimate(config, CHIPS['v4'])
     times = [1.0, 1.1, 1.2]
-    answers = [answer(2.0), Compiled('', 1.0, 1.0, 1.0, 1.0, None, 'x'), answer(2.4)]
+    answers = [answer(2.0), compiled(1.0, None, 'x'), answer(2.4)]
     rows = [
         Ranked(config, scaled_to(e, t), i, a, 'unread' * (a.cost is None))
         for i, (t, a) in enumerate(zip(times, answers, strict=True), 1)
