@@ -41,7 +41,7 @@ class Case:
     fields: dict[str, Any] = dataclasses.field(default_factory=dict)
     mesh: dict[str, int] = dataclasses.field(default_factory=dict)
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
-    long: bool = False  # whether it compiles for minutes
+    long: bool = False  # whether it is compiled by this command alone, not by the tests
 
     @property
     def chip(self) -> str:
@@ -82,12 +82,14 @@ CASES = {
     'tpu kept by name': Case('gpu_h100', 'v5p:2x2x2', model=NAMED, long=True),
     'tpu muon': Case('gpu_h100', 'v5p:2x2x2', MUON),
     'tpu kinds': Case('gpu_h100', 'v5p:2x2x2', model=KINDS),
-    'tpu offload': Case('gpu_h100', 'v5p:2x2x2', model=OFFLOADED),
+    'tpu offload': Case('gpu_h100', 'v5p:2x2x2', model=OFFLOADED, long=True),
     'tpu ring': Case('long_context', 'v5p:4x4x4', long=True),
-    'tpu ring, 8 chips': Case('long_context', 'v5p:2x2x2', LONG, {'fsdp': 2, 'cp': 4}),
+    'tpu ring, 8 chips': Case(
+        'long_context', 'v5p:2x2x2', LONG, {'fsdp': 2, 'cp': 4}, long=True
+    ),
     'tpu gathered cp': Case(
         'long_context', 'v5p:2x2x2', LONG | {'cp_style': 'gather'}, {'fsdp': 2, 'cp': 4},
-        {'attention_kernel': 'splash'},
+        {'attention_kernel': 'splash'}, long=True,
     ),
     'tpu whole sequences': Case('long_context', 'v5p:2x2x2', {}, {'cp': 1}, long=True),
     'tpu llama': Case('llama3_8b', 'v5p:4x4x4', long=True),
@@ -97,7 +99,7 @@ CASES = {
     ),
     'tpu7x': Case('tpu7x', 'tpu7x:4x4x4', long=True),
     'tpu7x, 4 chips': Case(
-        'tpu7x', 'tpu7x:2x2x1', {'batch_size': 16}, {'fsdp': 8}, {'n_layers': 4}
+        'tpu7x', 'tpu7x:2x2x1', {'batch_size': 16}, {'fsdp': 8}, {'n_layers': 4}, long=True
     ),
     'gpu': Case('gpu_h100', 'h100:8'),
     'gpu stages': Case('tpu_v4', 'h100:8', SMALL_H100, {'fsdp': 2}, {'block': ('dense',)}),

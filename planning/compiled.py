@@ -413,8 +413,9 @@ def compile_step(config: ConfigDict, topology: str, chip: Chip) -> Compiled:
     seconds = time.perf_counter() - start
     memory = step.memory_analysis()
     arguments = memory.argument_size_in_bytes
-    # On TPU temporaries include those in host memory, where arrays are offloaded.
-    temporary = memory.temp_size_in_bytes - memory.host_temp_size_in_bytes
+    temporary = memory.temp_size_in_bytes
+    if chip.platform == 'tpu':  # there they include those in host memory, which are offloaded
+        temporary -= memory.host_temp_size_in_bytes
     new = memory.output_size_in_bytes - memory.alias_size_in_bytes
     cost, why = None, ''
     try:

@@ -184,6 +184,14 @@ def head_parts(s: Part) -> tuple[float, float]:
     return max(parts, (logits * c, matrix * (c + 2 * FLOAT32)), key=sum)
 
 
+def head_gradient(s: Part) -> float:
+    """Returns the bytes of the gradient of the head's weight, float32, sharded, which is there
+    before those of the layers; a pipeline adds it up with all others."""
+    if s.schedule is not None:
+        return 0.0
+    return FLOAT32 * shards(s.declared.of('embed' if s.cfg.tie_embeddings else 'head'), s.sizes)
+
+
 def laid_out_anew(s: Part) -> float:
     """Returns the bytes of master parameters that XLA:GPU copies before the first microbatch.
 
@@ -296,7 +304,7 @@ def memory(s: Part) -> Memory:
         parameters=FLOAT32 * count,
         moments=FLOAT32 * shards(s.declared.slots, s.sizes),
         gradients=FLOAT32 * summed * (s.schedule is not None or s.microbatches > 1),
-        microbatch_gradients=gradients,
+        microbatch_gradients=gradients + head_gradient(s),
         stash=pipeline_stash(s),
         activations=kept,
         recomputed=max(recomputed_of_layer(s.micro, kind) for kind in kinds),
