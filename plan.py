@@ -4,13 +4,15 @@
     python plan.py --config=configs/tpu_v4.py --search          # other meshes, schedules, remat
     python plan.py --config=configs/tpu_v4.py --compile=v4:2x4x4    # asks the TPU compiler
     python plan.py --config=configs/gpu_h100.py --compile=h100:8    # or that for GPUs
+    python plan.py --config=configs/gpu_h100.py --search --compile=h100:8   # of the best few
     python plan.py --config=configs/tiny.py --chip=cpu --json
 
 The estimates take seconds on any machine (planning/footprint.py, planning/roofline.py). --compile
 compiles the real training step with the real compiler and prints its figures beside the estimate
 (planning/compiled.py); it takes seconds to minutes, and the packages of requirements/tpu.txt or
-requirements/gpu.txt. Any field may be overridden, as in train.py. With --json the last line holds
-all figures as one JSON object.
+requirements/gpu.txt. With --search it compiles the best few layouts, --best of them, and ranks them
+by the compiler's figures (planning/ranking.py). Any field may be overridden, as in train.py. With
+--json the last line holds all figures as one JSON object.
 """
 
 if __name__ == '__main__':  # before the imports that take seconds
@@ -34,10 +36,10 @@ from machine import command
 from machine.chips import CHIPS, Chip, measured_cpu
 from machine.memory import OutOfMemoryError
 from parallel import AXES
-from planning import report
-from planning.compiled import compile_step
+from planning import ranking, report
+from planning.compiled import check_devices, compile_step
 from planning.roofline import Estimate, estimate
-from planning.search import faster, search
+from planning.search import faster, same_mesh, same_remat, search
 from planning.topology import GPU_NAMES, TPU_NAMES, check_topology, compiler_versions
 from runtime.config_checks import validate
 
@@ -63,12 +65,7 @@ def plan(config: ConfigDict, name: str) -> dict[str, Any]:
     devices = FLAGS.devices or math.prod(config.mesh[axis] for axis in AXES)
     chip = chip_named(FLAGS.chip or FLAGS.compile.partition(':')[0] or config.chip, devices)
     if FLAGS.search:
-        print(phase_text(config), end='')
-        config = in_phase(config, largest_phase(config))
-        found, compared = search(config, devices, chip, progress=Progress(), best=FLAGS.best)
-        print(report.search_title(name, devices, chip))
-        print(report.search_text(found, compared, config, FLAGS.best))
-        return report.search_record(found, compared, FLAGS.best)
+        return search_for(config, name, devices, chip)
     validate(config, devices, needs_data=False)
     print(phase_text(config), end='')
     config = in_phase(config, largest_phase(config))
@@ -77,6 +74,32 @@ def plan(config: ConfigDict, name: str) -> dict[str, Any]:
     print(report.table(config, name, e), *report.faster_lines(config, e, better), sep='\n')
     compiled = compile_for(config, FLAGS.compile, e) if FLAGS.compile else {}
     return report.record(config, e) | report.faster_record(config, better) | compiled
+
+
+def search_for(config: ConfigDict, name: str, devices: int, chip: Chip) -> dict[str, Any]:
+    """Searches layouts, prints the best, and returns them as a record; with --compile, the best of
+    each mesh and rematerialization, and the compiler's figures of them."""
+    topology, best = FLAGS.compile, FLAGS.best
+    if topology:
+        check_devices(topology, devices)
+    print(phase_text(config), end='')
+    config = in_phase(config, largest_phase(config))
+    same = same_remat if topology else same_mesh
+    found, compared = search(config, devices, chip, progress=Progress(), best=best, same=same)
+    print(report.search_title(name, devices, chip))
+    of = 'choices of mesh and rematerialization' if topology else 'meshes'
+    print(report.search_text(found, compared, config, best, of))
+    result = report.search_record(found, compared, best)
+    if not topology or not found:
+        return result
+
+    def progress(place: int, _: ConfigDict) -> None:
+        print(f'compiling {place} of {len(found[:best])}', file=sys.stderr, flush=True)
+
+    print(flush=True)  # the list above is read while the compiler works
+    rows = ranking.ranked(found[:best], topology, progress)
+    print(ranking.text(rows, topology))
+    return result | ranking.record(rows, config)
 
 
 def phase_text(config: ConfigDict) -> str:
@@ -133,7 +156,9 @@ def define_flags() -> None:
         'devices', 0, 'Number of devices; 0: as many as the mesh takes.',
         lower_bound=0, upper_bound=2**20,
     )  # fmt: skip
-    flags.DEFINE_integer('best', 5, 'Number of layouts to print.', lower_bound=1)
+    flags.DEFINE_integer(
+        'best', 5, 'Number of layouts of --search to print, and to compile.', lower_bound=1
+    )
     flags.DEFINE_string('compile', '', f'Topology to compile for: {TPU_NAMES}, {GPU_NAMES}.')
     flags.DEFINE_boolean('json', False, 'Print the figures as a JSON object on the last line, too.')
 

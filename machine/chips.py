@@ -49,7 +49,12 @@ _TPU = 'https://cloud.google.com/tpu/docs/'
 
 # TPU: the specifications at cloud.google.com/tpu/docs, whose interconnect figure counts all links
 # and both directions; v4's links are from Jouppi et al. 2023 (arXiv 2304.01433, table 4: 6 links of
-# 50 GB/s). v4's clock is from the same paper, the others are peak FLOP/s / FLOPs per cycle.
+# 50 GB/s). v4's clock is from the same paper, the others are peak FLOP/s / FLOPs per cycle: v6e's
+# and TPU7x's by 524,288 of them, as the clocks then are round numbers, and the cycles that the
+# compiler estimates for a matmul of 8,192 cubed are 70 and 81 % of the peak (90 % on v5p).
+# TPU7x: docs.cloud.google.com/tpu/docs/tpu7x. B200's and GB200's bandwidth is that of the cards in
+# XLA's descriptions of them (xla/backends/gpu/target_config/specs), below the 8,000 GB/s of their
+# data sheets; the other cards' are those of the sheets within 0.1 %.
 # `held` of NVIDIA's is a guess from cuBLAS' best matmuls of random numbers, as far as published;
 # with 500 of 700 W the clock is lower by about the third root.
 CHIPS = {
@@ -96,13 +101,13 @@ CHIPS = {
         node=8, outer=50 * GB, held=0.78,
     ),
     'b200': Chip(
-        'B200', 'gpu', ('NVIDIA B200',), 2250e12, 180 * GB, 8000 * GB, 900 * GB,
+        'B200', 'gpu', ('NVIDIA B200',), 2250e12, 180 * GB, 7672 * GB, 900 * GB,
         'NVIDIA DGX B200 data sheet, 1/8 of the system, dense; 400 Gbit/s InfiniBand per GPU',
         node=8, outer=50 * GB, held=0.78,
     ),
     # A node is the 72 GPUs that NVLink joins.
     'gb200': Chip(
-        'GB200', 'gpu', ('NVIDIA GB200',), 2500e12, 186 * GB, 8000 * GB, 900 * GB,
+        'GB200', 'gpu', ('NVIDIA GB200',), 2500e12, 186 * GB, 7928 * GB, 900 * GB,
         'NVIDIA GB200 NVL72 data sheet, 1/72 of the rack, dense; 400 Gbit/s InfiniBand per GPU',
         node=72, outer=50 * GB, held=0.78,
     ),

@@ -22,7 +22,7 @@ import dataclasses
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -466,27 +466,36 @@ class Compiled:
     compiler: dict[str, str] = dataclasses.field(default_factory=dict)  # versions, with jax's
 
 
+def check_devices(topology: str, needed: int) -> Sequence[jax.Device]:
+    """Returns the devices of a topology. Raises ConfigError if it is unknown, has fewer than are
+    needed, or its compiler is missing."""
+    devices = topology_devices(topology)
+    if needed > len(devices):
+        raise ConfigError(
+            f'the mesh takes {needed} devices and {topology} has {len(devices)}; use a smaller '
+            f'mesh or a larger topology'
+        )
+    return devices
+
+
 def compile_step(config: ConfigDict, topology: str, chip: Chip) -> Compiled:
     """Compiles the training step of a config for the first devices of a topology.
 
     Raises ConfigError if the topology is unknown, has too few devices or its compiler is missing,
     and OutOfMemoryError if the program does not fit into the devices' memory.
     """
-    devices = topology_devices(topology)
     needed = math.prod(config.mesh[axis] for axis in AXES)
-    if needed > len(devices):
-        raise ConfigError(
-            f'the mesh takes {needed} devices and {topology} has {len(devices)}; use a smaller '
-            f'mesh or a larger topology'
-        )
-    mesh = make_mesh(config.mesh, devices[:needed])
+    mesh = make_mesh(config.mesh, check_devices(topology, needed)[:needed])
     start = time.perf_counter()
     lowered = lower_train_step(setup(config, mesh))
     with out_of_memory_explained(config):
         step = lowered.compile()
     seconds = time.perf_counter() - start
     memory = step.memory_analysis()
-    arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    arguments = memory.argument_size_in_bytes
+    temporary = memory.temp_size_in_bytes
+    if chip.platform == 'tpu':  # there they include those in host memory, which are offloaded
+        temporary -= memory.host_temp_size_in_bytes
     new = memory.output_size_in_bytes - memory.alias_size_in_bytes
     cost, why = None, ''
     try:

@@ -15,7 +15,7 @@ from config import ATTENTION_OUTPUT, HIDDEN, QKV, RESIDUAL
 from layers.attention_kernels import ATTENTION_KERNELS
 from model import layer_kinds
 from parallel import CP, EP, FSDP, TP, spec_axes
-from planning.part import Microbatch, Part, gathered, layer, shards
+from planning.part import Microbatch, Part, gathered, gathered_within, layer, shards
 
 FLOAT32 = 4  # bytes of a master parameter, a number of a slot, an accumulated gradient
 
@@ -171,12 +171,56 @@ def pipeline_stash(s: Part) -> float:
 def head_parts(s: Part) -> tuple[float, float]:
     """Returns the bytes of a chunk's logits, float32, with their gradient in the compute type; and
     of the head's weight, gathered, with its gradient where that adds up over chunks."""
-    matrix = s.cfg.vocab_size // s.mesh[TP] * s.cfg.d_model
-    logits = s.loss_tokens * s.cfg.vocab_size // s.mesh[TP] * (FLOAT32 + s.width)
+    c, matrix = s.width, s.cfg.vocab_size // s.mesh[TP] * s.cfg.d_model
+    logits = s.loss_tokens * s.cfg.vocab_size // s.mesh[TP]
     several = s.loss_tokens < s.head_tokens * s.mesh[TP]
-    if s.platform == 'gpu':  # a matmul does not add to a sum, and its operands are laid out anew
-        return logits, matrix * (3 * s.width + 2 * several * FLOAT32)
-    return logits, matrix * (s.width + several * FLOAT32)
+    parts = logits * (FLOAT32 + c), matrix * (c + several * FLOAT32)
+    if s.platform != 'gpu':
+        return parts
+    # A matmul does not add to a sum there: the chunk's gradient of the weight stands beside the
+    # sum, after the logits in float32. The only chunk's weight is laid out anew, too.
+    if not several:
+        return parts[0], matrix * 3 * c
+    return max(parts, (logits * c, matrix * (c + 2 * FLOAT32)), key=sum)
+
+
+def head_gradient(s: Part) -> float:
+    """Returns the bytes of the gradient of the head's weight, float32, sharded, which is there
+    before those of the layers; a pipeline adds it up with all others."""
+    if s.schedule is not None:
+        return 0.0
+    return FLOAT32 * shards(s.declared.of('embed' if s.cfg.tie_embeddings else 'head'), s.sizes)
+
+
+def laid_out_anew(s: Part) -> float:
+    """Returns the bytes of master parameters that XLA:GPU copies before the first microbatch.
+
+    It gathers along the outermost dimension in memory, so what fsdp cuts in another is transposed,
+    once for all loops.
+    """
+    if s.platform != 'gpu' or s.mesh[FSDP] == 1:
+        return 0.0
+    vocabulary = (s.declared.of(name) for name in ('embed', 'head'))
+    count = sum(gathered_within(group, s.sizes) for group in vocabulary)
+    for kind, layers in s.layers.items() if s.gather == 'layer' else ():
+        count += layers * gathered_within(s.declared.layer(kind), s.sizes)
+    return FLOAT32 * count
+
+
+def made_before_backward(s: Part, gathers: float, gradients: float) -> float:
+    """Returns the bytes that exist beside the head though only the backward pass reads them.
+
+    XLA:GPU schedules what depends on nothing early: the zeros to which gradients are added, and, of
+    the last layer, whose backward pass it takes out of the loop, the gathers and the attention that
+    is computed again.
+    """
+    if s.platform != 'gpu' or s.schedule is not None:
+        return 0.0
+    again = 0.0
+    if s.cfg.remat != 'none':
+        values = attention_values(s.micro, s.cfg.block[-1])
+        again = sum(v.bytes for v in values if v.group not in s.cfg.kept_names)
+    return gathers + gradients + again
 
 
 # ---------------------------------------------------------------------------------------------
@@ -191,7 +235,7 @@ class Memory:
     parameters: float  # float32, the master copy
     moments: float  # float32, the optimizer's slots, and averaged parameters
     gradients: float  # float32, added up over microbatches
-    microbatch_gradients: float  # float32, of one microbatch, before they are added
+    microbatch_gradients: float  # of one microbatch, before they are added
     stash: float  # in flight between pipeline stages
     activations: float  # kept from forward to backward
     recomputed: float  # in the backward pass of one layer
@@ -199,6 +243,8 @@ class Memory:
     layer_gradients: float  # of activations, within a layer
     logits: float  # of a chunk, with their gradient
     head: float  # the head's weight, and its gradient over chunks
+    copies: float  # of master parameters in another layout
+    beside_head: float  # what backward reads, made before it
     update: float  # whole matrices of Muon, and arrays made from them
     ahead: bool  # whether all weights are gathered, until the update
 
@@ -209,7 +255,8 @@ class Memory:
     @property
     def always(self) -> float:
         """Bytes from the first microbatch to the last, before the update."""
-        return self.state + self.gradients + self.stash + self.ahead * self.gathered
+        weights = self.copies + self.ahead * self.gathered
+        return self.state + self.gradients + self.stash + weights
 
     @property
     def in_backward(self) -> float:
@@ -221,7 +268,8 @@ class Memory:
     @property
     def in_head(self) -> float:
         """Further bytes in the head; a pipeline keeps no activations from forward to backward."""
-        return self.logits + self.head + (0 if self.stash else self.activations)
+        kept = self.beside_head + (0 if self.stash else self.activations)
+        return self.logits + self.head + kept
 
     @property
     def in_update(self) -> float:
@@ -250,11 +298,13 @@ def memory(s: Part) -> Memory:
         kept += s.cfg.first_dense * kept_of_layer(s.micro, s.cfg.first_kind)
     layers = max(gathered(s.declared.layer(kind), s.sizes, s.width) for kind in kinds)
     logits, head = head_parts(s)
+    # Those of weights that are gathered once are of the compute type, as what they belong to.
+    gradients = (s.width if ahead else FLOAT32) * in_blocks / s.chunks
     return Memory(
         parameters=FLOAT32 * count,
         moments=FLOAT32 * shards(s.declared.slots, s.sizes),
         gradients=FLOAT32 * summed * (s.schedule is not None or s.microbatches > 1),
-        microbatch_gradients=FLOAT32 * in_blocks / s.chunks,
+        microbatch_gradients=gradients + head_gradient(s),
         stash=pipeline_stash(s),
         activations=kept,
         recomputed=max(recomputed_of_layer(s.micro, kind) for kind in kinds),
@@ -262,6 +312,8 @@ def memory(s: Part) -> Memory:
         layer_gradients=max(gradients_of_layer(s.micro, kind) for kind in kinds),
         logits=logits,
         head=head,
+        copies=laid_out_anew(s),
+        beside_head=made_before_backward(s, 0.0 if ahead else layers, gradients),
         update=max((shape.temporary for shape in s.of_muon), default=0.0),
         ahead=ahead,
     )

@@ -12,6 +12,7 @@ from collections import Counter
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from config import ModelConfig, OptimizerConfig, in_phase, largest_phase, of_layer
@@ -69,6 +70,18 @@ def gathered(params: Group, mesh: Mesh, width: int) -> int:
     """Returns the bytes of a group's matrices in matmuls: whole over fsdp, in a type of so many
     bytes."""
     return shards(params, mesh, FSDP, every=False) * width
+
+
+@functools.cache
+def gathered_within(params: Group, mesh: Mesh) -> int:
+    """Counts the numbers on one device of matrices that fsdp cuts in another dimension than their
+    first."""
+    sizes = dict(mesh)
+    return sum(
+        math.prod(p.shape) // math.prod(sizes[axis] for axis in spec_axes(p.spec))
+        for p in params.params
+        if p.matrix and FSDP in spec_axes(P(*p.spec[1:]))
+    )
 
 
 class Declared:

@@ -96,6 +96,7 @@ def memory_lines(e: Estimate) -> list[str]:
         ('parameters, float32: the master copy', m.parameters, ''),
         ("the optimizer's state, float32", m.moments, ''),
         ('gradients, float32, summed over microbatches', m.gradients, 'both' if all_grads else ''),
+        ('parameters in another layout, for gathers', m.copies, 'both'),
         ('pipeline stash', m.stash, ''),
         ('gathered weights' + (' of all layers' if m.ahead else ' of a layer'), m.gathered,
          'both' if m.ahead else 'backward'),
@@ -103,9 +104,10 @@ def memory_lines(e: Estimate) -> list[str]:
          'backward' if m.stash else 'both'),
         ('activations of a layer, computed again', m.recomputed, 'backward'),
         ('gradients of activations within a layer', m.layer_gradients, 'backward'),
-        ('gradients of one microbatch, float32', m.microbatch_gradients, 'backward'),
+        ('gradients of one microbatch', m.microbatch_gradients, 'backward'),
         ('logits of one loss_chunk, and their gradient', m.logits, 'head'),
         ("the head's weight, gathered, and gradient", m.head, 'head'),
+        ('for the backward pass, made before it', m.beside_head, 'head'),
         ('gradients, float32, of all parameters', all_grads * m.parameters, 'update'),
         ('matrices at home, and arrays made from them', m.update, 'update'),
     ]  # fmt: skip
@@ -331,13 +333,18 @@ def search_title(name: str, devices: int, chip: Chip) -> str:
 
 
 def search_text(
-    found: list[tuple[ConfigDict, Estimate]], compared: int, base: ConfigDict, n: int
+    found: list[tuple[ConfigDict, Estimate]],
+    compared: int,
+    base: ConfigDict,
+    n: int,
+    of: str = 'meshes',
 ) -> str:
-    """Returns the first `n` of the layouts found, each with its figures and its flags."""
+    """Returns the first `n` of the layouts found, each the best `of` those that have one alike,
+    with its figures and its flags."""
     if not found:
         return f'{compared:,} layouts compared, and none fits: use more devices, or a smaller model'
     lines = [
-        f'{compared:,} layouts compared; the best {min(n, len(found))} meshes with their best '
+        f'{compared:,} layouts compared; the best {min(n, len(found))} {of} with their best '
         'layout, in the order',
         'of the time that a step is expected to take, beside two bounds: with every collective',
         'waited for, and with every one behind compute.',

@@ -12,7 +12,7 @@ import functools
 import heapq
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
@@ -187,6 +187,16 @@ class Node(NamedTuple):
     estimate: Estimate | None = None
 
 
+def same_mesh(s: Part) -> Hashable:
+    """Returns what two layouts of one mesh have alike."""
+    return s.sizes
+
+
+def same_remat(s: Part) -> Hashable:
+    """Returns what two layouts of one mesh and rematerialization have alike."""
+    return s.sizes, s.cfg.remat, s.cfg.remat_keep
+
+
 def check_base(config: ConfigDict) -> None:
     """Raises ConfigError for what is wrong with a config in any layout: then none can run."""
     validate(on_one_device(config), 1, needs_data=False)
@@ -199,13 +209,15 @@ def search(
     room: float = 0.9,
     progress: Callable[[int], None] | None = None,
     best: int | None = None,
+    same: Callable[[Part], Hashable] = same_mesh,
 ) -> tuple[Found, int]:
     """Returns the fastest layout of each mesh, the fastest mesh first, and how many were compared.
 
     Leaves out layouts that take more than `room` of the chip's memory. Compares by `expected`. With
     `best`, returns so many meshes, and after them the first without cp if that cuts all of them.
-    Calls progress(layouts compared). Raises ConfigError if the config is wrong in any layout, or no
-    layout divides it.
+    With `same_remat` in place of `same_mesh`, returns the fastest of each mesh and
+    rematerialization. Calls progress(layouts compared). Raises ConfigError if the config is wrong
+    in any layout, or no layout divides it.
     """
     check_base(config)
     clock, limit = config.pipeline.clock, room * chip.memory
@@ -228,7 +240,7 @@ def search(
             f'no layout of {devices} devices divides the config; use another number of devices, '
             f'or sizes of the model and a batch_size ({config.batch_size}) with more divisors'
         )
-    found = list(itertools.islice(in_order(nodes, chip, limit, clock), best))
+    found = list(itertools.islice(in_order(nodes, chip, limit, clock, same), best))
     if found and all(s.mesh[CP] > 1 for s, _ in found):
         whole = [node for node in nodes if node.part.mesh[CP] == 1]
         found += itertools.islice(in_order(whole, chip, limit, clock), 1)
@@ -259,20 +271,25 @@ def faster(
 
 
 def in_order(
-    nodes: list[Node], chip: Chip, limit: float, clock: str
+    nodes: list[Node],
+    chip: Chip,
+    limit: float,
+    clock: str,
+    same: Callable[[Part], Hashable] = same_mesh,
 ) -> Iterator[tuple[Part, Estimate]]:
-    """Yields the fastest layout of each mesh, the fastest mesh first: branch and bound.
+    """Yields the fastest of all layouts that are the `same`, the fastest first: branch and bound.
 
-    The node that comes first is a layout, which then is the fastest of its mesh, or it is replaced
-    by the layouts in it, each at its own place in the order.
+    The node that comes first is a layout, which then is the fastest of those, or it is replaced by
+    the layouts in it, each at its own place in the order.
     """
     queue, done = sorted(nodes), set()
     while queue:
         node = heapq.heappop(queue)
-        if node.part.sizes in done:
+        # All layouts of a node have its mesh, and each its own rematerialization.
+        if (node.estimate is not None or same is same_mesh) and same(node.part) in done:
             continue
         if node.estimate is not None:
-            done.add(node.part.sizes)
+            done.add(same(node.part))
             yield node.part, node.estimate
         for inner in inside(node, chip, limit, clock):
             heapq.heappush(queue, inner)

@@ -33,13 +33,13 @@ _HOPPER = {
     'sm': (9, 'ACCELERATED_FEATURES'), 'cores': 132, 'fpus': 128, 'l2': 50, 'ghz': 1.98,
     'shared': 228,
 }  # fmt: skip
-_BLACKWELL = _HOPPER | {'sm': (10, 'ACCELERATED_FEATURES'), 'cores': 148, 'l2': 126, 'ghz': 1.965}
+_BLACKWELL = _HOPPER | {'sm': (10, 'ACCELERATED_FEATURES'), 'cores': 148, 'l2': 126.5, 'ghz': 1.965}
 _GPUS = {
     'a100': {'sm': (8, 'NONE'), 'cores': 108, 'fpus': 64, 'l2': 40, 'ghz': 1.41, 'shared': 164},
     'h100': _HOPPER,
     'h200': _HOPPER,
     'b200': _BLACKWELL,
-    'gb200': _BLACKWELL | {'cores': 152},
+    'gb200': _BLACKWELL | {'cores': 152, 'l2': 129.25, 'ghz': 2.062},
 }
 
 # A GpuTargetConfigProto of XLA, as text.
@@ -87,10 +87,11 @@ def topology_devices(name: str) -> Sequence[jax.Device]:
 
 
 def compiler_versions(platform: str) -> dict[str, str]:
-    """Returns the version of the package that compiles for 'tpu' or 'gpu', and that of jax."""
+    """Returns the version of the package that compiles for 'tpu' or 'gpu', and that of jax; '' of
+    one that is not installed."""
     packages = ('libtpu',) if platform == 'tpu' else ('jax-cuda13-plugin', 'jax-cuda12-plugin')
     compiler = next((x for x in packages if _version(x)), packages[-1])
-    return {x: _version(x) or 'unknown' for x in (compiler, 'jax')}
+    return {x: _version(x) or '' for x in (compiler, 'jax')}
 
 
 def pinned_libtpu() -> str | None:
@@ -218,6 +219,6 @@ def gpu_target(chip: str) -> str:
     (major, features), shared = gpu['sm'], gpu['shared'] * kib
     return _TARGET.format(
         major=major, features=features, cores=gpu['cores'], fpus=gpu['fpus'], ghz=gpu['ghz'],
-        l2=gpu['l2'] * kib**2, shared=shared, block_optin=shared - kib, kind=known.kinds[0],
+        l2=int(gpu['l2'] * kib**2), shared=shared, block_optin=shared - kib, kind=known.kinds[0],
         bandwidth=int(known.bandwidth), memory=int(known.memory),
     )  # fmt: skip

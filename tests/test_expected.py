@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib
-import importlib.util
 import json
 import math
 import pathlib
@@ -12,6 +11,7 @@ import subprocess
 import sys
 
 import pytest
+from common_commands import benchmark
 
 from config import ConfigError
 from configs import default
@@ -28,17 +28,7 @@ MESH = dict.fromkeys(AXES, 1)
 
 @pytest.fixture(scope='module')
 def published():
-    """The benchmark as a module. Its folder is on the path while it is imported, and the tests'
-    own `common` makes room for the benchmarks'."""
-    ours = sys.modules.pop('common', None)
-    sys.path.insert(0, str(ROOT / 'benchmarks'))
-    try:
-        yield importlib.import_module('published')
-    finally:
-        sys.path.remove(str(ROOT / 'benchmarks'))
-        sys.modules.pop('common', None)
-        if ours is not None:
-            sys.modules['common'] = ours
+    return benchmark('published')
 
 
 @pytest.fixture(scope='module')

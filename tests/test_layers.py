@@ -44,6 +44,12 @@ def test_a_clipped_factor_has_its_slope_up_to_the_limit():
     assert (np.asarray(slopes) != 0).tolist() == [True, True, False, False, True]
 
 
+def test_limits_are_numbers_in_the_program():
+    """Arrays of them would be made before a scan over layers, and kept by it."""
+    x = jnp.ones((4, 8), jnp.bfloat16)
+    assert 'broadcast_in_dim' not in str(jax.make_jaxpr(lambda x: gated(x, x, 7.0))(x))
+
+
 def test_dropout_keeps_the_mean_and_differs_by_layer_and_key():
     x = jnp.ones((4, 8, 512))
 

@@ -241,35 +241,6 @@ MUON = {
     'optimizer': {'name': 'muon'},
 }  # fmt: skip
 
-# Few programs, since each takes a minute to compile. Between them: one microbatch and several, a
-# pipeline, experts, both attentions, an untied head, no, full and partial rematerialization, Muon,
-# windows, sinks, gates and biases.
-SPREAD = {
-    'stages': ('tpu_v4', 'v4:2x4x4', {}, {}, {'block': ('dense',)}),
-    'experts': (
-        'tpu_v4', 'v4:2x4x4', {'microbatches': 1}, {'pp': 1, 'fsdp': 16, 'ep': 2, 'tp': 1},
-        {'block': ('moe',), 'n_layers': 8, 'remat': 'none'},
-    ),
-    'kept by name': (
-        'gpu_h100', 'v5p:2x2x2', {'chip': 'v5p'}, {},
-        {'remat': 'full', 'remat_keep': ('attention', 'qkv'), 'tie_embeddings': False},
-    ),
-    'muon': ('gpu_h100', 'v5p:2x2x2', {'chip': 'v5p', **MUON}, {}, {}),
-    'kinds': (
-        'gpu_h100', 'v5p:2x2x2', {'chip': 'v5p'}, {},
-        {
-            'block': ('gqa_window+dense', 'gqa_nope+dense'), 'window': 1024, 'remat': 'full',
-            'attention_sinks': True, 'attention_gate': True, 'attention_bias': 'qkvo',
-        },
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.tpu
-@pytest.mark.parametrize('case', SPREAD)
-def test_memory_is_what_the_tpu_compiler_says(case, tpu_devices):
-    assert_memory_agrees(*SPREAD[case])
-
 
 @pytest.mark.tpu
 def test_cutting_sequences_over_8_devices_takes_a_fifth_of_the_memory(tpu_devices):
@@ -277,39 +248,16 @@ def test_cutting_sequences_over_8_devices_takes_a_fifth_of_the_memory(tpu_device
     assert cut <= 0.2 * assert_memory_agrees('long_context', 'v5p:2x2x2', {}, {'cp': 1}, {})
 
 
-ON_GPU = {
-    'gpu_h100': ('gpu_h100', 'h100:8', {}, {}, {}),
-    'stages': (
-        'tpu_v4', 'h100:8', {'chip': 'h100', 'batch_size': 64}, {'fsdp': 2}, {'block': ('dense',)}
-    ),
-    'experts': (
-        'tpu_v4_best', 'h100:8', {'chip': 'h100', 'batch_size': 64}, {'fsdp': 8},
-        {'block': ('moe',), 'n_layers': 8},
-    ),
-    'a head of its own': (
-        'llama3_8b', 'h100:8', {'chip': 'h100', 'batch_size': 128, 'microbatches': 16},
-        {'fsdp': 8}, {},
-    ),
-    'muon': ('gpu_h100', 'h100:8', MUON, {}, {}),
-}  # fmt: skip
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize('case', ON_GPU)
-def test_memory_is_what_the_gpu_compiler_says(case, gpu_compiler):
-    assert_memory_agrees(*ON_GPU[case])
-
-
 def test_a_small_batch_has_its_peak_in_the_update():
     config = load('gpu_h100')
     config.update(MUON)
-    e = estimate(config, CHIPS['h100'])
+    e = estimate(config, CHIPS['v5p'])
     m, largest = e.memory, 11 * 3072 * 8192  # numbers of the matrices on a home: 84 on 8
     assert m.update == (2 + 2 * 4) * largest  # in bfloat16, and twice in float32
     assert m.peak == m.state + m.parameters + m.update
     assert re.search(r'peak, in the update +7.62 GB', report.table(config, 'a config', e))
     config.optimizer.name = 'adamw'
-    assert estimate(config, CHIPS['h100']).memory.update == 0
+    assert estimate(config, CHIPS['v5p']).memory.update == 0
 
 
 @pytest.mark.gpu

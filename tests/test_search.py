@@ -18,7 +18,7 @@ from planning import report
 from planning.footprint import memory
 from planning.part import least_zero_bubble, part_of
 from planning.roofline import Estimate, estimate
-from planning.search import LONG, REMAT_CHOICES, expected, faster, search
+from planning.search import LONG, REMAT_CHOICES, expected, faster, same_remat, search
 from runtime.config_checks import GATHERS, is_routed, validate
 from train_step import pipeline_costs
 
@@ -90,14 +90,17 @@ def figures(c: ConfigDict, e: Estimate) -> tuple[float, tuple[int, ...], float]:
     return expected(e), tuple(c.mesh[axis] for axis in AXES), e.memory.peak
 
 
-def fastest(estimates: list[tuple[ConfigDict, Estimate]], limit: float) -> list[tuple]:
-    """Returns the figures of the best layout of each mesh that fits."""
+def fastest(
+    estimates: list[tuple[ConfigDict, Estimate]], limit: float, by_remat: bool = False
+) -> list[tuple]:
+    """Returns the figures of the best layout that fits of each mesh, or also rematerialization."""
     best = {}
     for c, e in estimates:
         found = figures(c, e)
         seconds, mesh, peak = found
-        if peak <= limit and seconds < best.get(mesh, (math.inf,))[0]:
-            best[mesh] = found
+        key = (mesh, c.model.remat, c.model.remat_keep) if by_remat else mesh
+        if peak <= limit and seconds < best.get(key, (math.inf,))[0]:
+            best[key] = found
     return sorted(best.values())
 
 
@@ -124,6 +127,11 @@ def test_the_search_answers_as_an_estimate_of_every_layout(case):
             chosen |= {c.pipeline.schedule, c.model.remat}
         few, _ = search(config, devices, x, best=3)
         assert [figures(c, e) for c, e in few[:3]] == have[:3]
+        found, _ = search(config, devices, x, same=same_remat)
+        have = [figures(c, e) for c, e in found]
+        assert [seconds for seconds, *_ in have] == sorted(seconds for seconds, *_ in have)
+        every_one = [(c, estimates[i]) for c, estimates in every]
+        assert sorted(have) == fastest(every_one, 0.9 * x.memory, by_remat=True)
     assert chosen >= {'1f1b', 'full', 'none'}
     assert chosen & {'zero_bubble', 'interleaved'}
 
