@@ -390,7 +390,7 @@ def test_a_program_that_cannot_be_read_has_its_memory_and_the_reason(text, why, 
             return self
 
         def memory_analysis(self):
-            sizes = ('argument', 'temp', 'output', 'alias')
+            sizes = ('argument', 'temp', 'host_temp', 'output', 'alias')
             return SimpleNamespace(**{f'{x}_size_in_bytes': 8 for x in sizes})
 
         def as_text(self) -> str:

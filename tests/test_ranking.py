@@ -86,13 +86,13 @@ def test_what_fits_comes_before_what_does_not_or_does_not_compile(monkeypatch):
         'does not compile: INTERNAL: a bug',
     ]  # fmt: skip
     shown = ranking.text(rows, 'v4:2x2x1').splitlines()
-    assert shown[3].split()[:6] == [
+    assert shown[4].split()[:6] == [
         '1',
         '4',
         *f'3.00 s {seconds(expected(rows[0].estimate))}'.split(),
     ]
-    assert 'does not fit in 34.4 GB' in shown[5]
-    assert 'out of memory: 40 of 32 GB' in shown[9]
+    assert 'does not fit in 34.4 GB' in shown[6]
+    assert 'out of memory: 40 of 32 GB' in shown[10]
 
 
 def test_a_bug_is_not_taken_for_a_refusal(monkeypatch):
