@@ -222,7 +222,7 @@ def run(r: Run) -> dict[str, Any]:
         if now.save:
             with doing(f'saving step {step}', r, at_once=now.stop):
                 writer.flush()
-                r.checkpoints.save(step, state, config.to_dict(), r.data_record)
+                r.checkpoints.save(step, state, config.to_dict(), r.data_record, finite=True)
         if now.stop:
             break
     batches.close()
