@@ -56,7 +56,7 @@ from train_step import Setup, abstract_state, init_numbers, make_train_step
 FAR = 1e-4  # of a leaf's norm: deep layers amplify roundings; faults are larger
 JITTER, DRAWS = 3e-7, 6  # relative, of parameters; how often
 AMPLIFIED = 10.0  # a mesh may be that many times as far off as a jitter is
-HANGS = 600  # seconds without an end of a config
+HANGS, IDLE = 300, 60  # seconds of a config, the last ones without using a core
 SHRINKING = 300  # seconds of it at most
 
 # ---------------------------------------------------------------------------------------------
@@ -235,26 +235,26 @@ def shrunk(case: Case, falls: Callable[[Case], bool], seconds: float = SHRINKING
 
 
 class Watch:
-    """Ends the process, with the case that it is at, if that takes too long."""
+    """Ends the process, with the case that it is at, if that takes long and does nothing any more:
+    collectives that wait for each other take no time of a core, and a busy machine leaves some."""
 
     def __init__(self) -> None:
-        self._timer: threading.Timer | None = None
+        self._case: Case = {}
+        self._started = time.monotonic()
+        threading.Thread(target=self._watch, daemon=True).start()
 
     def at(self, case: Case) -> None:
         """Starts to count anew, for this case."""
-        self.stop()
-        self._timer = threading.Timer(HANGS, self._end, [case])
-        self._timer.daemon = True
-        self._timer.start()
+        self._case, self._started = case, time.monotonic()
 
-    def stop(self) -> None:
-        """Counts no more."""
-        if self._timer:
-            self._timer.cancel()
-
-    def _end(self, case: Case) -> None:
-        print(f'no end after {HANGS} s; again by\n  {command(case)}', flush=True)
-        os._exit(1)
+    def _watch(self) -> None:
+        used = time.process_time()
+        while True:
+            time.sleep(IDLE)
+            before, used = used, time.process_time()
+            if time.monotonic() - self._started > HANGS and used - before < 0.01 * IDLE:
+                print(f'hangs; again by\n  {command(self._case)}', flush=True)
+                os._exit(1)
 
 
 def command(case: Case) -> str:
@@ -295,7 +295,6 @@ def fuzz(cases: Iterator[Case], seconds: float, most: int, counts: collections.C
             smallest = shrunk(case, falls)
             print('shrunk:')
             report(smallest, comparison.far(smallest))
-    watch.stop()
     shutil.rmtree(folder)
 
 

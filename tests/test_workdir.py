@@ -275,16 +275,14 @@ def test_what_changes_last_bits_is_told(tmp_path, tokens, monkeypatch):
 
 def test_a_run_that_goes_on_elsewhere_says_so(tokens, tmp_path, monkeypatch, capsys):
     share_programs(monkeypatch)
-    config = small_run(tokens, steps=2)
+    config = small_run(tokens, steps=2, checkpoint__every=1, checkpoint__keep=2)
     train.train(config, str(tmp_path))
-    assert 'last bits' not in capsys.readouterr().out
-    config.steps = 3
     (entry,) = read_json(str(tmp_path / RECORD))
-    (tmp_path / RECORD).write_text(json.dumps([entry | {'cores': 96}]))
-    train.train(config, str(tmp_path))
-    said = capsys.readouterr().out
-    assert f'last bits from an unbroken run: cores 96 -> {cores()}\n' in said
+    for there, said in ((entry, False), (entry | {'cores': 96}, True)):
+        shutil.rmtree(tmp_path / 'checkpoints' / '2')
+        (tmp_path / RECORD).write_text(json.dumps([there]))
+        capsys.readouterr()
+        train.train(config, str(tmp_path))
+        line = f'last bits from an unbroken run: cores 96 -> {cores()}\n'
+        assert (line in capsys.readouterr().out) == said
     assert [e['cores'] for e in read_json(str(tmp_path / RECORD))] == [96, cores()]
-    config.steps = 4
-    train.train(config, str(tmp_path))
-    assert 'last bits' not in capsys.readouterr().out
