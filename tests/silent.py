@@ -1,6 +1,6 @@
 """Puts the faults of silent_faults.py into a copy of the code, one by one, and sees a test fall.
 
-    python tests/silent.py                   # all of them, in about a quarter of an hour
+    python tests/silent.py --jobs=2          # all of them, two at a time
     python tests/silent.py --only=Megatron   # those whose project or number holds this
     python tests/silent.py --clean           # the same tests without a fault: they pass
     python tests/silent.py --table           # the rows of docs/silent_bugs.md
@@ -84,8 +84,9 @@ def fell(done: subprocess.CompletedProcess) -> str:
     """Returns what a test said as it fell; '' if it passed, or did not get to run."""
     if done.returncode != 1 or not re.search(r'^FAILED ', done.stdout, re.M):
         return ''
-    said = re.findall(r'^E   +(.*)', done.stdout, re.M)
-    return (said[0] if said else 'FAILED').strip()[:SHOWN]
+    said = re.findall(r'^E   +(.*)', done.stdout, re.M) or ['FAILED']
+    # The edit itself is wrong, if it names what is not there.
+    return '' if said[0].startswith(('NameError', 'AttributeError')) else said[0].strip()[:SHOWN]
 
 
 def row(fault: Fault) -> str:

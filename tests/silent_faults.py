@@ -282,7 +282,7 @@ FAULTS = [
         '47.9 for 12 on 2 × 4',
         'tp with another axis',
         'train_step.py', "{'loss': global_sum(nll), 'router': router}",
-        "{'loss': global_sum(nll) * lax.axis_size(TP), 'router': router}",
+        "{'loss': global_sum(nll) * lax.axis_size('tp'), 'router': router}",
         DENSE, pull=True,
     ),
     Fault(
@@ -290,7 +290,7 @@ FAULTS = [
         'numbers that all ranks of a cut sequence hold alike are summed over them: twice the loss',
         'cp',
         'train_step.py', "{'loss': global_sum(nll), 'router': router}",
-        "{'loss': global_sum(nll) * lax.axis_size(CP), 'router': router}",
+        "{'loss': global_sum(nll) * lax.axis_size('cp'), 'router': router}",
         CUT, pull=True,
     ),
     Fault(
@@ -448,11 +448,21 @@ FAULTS = [
     ),
     Fault(
         'pytorch/torchtitan', 1114, '2025-04-17',
-        "experts' biases need the load of all ranks, and drift apart with that of their own",
+        "experts' biases that follow the load of their own rank drift apart: the sum over ranks "
+        'has to be made by hand',
         'dp, ep',
         'train_step.py', 'lambda x: lax.psum(x, (*BATCH, *SEQUENCE)), stats)',
         'lambda x: lax.psum(x, SEQUENCE), stats)',
         EXPERTS, pull=True,
+    ),
+    Fault(
+        'AI-Hypercomputer/maxtext', 2494, '2025-10-13',
+        "experts' biases are declared and enter the choice, and nothing ever moves them",
+        'any',
+        'train_step.py',
+        "params['blocks'] = update_biases(params['blocks'], metrics['router'], s.model.bias_rate)",
+        "params['blocks'] = update_biases(params['blocks'], metrics['router'], 0.0)",
+        'tests/test_moe.py::test_biases_balance_a_skewed_router[0.02]',
     ),
     Fault(
         'NVIDIA/Megatron-LM', 1545, '2025-04-17',
@@ -462,9 +472,8 @@ FAULTS = [
         'layers/moe.py',
         'log_prob_BtE = jax.nn.log_softmax(log_score_BtE, axis=-1)  # of scores over their sum',
         'score_BtE = jnp.exp(log_score_BtE)\n'
-        '        log_prob_BtE = jnp.log(\n'
-        '            score_BtE / (jnp.sum(score_BtE, axis=-1, keepdims=True) + 1e-20) + 1e-38\n'
-        '        )',
+        '        share_BtE = score_BtE / (jnp.sum(score_BtE, axis=-1, keepdims=True) + 1e-20)\n'
+        '        log_prob_BtE = jnp.log(jnp.maximum(share_BtE, 1e-30))',
         'tests/test_moe.py::test_router_is_exact_for_any_logits[sigmoid-True]',
     ),
     Fault(
