@@ -56,7 +56,7 @@ from train_step import Setup, abstract_state, init_numbers, make_train_step
 FAR = 1e-4  # of a leaf's norm: deep layers amplify roundings; faults are larger
 JITTER, DRAWS = 3e-7, 6  # relative, of parameters; how often
 AMPLIFIED = 10.0  # a mesh may be that many times as far off as a jitter is
-HANGS, IDLE = 300, 60  # seconds of a config, the last ones without using a core
+HANGS, IDLE = 600, 120  # seconds of a config, the last ones without using a core
 SHRINKING = 300  # seconds of it at most
 
 # ---------------------------------------------------------------------------------------------
@@ -252,7 +252,7 @@ class Watch:
         while True:
             time.sleep(IDLE)
             before, used = used, time.process_time()
-            if time.monotonic() - self._started > HANGS and used - before < 0.01 * IDLE:
+            if time.monotonic() - self._started > HANGS and used - before < 0.001 * IDLE:
                 print(f'hangs; again by\n  {command(self._case)}', flush=True)
                 os._exit(1)
 
