@@ -187,14 +187,16 @@ class Checkpointer:
         tree: Tree,
         config: Mapping[str, Any] | None = None,
         data: Mapping[str, Any] | None = None,
+        finite: bool = False,
     ) -> None:
         """Copies the tree to host memory, and writes it in the background.
 
         First waits for the save before, so that host memory holds one copy. `config` and `data` are
-        any JSON; `metadata` returns them. Raises CheckpointError if the save before failed,
+        any JSON; `metadata` returns them. With `finite`, a tree that holds NaN or infinity fails to
+        be saved, and no older step is removed. Raises CheckpointError if the save before failed,
         ConfigError if the step is there already.
         """
-        self._start(step, functools.partial(copy_to_host, tree), config, data)
+        self._start(step, functools.partial(copy_to_host, tree, finite), config, data)
 
     def save_leaves(
         self,

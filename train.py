@@ -84,6 +84,7 @@ from runtime.workdir import (
     PROFILE,
     TOKENIZER,
     append_evaluation,
+    changed_start,
     check_shared,
     keep_records,
     mend,
@@ -222,7 +223,7 @@ def run(r: Run) -> dict[str, Any]:
         if now.save:
             with doing(f'saving step {step}', r, at_once=now.stop):
                 writer.flush()
-                r.checkpoints.save(step, state, config.to_dict(), r.data_record)
+                r.checkpoints.save(step, state, config.to_dict(), r.data_record, finite=True)
         if now.stop:
             break
     batches.close()
@@ -240,9 +241,13 @@ def run(r: Run) -> dict[str, Any]:
 
 
 def record_start(s: Setup, r: Run) -> None:
-    """Writes the vocabulary, and an entry of record.json for this start."""
+    """Writes the vocabulary, and an entry of record.json for this start; says what the last bits of
+    numbers depend on and is not as at the start before."""
     r.writer.keep(TOKENIZER, tokenizer_record(r.data[2]))
-    r.writer.record_start(start_entry(r.config, s.mesh, r.start))
+    entry = start_entry(r.config, s.mesh, r.start)
+    if r.start and r.writer.active and (line := changed_start(r.writer.workdir, entry)):
+        r.writer.say(line)
+    r.writer.record_start(entry)
 
 
 def summary_of(s: Setup, r: Run, step: int, seconds: float) -> dict[str, float]:

@@ -4,7 +4,7 @@ Rules of one layer kind, kernel or optimizer stand beside it, in its record.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import jax
@@ -60,6 +60,33 @@ TYPES: dict[type, tuple[tuple[type, ...], str]] = {
     float: ((int, float), 'a number'),
     str: ((str,), 'a text'),
     tuple: ((tuple,), "a tuple, as in ('a', 'b')"),
+}
+
+# The values of the fields that name something.
+CHOICES: dict[str, Collection[str]] = {
+    'compute_dtype': ('float32', 'bfloat16'),
+    'data.packing': ('stream', 'best_fit'),
+    'model.attention': ATTENTION,
+    'model.attention_bias': ('none', 'qkv', 'qkvo'),
+    'model.norms': ('before', 'after'),
+    'model.qk_norm_over': ('head', 'heads'),
+    'model.attention_kernel': names(ATTENTION_KERNELS),
+    'model.expert_kernel': names(EXPERT_KERNELS),
+    'model.remat': REMAT,
+    'model.router': ('sigmoid', 'softmax'),
+    'fsdp_gather': GATHERS,
+    'cp_style': STYLES,
+    'pipeline.schedule': NAMES,
+    'pipeline.clock': CLOCKS,
+    'model.rope_scaling': SCALINGS,
+    'model.group_score': GROUP_SCORES,
+    'optimizer.name': OPTIMIZERS,
+    'optimizer.lr_schedule': ('cosine', 'wsd'),
+    'optimizer.muon.coefficients': COEFFICIENTS,
+    'optimizer.muon.scale': SCALES,
+    'optimizer.muon.replicas': ('repeat', 'split'),
+    'optimizer.muon.dtype': ('auto', 'float32', 'bfloat16'),
+    'chip': ('cpu', *CHIPS),
 }
 
 # Fields that are off by default, by the one kind of attention or feed-forward that reads them.
@@ -182,32 +209,7 @@ def type_errors(fields: dict[str, Any]) -> Iterator[str]:
 
 def choice_errors(fields: dict[str, Any]) -> Iterator[str]:
     """Yields errors for names that do not exist."""
-    choices = {
-        'compute_dtype': ('float32', 'bfloat16'),
-        'data.packing': ('stream', 'best_fit'),
-        'model.attention': ATTENTION,
-        'model.attention_bias': ('none', 'qkv', 'qkvo'),
-        'model.norms': ('before', 'after'),
-        'model.qk_norm_over': ('head', 'heads'),
-        'model.attention_kernel': names(ATTENTION_KERNELS),
-        'model.expert_kernel': names(EXPERT_KERNELS),
-        'model.remat': REMAT,
-        'model.router': ('sigmoid', 'softmax'),
-        'fsdp_gather': GATHERS,
-        'cp_style': STYLES,
-        'pipeline.schedule': NAMES,
-        'pipeline.clock': CLOCKS,
-        'model.rope_scaling': SCALINGS,
-        'model.group_score': GROUP_SCORES,
-        'optimizer.name': OPTIMIZERS,
-        'optimizer.lr_schedule': ('cosine', 'wsd'),
-        'optimizer.muon.coefficients': COEFFICIENTS,
-        'optimizer.muon.scale': SCALES,
-        'optimizer.muon.replicas': ('repeat', 'split'),
-        'optimizer.muon.dtype': ('auto', 'float32', 'bfloat16'),
-        'chip': ('cpu', *CHIPS),
-    }
-    for name, allowed in choices.items():
+    for name, allowed in CHOICES.items():
         if name == 'model.rope_scaling' and fields[name] in REFUSED:
             yield f'{name}={fields[name]!r} {REFUSED[fields[name]]}; use yarn, linear or llama3'
         elif fields[name] not in allowed:

@@ -2,7 +2,7 @@
 
 checkpoints/      checkpoint.py's, a folder per step
 config.json       the config of the last start
-record.json       an entry per start: config, mesh, devices, versions, git revision
+record.json       an entry per start: config, mesh, devices, cores, versions, git revision
 metrics.jsonl     an object per logged step
 eval.jsonl        an object per evaluated checkpoint
 tokenizer.json    name and fingerprint of the vocabulary
@@ -35,7 +35,7 @@ import tiktoken
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from config import ConfigError
+from config import ConfigError, flat
 from machine.processes import all_processes, from_process_0
 from storage.stores import Lines, local_folder, open_store, store_errors, write_text
 from tokenizer import fingerprint, get_encoding, same_ids
@@ -383,11 +383,45 @@ def git_state(folder: str) -> dict[str, Any]:
         return {}
 
 
+def cores() -> int:
+    """Returns the number of cores that this process may use."""
+    affinity = getattr(os, 'sched_getaffinity', None)  # Linux has it
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+# The parts of an entry, beside the config, that the last bits of a run's numbers depend on. XLA:CPU
+# cuts sums and weight gradients by the cores that it finds, as it runs.
+BITS = ('cores', 'processes', 'devices.kinds', 'devices.platform', 'devices.count', 'versions.',
+        'environment.', 'git.revision')  # fmt: skip
+
+
+def changed_start(workdir: str, entry: Mapping[str, Any]) -> str:
+    """Returns a line on what an entry has otherwise than the newest of record.json, of all that
+    the last bits of numbers depend on; '' if there is nothing, or no entry."""
+    entries = read_json(os.path.join(workdir, RECORD))
+    if not entries:
+        return ''
+    old, new = flat(entries[-1]), flat(json.loads(json.dumps(entry)))
+    on_cpu = old.get('devices.platform') == new['devices.platform'] == 'cpu'
+    names = [n for n in {**old, **new} if n.startswith(BITS) and (on_cpu or n != 'cores')]
+    if 'cores' not in old:  # the entry of an older version
+        names = [n for n in names if n != 'cores']
+    changed = [
+        f'{name} {old.get(name, "none")} -> {new.get(name, "none")}'
+        for name in names
+        if old.get(name) != new.get(name)
+    ]
+    if not changed:
+        return ''
+    said = ' · '.join(changed)
+    return f'from here on numbers may differ in their last bits from an unbroken run: {said}'
+
+
 def start_entry(config: ConfigDict, mesh: Mesh, start: int) -> dict[str, Any]:
     """Returns the entry of record.json for a run that goes on from step `start`.
 
     Two runs whose entries agree in all but the time give the same numbers, bit for bit, on the same
-    kind of machine.
+    kind of machine: see docs/silent_bugs.md.
     """
     devices = mesh.devices.flat
     git = git_state(ROOT)
@@ -402,6 +436,7 @@ def start_entry(config: ConfigDict, mesh: Mesh, start: int) -> dict[str, Any]:
             'ids': [d.id for d in devices],  # in the mesh's order
         },
         'processes': jax.process_count(),
+        'cores': cores(),
         'versions': versions(),
         'environment': {name: os.environ[name] for name in VARIABLES if name in os.environ},
         **({'git': git} if git else {}),

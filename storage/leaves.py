@@ -140,6 +140,7 @@ class HostLeaf:
     name: str
     entry: dict[str, Any]  # in metadata.json
     chunks: list[tuple[Box, np.ndarray]] | Iterator[tuple[Box, np.ndarray]]  # made as they go
+    finite: bool = False  # numbers that are not finite are refused: see `check_finite`
 
     def taken(self) -> Iterator[tuple[Box, np.ndarray]]:
         """Yields the chunks and drops them, so that the memory of each is free once it is
@@ -151,8 +152,26 @@ class HostLeaf:
             yield self.chunks.pop()
 
 
-def copy_to_host(tree: Tree) -> list[HostLeaf]:
+class NotFiniteError(Exception):
+    """A leaf holds NaN or infinity, and is to be finite."""
+
+
+def check_finite(name: str, box: Box, x: np.ndarray) -> None:
+    """Raises NotFiniteError, with the place in the leaf of this name, if a chunk of it, in this
+    box, holds NaN or infinity. Takes one pass and no memory where it does not."""
+    if not (jnp.issubdtype(x.dtype, jnp.floating) and x.size):
+        return
+    with np.errstate(invalid='ignore'):  # ml_dtypes says when it meets NaN
+        if math.isfinite(x.min()) and math.isfinite(x.max()):  # NaN is the least and the largest
+            return
+    at = np.argwhere(~np.isfinite(x))[0]
+    place = [int(i) + start for i, (start, _) in zip(at, box, strict=True)]
+    raise NotFiniteError(f'the leaf {name} holds {x[tuple(at)]} at {place}')
+
+
+def copy_to_host(tree: Tree, finite: bool = False) -> list[HostLeaf]:
     """Copies this process's part of the tree to host memory; the transfers run side by side.
+    `finite` as in HostLeaf.
 
     Takes only the first of each shard's replicas, so that all processes together copy each element
     once. Leaves that are not jax arrays have to be alike on all processes; process 0 writes them.
@@ -166,7 +185,7 @@ def copy_to_host(tree: Tree) -> list[HostLeaf]:
             for name, (entry, shards) in found.items()
         }
     return [
-        HostLeaf(name, entry, [(box, copy.result()) for box, copy in copies[name]])
+        HostLeaf(name, entry, [(box, copy.result()) for box, copy in copies[name]], finite)
         for name, (entry, _) in found.items()
     ]
 

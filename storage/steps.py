@@ -29,6 +29,8 @@ from storage import folders
 from storage.leaves import (
     CRC_BYTES,
     HostLeaf,
+    NotFiniteError,
+    check_finite,
     chunk_number,
     chunks_across,
     part,
@@ -136,6 +138,8 @@ class StepFiles:
             leaf = leaves.pop()  # so that its memory is free as soon as it is written
             array = self.open_leaf(leaf.name, leaf.entry)
             for box, x in leaf.taken():
+                if leaf.finite:
+                    check_finite(leaf.name, box, x)
                 (place,) = chunks_across([box], leaf.entry['chunk'])
                 write = part(array, box).write(x, can_reference_source_data_indefinitely=True)
                 yield (write, (leaf.name, place, leaf.entry)), x.nbytes
@@ -351,6 +355,12 @@ class Steps:
         remedy = 'Make room or mend the access; the same command then goes on from the newest.'
         if isinstance(error, NotOwnerError):
             remedy = 'This run must not write there any more.'
+        if isinstance(error, NotFiniteError):
+            remedy = (
+                'The same command goes on from the newest and meets the same batches: set '
+                'guard.nonfinite=True or lower optimizer.peak_lr; if neither helps, look at the '
+                'device or the kernel that makes such numbers.'
+            )
         return (
             f'step {step} could not be saved in {self.path}: {cause}\n'
             f'Steps that are safe there: {safe}. {remedy}'

@@ -3,23 +3,7 @@
 import os
 import pathlib
 import signal
-from importlib.metadata import version
-from importlib.util import find_spec
 
-# Most of the time goes into compiling small programs that run for milliseconds: LLVM's part of that
-# is halved, and jaxlib 0.10 is told to emit fusions as it did before MLIR, which halves it again.
-# Later ones have no choice, and end over a flag that they do not know, as do the compilers of TPUs
-# and GPUs. XLA's own passes, which decide what is computed, stay as they are.
-os.environ['XLA_FLAGS'] = ' '.join(
-    [
-        os.environ.get('XLA_FLAGS', ''),
-        '--xla_backend_optimization_level=0',
-        '--xla_cpu_use_fusion_emitters=false'
-        if version('jaxlib').startswith('0.10.')
-        and not (find_spec('libtpu') or find_spec('jax_cuda12_plugin'))
-        else '',
-    ]
-)
 # Programs that several tests, processes or runs of the tests compile alike are compiled once.
 os.environ.setdefault(
     'JAX_COMPILATION_CACHE_DIR',
@@ -29,6 +13,7 @@ os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.5')
 
 import pytest
 from common_data import prepared_corpus
+from common_flags import set_flags
 
 from corpus.files import File, find_files
 from corpus.prepare import Job, prepare
@@ -43,6 +28,7 @@ for number, handler in (
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, handler)
 
+set_flags()
 choose_platform(8)
 
 

@@ -241,6 +241,8 @@ def defined_in(tree: ast.AST) -> dict[str, str]:
         elif kind == define_process_flags.__name__:
             source = inspect.getsource(define_process_flags)
             found |= defined_in(ast.parse(source))
+        elif kind == 'add_argument':  # argparse, in the scripts of the tests
+            found[ast.literal_eval(node.args[0]).removeprefix('--')] = 'argument'
     return found
 
 

@@ -100,6 +100,18 @@ def test_stacked_layers_differ_and_are_sharded_over_pp():
     assert float(jnp.std(x)) == pytest.approx(1, abs=0.4)
 
 
+def test_layers_of_chunks_are_those_without():
+    """In their order, and each drawn anew: a stage's chunks are no copies of each other."""
+    p = Param((4, 2), P('fsdp', None), normal(1.0))
+    whole, cut = (stacked(p, 6, 'pp', chunks) for chunks in (1, 3))
+    assert (cut.shape, cut.spec) == ((3, 2, 4, 2), P(None, 'pp', 'fsdp', None))
+    x, y = (
+        parallel.init_params(jax.random.key(0), {'p': q}, make_mesh({}))['p'] for q in (whole, cut)
+    )
+    np.testing.assert_array_equal(np.reshape(y, x.shape), x)
+    assert len(np.unique(x)) == x.size
+
+
 def test_axes_of_a_spec():
     assert parallel.spec_axes(P('tp', None, ('dp', 'fsdp'))) == ('tp', 'dp', 'fsdp')
     assert parallel.free_axes(P('tp', None, ('dp', 'fsdp'))) == ('pp', 'ep', 'cp')

@@ -421,6 +421,14 @@ def test_multi_query_matches():
     check(config, (1, 2, 4))
 
 
+def test_biases_of_a_head_that_all_share_match():
+    """Copies of the biases of a single head of keys and values stay alike over tp."""
+    config = kinds_config('gqa')
+    config.model.n_kv_heads = 1
+    config.check_vma = False
+    check(config, (1, 1, 2))
+
+
 @pytest.mark.slow
 def test_whole_query_matches():
     config = small_config('mla')

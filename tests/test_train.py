@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from common import batch_at, initial_state, small_config
+from common_runs import records
 
 import train
 import train_step
@@ -136,6 +137,17 @@ def one(corpus, tmp_path_factory) -> pathlib.Path:
     assert '\nsummary at step 12 of 12:\n' in done.stdout
     assert re.search(r'\n *tokens_of_this_start  12,288\n', done.stdout)
     return workdir
+
+
+def test_the_same_command_gives_the_same_bits(one, corpus, tmp_path):
+    """In another process: what is logged, and each file of the checkpoint's arrays."""
+    again = tmp_path / 'again'
+    assert run_command(corpus, again).returncode == 0
+    assert records(again) == records(one)
+    files = [sorted((d / 'checkpoints/12/arrays').rglob('*')) for d in (one, again)]
+    assert len(files[0]) == len(files[1]) > 10
+    for a, b in zip(*files, strict=True):
+        assert a.is_dir() or a.read_bytes() == b.read_bytes(), a
 
 
 def test_command_trains_alike_on_one_and_on_eight_devices(one, corpus, tmp_path):

@@ -1,23 +1,35 @@
 """The options and programs of the train step: for the compilers of TPUs and GPUs."""
 
+import functools
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import assert_trees_close, batch_at, initial_state, set_up, small_config
+from common import (
+    assert_trees_close,
+    batch_at,
+    initial_state,
+    on_mesh,
+    set_up,
+    small_config,
+)
 
 import train_step
+from checkpoint import Checkpointer
 from machine.chips import CHIPS
 from parallel import make_mesh
 from planning.compiled import read_cost
 from planning.roofline import estimate
 from planning.topology import topology_devices
 from runtime.config_checks import validate
+from runtime.resume import restore_state
 from train_step import (
     COMPILER_OPTIONS,
+    abstract_state,
     compiler_options,
+    init_state,
     lower_train_step,
     make_train_step,
     put_batch,
@@ -144,3 +156,28 @@ def test_experts_of_gpus_meet_their_own_rows_only(gpu_compiler):
     expected = sum(w.flops for w in estimate(config, h100).work)
     assert read_cost(text, mesh, h100).flops == pytest.approx(expected, rel=0.05)
     assert re.search(ATTENTION_AGAIN, text)
+
+
+def test_a_step_is_compiled_once(tmp_path):
+    """A new state, one that a step returns and a restored one are laid out alike: jit compiles a
+    program for each layout."""
+    s = set_up(on_mesh(small_config(), (1, 2, 2)))
+    batch = put_batch(functools.partial(batch_at, seq_len=s.config.seq_len), 0, s)
+    new = init_state(s)
+    first = jax.tree.map(lambda x: (x.sharding, x.committed), new)
+
+    def check(state):
+        for x, (sharding, committed) in zip(
+            jax.tree.leaves(state),
+            jax.tree.leaves(first, is_leaf=lambda x: isinstance(x, tuple)),
+            strict=True,
+        ):
+            assert x.sharding.is_equivalent_to(sharding, x.ndim)
+            assert x.committed == committed
+
+    state, _ = make_train_step(s)(new, batch)
+    check(state)
+    with Checkpointer(str(tmp_path)) as checkpoints:
+        checkpoints.save(1, state)
+        checkpoints.wait()
+        check(restore_state(checkpoints, 1, abstract_state(s)))

@@ -13,13 +13,18 @@ from training_worker import small_run
 
 import train
 from config import ConfigError
+from parallel import make_mesh
 from runtime.workdir import (
+    RECORD,
     add_entry,
+    changed_start,
+    cores,
     keep_records,
     mend,
     read_json,
     read_records,
     set_aside,
+    start_entry,
     unfinished_run,
 )
 
@@ -233,3 +238,51 @@ def test_a_run_goes_on_whatever_was_damaged(stopped, tokens, tmp_path, monkeypat
     assert complaints == []
     for name in names[1:]:
         assert read_json(str(workdir / name))
+
+
+# ---------------------------------------------------------------------------------------------
+# What last bits depend on
+# ---------------------------------------------------------------------------------------------
+
+
+def test_what_changes_last_bits_is_told(tmp_path, tokens, monkeypatch):
+    workdir, config = str(tmp_path), small_run(tokens)
+    entry = start_entry(config, make_mesh({}), 10)
+    assert entry['cores'] == cores() >= 1
+    assert changed_start(workdir, entry) == ''  # there was no start before
+    add_entry(workdir, entry)
+    assert changed_start(workdir, entry) == ''
+    later = entry | {'time': 'later', 'from_step': 20, 'cores': entry['cores'] + 2, 'processes': 4}
+    later['versions'] = entry['versions'] | {'jax': '0.99'}
+    later['environment'] = {'XLA_FLAGS': '--x'}
+    said = changed_start(workdir, later)
+    for change in (
+        f'cores {entry["cores"]} -> {entry["cores"] + 2}',
+        'processes 1 -> 4',
+        f'versions.jax {entry["versions"]["jax"]} -> 0.99',
+        '-> --x',
+    ):
+        assert change in said
+    assert 'from_step' not in said
+    # Cores of a host say nothing about what its accelerators compute.
+    gpus = [e | {'devices': e['devices'] | {'platform': 'gpu'}} for e in (entry, later)]
+    add_entry(workdir, gpus[0])
+    assert 'cores' not in changed_start(workdir, gpus[1])
+    without = {name: x for name, x in entry.items() if name != 'cores'}  # of an older version
+    add_entry(workdir, without)
+    assert changed_start(workdir, entry) == ''
+
+
+def test_a_run_that_goes_on_elsewhere_says_so(tokens, tmp_path, monkeypatch, capsys):
+    share_programs(monkeypatch)
+    config = small_run(tokens, steps=2, checkpoint__every=1, checkpoint__keep=2)
+    train.train(config, str(tmp_path))
+    (entry,) = read_json(str(tmp_path / RECORD))
+    for there, said in ((entry, False), (entry | {'cores': 96}, True)):
+        shutil.rmtree(tmp_path / 'checkpoints' / '2')
+        (tmp_path / RECORD).write_text(json.dumps([there]))
+        capsys.readouterr()
+        train.train(config, str(tmp_path))
+        line = f'last bits from an unbroken run: cores 96 -> {cores()}\n'
+        assert (line in capsys.readouterr().out) == said
+    assert [e['cores'] for e in read_json(str(tmp_path / RECORD))] == [96, cores()]
