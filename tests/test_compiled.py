@@ -390,8 +390,8 @@ def test_a_program_that_cannot_be_read_has_its_memory_and_the_reason(text, why, 
             return self
 
         def memory_analysis(self):
-            sizes = ('argument', 'temp', 'host_temp', 'output', 'alias')
-            return SimpleNamespace(**{f'{x}_size_in_bytes': 8 for x in sizes})
+            sizes = {'argument': 8, 'temp': 11, 'host_temp': 3, 'output': 8, 'alias': 8}
+            return SimpleNamespace(**{f'{x}_size_in_bytes': n for x, n in sizes.items()})
 
         def as_text(self) -> str:
             if isinstance(text, Exception):
