@@ -467,8 +467,10 @@ class Estimate:
 
 
 def estimate(config: ConfigDict, chip: Chip) -> Estimate:
-    """Estimates a config that `validate` accepts, on devices of that chip. Raises ConfigError if the
-    chip lacks the config's type of matmuls."""
+    """Estimates a config that `validate` accepts, on devices of that chip.
+
+    Raises ConfigError if the chip lacks the config's type of matmuls.
+    """
     check_matmul_type(config, chip)
     return estimate_part(part_of(config, chip.platform), chip)
 
