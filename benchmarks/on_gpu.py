@@ -1,4 +1,4 @@
-"""What one accelerator reaches, beside what plan.py expects: two models, and kernels against others.
+"""What one GPU reaches, beside what plan.py expects: two models, and kernels against others.
 
     bash benchmarks/on_gpu.sh                  # on one GPU, at most 9 minutes with the tests
     python benchmarks/on_gpu.py --small --json # any machine: the same with small sizes
