@@ -47,8 +47,8 @@ def test_mesh_matches_without_check_vma(attention):
 )
 def test_matmuls_in_8_bits_match(sizes, tolerance):
     """Where tp adds in another order, the last bits of activations differ, and of numbers at the
-    bound of two in 8 bits the rounded ones: a sixteenth. tests/test_float8.py compares single layers
-    on such meshes exactly."""
+    bound of two in 8 bits the rounded ones: a sixteenth. tests/test_float8.py compares single
+    layers on such meshes exactly."""
     config = small_config('gqa', moe=True)
     config.model.matmul_type = 'fp8'
     check(config, sizes, tolerance)
