@@ -12,7 +12,7 @@ python="${PYTHON:-python}"
 failed=0
 
 if [ "${1:-}" = --small ]; then
-    JAX_PLATFORMS=cpu timeout 300 "$python" benchmarks/on_gpu.py --rounds=1 --json "$@" || failed=1
+    JAX_PLATFORMS=cpu timeout 540 "$python" benchmarks/on_gpu.py --rounds=1 --json "$@" || failed=1
     exit "$failed"
 fi
 timeout 200 "$python" -m pytest -q -n 0 -m gpu || failed=1
