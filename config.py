@@ -46,6 +46,9 @@ class ConfigError(ValueError):
 REMAT_NAMES = ('attention', 'qkv', 'residual', 'hidden')
 ATTENTION_OUTPUT, QKV, RESIDUAL, HIDDEN = REMAT_NAMES
 
+MATMUL_TYPES = ('compute', 'fp8')  # of the layers' weights: compute_dtype, or layers/float8.py
+COMPUTE, FP8 = MATMUL_TYPES
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -127,6 +130,7 @@ class ModelConfig:
     qk_norm_over: str = 'head'
     rotary_dim: int = 0
     padded: bool = False  # rows may end in -1, no token: experts leave these out; see model_for
+    matmul_type: str = COMPUTE
     nope: bool = False  # of the config of one layer (`of_layer`): no rotary part
 
     @property

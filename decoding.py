@@ -23,7 +23,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 
-from config import ConfigError, ModelConfig, of_layer
+from config import COMPUTE, ConfigError, ModelConfig, of_layer
 from layers.attention import ATTENTION, attention_sizes, rope_table
 from layers.attention_kernels import ATTENTION_KERNELS
 from layers.expert_kernels import EXPERT_KERNELS
@@ -132,7 +132,8 @@ def decoding_config(cfg: ModelConfig) -> ModelConfig:
 
     Experts take all choices: a capacity is a share of a whole sequence, and decoding does not know
     the rest of it. Kernels that shard_map cannot check, as it does here, make way for those that it
-    can. Sequences are whole, whatever cp trained the model (`stream` refuses a mesh with cp).
+    can. Weights are multiplied in the compute type. Sequences are whole, whatever cp trained the
+    model (`stream` refuses a mesh with cp).
     """
     attention, experts = cfg.attention_kernel, cfg.expert_kernel
     if not ATTENTION_KERNELS[attention].checked:
@@ -141,7 +142,7 @@ def decoding_config(cfg: ModelConfig) -> ModelConfig:
         experts = portable(EXPERT_KERNELS)
     return dataclasses.replace(
         cfg, cp=1, dropout=0.0, capacity_factor=0.0, buffer_factor=0.0, balance_loss=0.0,
-        router_z_loss=0.0, attention_kernel=attention, expert_kernel=experts,
+        router_z_loss=0.0, attention_kernel=attention, expert_kernel=experts, matmul_type=COMPUTE,
     )  # fmt: skip
 
 

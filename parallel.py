@@ -143,6 +143,11 @@ class Param:
     inputs: int = 0
     outputs: int = 0
 
+    @property
+    def multiplied(self) -> bool:
+        """True for what `linear` or the experts' kernels multiply, in model.matmul_type."""
+        return self.linear or (self.inputs > 0 and EP in spec_axes(self.spec))
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -373,7 +378,8 @@ def pmax(x: Array, axis: Axis) -> Array:
 
     Forward: all-reduce, 2·size·(n-1)/n bytes. Backward: none.
     """
-    return varying(lax.pmax(lax.stop_gradient(x), axis), axis)
+    x = lax.stop_gradient(x)
+    return x if lax.axis_size(axis) == 1 else varying(lax.pmax(x, axis), axis)
 
 
 def broadcast(x: Array, axis: str, source: Array) -> Array:
@@ -479,11 +485,17 @@ def own_positions(x: Array, dim: int) -> Array:
     return local_slice(zigzag(x, CP, dim), TP, dim)
 
 
-def unshard(params: Tree, declared: Tree, dtype: jnp.dtype) -> Tree:
+def unshard(
+    params: Tree,
+    declared: Tree,
+    dtype: jnp.dtype,
+    quantize: Callable[[Param, Array, int | None], Any] | None = None,
+) -> Tree:
     """Casts one layer's weights to the compute type, then gathers them over fsdp.
 
     Layout: the dimension that fsdp shards, dim/n -> dim; tp and ep shard what they did. Weights
-    that `gather_ahead` gathered are returned as they are. Gains stay float32.
+    that `gather_ahead` gathered are returned as they are. Gains stay float32. `quantize(p, x, dim)`
+    gathers a layer's matrix in another type; dim is None where nothing is to be gathered.
     Forward: all-gather over fsdp in `dtype`, size·(n-1)/n bytes; in bfloat16, half of float32's.
     Backward: reduce-scatter of the gradients in `dtype`, as many.
     """
@@ -495,6 +507,8 @@ def unshard(params: Tree, declared: Tree, dtype: jnp.dtype) -> Tree:
             x = x.astype(dtype)
         dim = fsdp_dim(p)
         whole = dim is None or x.shape[dim] == p.shape[dim]
+        if quantize and p.multiplied:
+            return quantize(p, x, None if whole else dim)
         return x if whole else all_gather(x, FSDP, dim)
 
     return map_params(leaf, declared, params)

@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 from config import ModelConfig, OptimizerConfig
 from layers.dense import linear_weight_gradient
 from layers.moe import update_biases
+from machine.chips import check_matmul_type, chip_of
 from model import (
     block_params,
     declared_params,
@@ -98,6 +99,7 @@ def setup(config: ConfigDict, mesh: Mesh, end_of_text: int = -1) -> Setup:
     `end_of_text`, the token that ends a document of the data, counts with data.isolate_documents.
     """
     platform = mesh.devices.flat[0].platform
+    check_matmul_type(config, chip_of(mesh.devices.flat[0].device_kind))
     model = model_for(config, platform, end_of_text)
     declared, optimizer = declared_params(config), optimizer_for(config, platform)
     slots = slots_of(declared, optimizer)
@@ -288,7 +290,8 @@ def run_stages(
 
     if schedule.chunks == 1:
         params = params | {'blocks': jax.tree.map(lambda x: x[None], params['blocks'])}
-    functions = Functions(first, stage, last, linear_weight_gradient)
+    weight_gradient = functools.partial(linear_weight_gradient, matmul_type=cfg.matmul_type)
+    functions = Functions(first, stage, last, weight_gradient)
     return run_pipeline(schedule, functions, params, block_params(cfg, cfg.block))
 
 

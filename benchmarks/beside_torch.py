@@ -4,14 +4,15 @@
     python benchmarks/beside_torch.py --models=dense --rounds=1 --json
 
 Runs the dense model and the mixture of experts of train_step.py and torch_step.py, each in a
-process of its own, one after the other, several times, and shows the best of each. PyTorch runs
+process of its own, in turns whose order alternates, and shows the medians over the rounds of the
+fastest steps of each, and of the ratio of a round. PyTorch runs
 with glibc kept from returning memory, which makes it faster.
 """
 
 import functools
 
 from absl import flags
-from common import Figures, figures_of, in_turns, need, run
+from common import Figures, figures_of, in_turns, medians, need, run
 
 FLAGS = flags.FLAGS
 MALLOC = ('MALLOC_MMAP_THRESHOLD_', 'MALLOC_TRIM_THRESHOLD_', 'MALLOC_TOP_PAD_')
@@ -21,8 +22,8 @@ MODELS = {
 }
 
 
-def best_rates(model: str) -> dict[str, float]:
-    """Returns the most tokens per second that the step reached, of each of both projects."""
+def rounds_of(model: str) -> list[dict[str, float]]:
+    """Returns of each round the most tokens per second of both projects' steps, and their ratio."""
     ours, theirs = MODELS[model]
     keep_freed = dict.fromkeys(MALLOC, '4294967296')
     runs = {
@@ -32,21 +33,27 @@ def best_rates(model: str) -> dict[str, float]:
         ),
     }
     results = in_turns(runs, FLAGS.rounds)
-    return {name: max(x['tokens_per_second'] for x in found) for name, found in results.items()}
+    pairs = zip(*([x['tokens_per_second'] for x in results[name]] for name in runs), strict=True)
+    return [
+        {
+            f'{model}_jaxformer_tokens_per_second': a,
+            f'{model}_pytorch_tokens_per_second': b,
+            f'{model}_times_pytorch': a / b,
+        }
+        for a, b in pairs
+    ]
 
 
 def main() -> Figures:
     need('torch', *(['transformers'] if 'moe' in FLAGS.models else []))
     figures: Figures = {}
     for model in FLAGS.models:
-        rates = best_rates(model)
-        figures |= {f'{model}_{name}_tokens_per_second': rate for name, rate in rates.items()}
-        figures[f'{model}_times_pytorch'] = rates['jaxformer'] / rates['pytorch']
+        figures |= medians(rounds_of(model))
     return figures
 
 
 if __name__ == '__main__':
-    flags.DEFINE_integer('rounds', 2, 'Rounds of which the best counts.', lower_bound=1)
+    flags.DEFINE_integer('rounds', 3, 'Rounds, over which medians are taken.', lower_bound=1)
     flags.DEFINE_list('models', list(MODELS), 'Models to run.')
     flags.register_validator('models', lambda names: {*names} <= {*MODELS}, 'choose dense, moe')
     run(main)

@@ -109,13 +109,14 @@ def timed_until_ready(f: Callable[..., Result], *args: Any) -> tuple[float, Resu
     return time.perf_counter() - start, result
 
 
-def in_turns(runs: Mapping[Name, Callable[[], Result]], rounds: int) -> dict[Name, list[Result]]:
-    """Calls each function once per round, one after the other, so that a drift of the machine's
-    clock meets all of them alike. Returns the results of each, in order of the rounds."""
+def in_turns(runs: dict[Name, Callable[[], Result]], rounds: int) -> dict[Name, list[Result]]:
+    """Calls each function once per round, one after the other, every other round backwards, so that
+    a drift of the machine's clock meets all of them alike. Returns the results of each, in order of
+    the rounds."""
     results: dict[Name, list[Result]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, f in runs.items():
-            results[name].append(f())
+    for i in range(rounds):
+        for name in reversed(runs) if i % 2 else runs:
+            results[name].append(runs[name]())
     return results
 
 

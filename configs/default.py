@@ -32,6 +32,9 @@ def get_config() -> ConfigDict:
     m.block = ('dense',)
     m.first_dense = 0  # dense layers before the first block, with its first layer's attention
     m.d_ff = 768  # hidden size of a dense layer's SwiGLU
+    # 'compute': matmuls of the layers' weights in compute_dtype | 'fp8': in 8 bits, with scales of
+    # their own (H100, B200, TPU7x); a CPU computes the same, slower
+    m.matmul_type = 'compute'
     m.n_experts = 8  # moe: routed experts
     m.experts_per_token = 2
     m.n_shared_experts = 1  # moe: experts that every token meets; 0 for none

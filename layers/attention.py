@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from config import QKV, RESIDUAL, ModelConfig, divisors, indivisible
 from layers.attention_kernels import cached_attention
 from layers.context_parallel import attention_over_cp
-from layers.dense import gain, linear, rms_norm, weight
+from layers.dense import gain, linear, rms_norm, weight, weights
 from layers.rope import Positions, rope
 from layers.rope_scaling import (
     attention_scale,
@@ -292,7 +292,7 @@ def mla(params: Tree, x_BtD: Array, table: Positions, cfg: ModelConfig) -> tuple
     each position that decoding keeps, [B, 1, T, R + H_rope]. H_rope is 0 in a layer without rotary
     part.
     """
-    w = unshard(params, mla_params(cfg), x_BtD.dtype)
+    w = weights(params, mla_params(cfg), x_BtD.dtype, cfg.matmul_type)
     q_BnTH, latent_BSR, k_rope_BSH, x_BTD = _mla_inputs(w, x_BtD, table, cfg)
     kept_BSR = jnp.concatenate((latent_BSR, k_rope_BSH), axis=-1)
     up, sinks_n1 = (_key_weight(w['w_k_up'], cfg), w['w_v_up']), sinks_of(w, q_BnTH.shape[1])
@@ -466,7 +466,7 @@ def gqa(params: Tree, x_BtD: Array, table: Positions, cfg: ModelConfig) -> tuple
     local positions and then gathered. x_BtD: [B, T/tp, D] -> the same, and the keys and values that
     decoding keeps, [B, K/tp, T, H] each.
     """
-    w = unshard(params, gqa_params(cfg), x_BtD.dtype)
+    w = weights(params, gqa_params(cfg), x_BtD.dtype, cfg.matmul_type)
     q_BnTH, k_BkSH, v_BkSH, x_BTD = _gqa_inputs(w, x_BtD, table, cfg)
     (B, n, T, H), k = q_BnTH.shape, k_BkSH.shape[1]
     q_BkGTH = q_BnTH.reshape(B, k, -1, T, H)

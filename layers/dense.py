@@ -13,7 +13,9 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from ml_collections import ConfigDict
 
-from config import HIDDEN, ModelConfig, indivisible
+from config import COMPUTE, FP8, HIDDEN, ModelConfig, indivisible
+from layers import float8
+from layers.float8 import Quantized
 from parallel import (
     BATCH,
     FSDP,
@@ -136,32 +138,43 @@ _matmul.defvjp(_matmul_forward, _matmul_backward)
 
 # Its derivative is written by hand, below: change both. tests/test_derivatives.py compares them.
 @jax.custom_vjp
-def _deferred_matmul(x_BTI: Array, w_IO: Array, sink: tuple[Array, Array]) -> Array:
+def _deferred_matmul(x_BTI: Array, w: Array | Quantized, sink: tuple[Array, Array]) -> Array:
     """Computes x w; backward leaves the weight gradient's operands in the sink (`Deferred`)."""
-    return _matmul(x_BTI, w_IO)
+    return linear(x_BTI, w)
 
 
-def _deferred_backward(saved: tuple[Array, Array], d_BTO: Array):
-    x_BTI, w_IO = saved
-    return jnp.einsum('bto,io->bti', d_BTO, w_IO), None, (x_BTI, d_BTO)
+def _deferred_backward(saved: tuple[Array, Array | Quantized], d_BTO: Array):
+    x_BTI, w = saved
+    if isinstance(w, Quantized):
+        dx_BTI = float8.input_gradient(d_BTO, w)
+    else:
+        dx_BTI = jnp.einsum('bto,io->bti', d_BTO, w.reshape(x_BTI.shape[-1], -1))
+    return dx_BTI, None, (x_BTI, d_BTO)
 
 
-_deferred_matmul.defvjp(lambda x, w, _: (_matmul(x, w), (x, w)), _deferred_backward)
+_deferred_matmul.defvjp(lambda x, w, _: (linear(x, w), (x, w)), _deferred_backward)
 
 
-def linear(x_BTI: Array, w: Array | Deferred) -> Array:
+def weights(params: Tree, declared: Tree, dtype: jnp.dtype, matmul_type: str) -> Tree:
+    """Returns one layer's weights as `linear` takes them: `unshard`, with matmul_type='fp8' each
+    matrix as a `Quantized`."""
+    return unshard(params, declared, dtype, float8.quantize if matmul_type == FP8 else None)
+
+
+def linear(x_BTI: Array, w: Array | Quantized | Deferred) -> Array:
     """Computes x w: [B, T, I] -> [B, T, O]. A weight of more dimensions counts as [I, O]."""
     if not isinstance(w, Deferred):
-        return _matmul(x_BTI, w)
-    w_IO = w.array.reshape(x_BTI.shape[-1], -1)
+        return float8.matmul(x_BTI, w) if isinstance(w, Quantized) else _matmul(x_BTI, w)
     if w.sink is not None:
-        return _deferred_matmul(x_BTI, w_IO, w.sink)
-    out_BTO = _matmul(x_BTI, w_IO)
+        return _deferred_matmul(x_BTI, w.array, w.sink)
+    out_BTO = linear(x_BTI, w.array)
     w.seen.sink = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x_BTI, out_BTO))
     return out_BTO
 
 
-def linear_weight_gradient(p: Param, shard: Array, x_BTI: Array, d_BTO: Array) -> Array:
+def linear_weight_gradient(
+    p: Param, shard: Array, x_BTI: Array, d_BTO: Array, matmul_type: str = COMPUTE
+) -> Array:
     """Computes the gradient of a weight from the input and the output gradient of its `linear`.
 
     Ends with the reduce-scatter over fsdp that is the transpose of `unshard`, so it is shaped like
@@ -169,7 +182,7 @@ def linear_weight_gradient(p: Param, shard: Array, x_BTI: Array, d_BTO: Array) -
     """
 
     def f(shard: Array) -> Array:
-        return linear(x_BTI, unshard({'w': shard}, {'w': p}, x_BTI.dtype)['w'])
+        return linear(x_BTI, weights({'w': shard}, {'w': p}, x_BTI.dtype, matmul_type)['w'])
 
     return jax.vjp(f, shard)[1](d_BTO)[0]
 
@@ -284,7 +297,7 @@ def dense_params(cfg: ModelConfig) -> Tree:
 
 def swiglu(params: Tree, x_BtD: Array, cfg: ModelConfig) -> tuple[Array, dict[str, Array]]:
     """Runs the dense feed-forward: [B, T/tp, D] -> the same, and no statistics."""
-    w = unshard(params, dense_params(cfg), x_BtD.dtype)
+    w = weights(params, dense_params(cfg), x_BtD.dtype, cfg.matmul_type)
     x_BTD = all_gather(x_BtD, TP, 1)
     return reduce_scatter(swiglu_shards(w, x_BTD, cfg.swiglu_limit), TP, 1), {}
 

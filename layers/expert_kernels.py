@@ -19,7 +19,9 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from config import HIDDEN
+from layers import float8
 from layers.dense import gated
+from layers.float8 import Quantized
 from layers.kernels import Kernel
 from parallel import Array, Tree
 
@@ -58,7 +60,7 @@ def _grouped_forward(x_XD: Array, w: Tree, sizes_e: Array, kernel: str, limit: f
 
 def _grouped_backward(kernel: str, limit: float, saved: tuple, dy_XD: Array):
     dx_XD, dw = EXPERT_KERNELS[kernel].compute.backward(*saved, dy_XD, limit)
-    return dx_XD, dw, None
+    return dx_XD, float8.gradients(saved[1], dw), None
 
 
 grouped_swiglu.defvjp(_grouped_forward, _grouped_backward)
@@ -109,10 +111,22 @@ def _plus(y: Array, w: Tree, name: str) -> Array:
     return (y + w[name]).astype(y.dtype) if name in w else y
 
 
+def _roundings(w: Tree) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
+    """Returns how the rows that meet these matrices are rounded, and the gradients of rows.
+
+    The loop multiplies the rounded numbers in the compute type, which holds them exactly.
+    """
+    if float8.is_quantized(w['w_down']):
+        return float8.as_e4m3, float8.as_e5m2
+    return float8.unchanged, float8.unchanged
+
+
 def _blocked_forward(
     x_XD: Array, w: Tree, sizes_e: Array, limit: float
 ) -> tuple[Array, Array, Array]:
     """Runs each expert over its blocks of rows: the result, and both factors of the product."""
+    low = _roundings(w)[0]
+    w = {name: float8.gathered(x) for name, x in w.items()}
     n_rows, n_groups = x_XD.shape[0] - BLOCK, len(sizes_e)
     rows, few = _block_rows(n_rows, n_groups), _few(n_rows, n_groups)
 
@@ -122,9 +136,9 @@ def _blocked_forward(
         def block(i: Array, out: Tree) -> Tree:
             # a copy either way: of what is used, or once per group
             m = jax.tree.map(lambda x: x[w_e], w) if few else w_e
-            x = _rows_at(x_XD, start + i * rows, rows)
+            x = low(_rows_at(x_XD, start + i * rows, rows))
             gate, up = (_plus(x @ m[f'w_{name}'], m, f'b_{name}') for name in ('gate', 'up'))
-            y = _plus(gated(gate, up, limit) @ m['w_down'], m, 'b_down')
+            y = _plus(low(gated(gate, up, limit)) @ m['w_down'], m, 'b_down')
             return _put_rows(out, start + i * rows, (y, gate, up))
 
         return lax.fori_loop(0, _blocks_of(size, rows), block, out), None
@@ -137,6 +151,8 @@ def _blocked_forward(
 def _blocked_backward(
     x_XD: Array, w: Tree, sizes_e: Array, gate_Xf: Array, up_Xf: Array, dy_XD: Array, limit: float
 ) -> tuple[Array, Tree]:
+    low, low_d = _roundings(w)
+    w = {name: float8.gathered(x) for name, x in w.items()}
     rows = _block_rows(x_XD.shape[0] - BLOCK, len(sizes_e))
     gradient = functools.partial(
         jnp.einsum, 'xi,xo->io', preferred_element_type=jnp.float32
@@ -150,11 +166,13 @@ def _blocked_backward(
             x, gate, up, dy = _rows_at((x_XD, gate_Xf, up_Xf, dy_XD), row, rows)
             dy = jnp.where(i * rows + jnp.arange(rows)[:, None] < size, dy, 0)
             h, pull = jax.vjp(lambda gate, up: gated(gate, up, limit), gate, up)
-            dgate, dup = pull(dy @ m['w_down'].T)
+            sides = {'b_down': dy}
+            dy = low_d(dy)
+            sides['b_gate'], sides['b_up'] = dgate, dup = pull(dy @ m['w_down'].T)
+            x, h, dgate, dup = low(x), low(h), low_d(dgate), low_d(dup)
             dx = dgate @ m['w_gate'].T + dup @ m['w_up'].T
             dw = {'w_gate': gradient(x, dgate), 'w_up': gradient(x, dup), 'w_down': gradient(h, dy)}
-            sides = dict(zip(BIASES, (dgate, dup, dy), strict=True))
-            db = {n: jnp.sum(d, axis=0, dtype=jnp.float32) for n, d in sides.items() if n in m}
+            db = {n: jnp.sum(sides[n], axis=0, dtype=jnp.float32) for n in BIASES if n in m}
             return _put_rows(dx_XD, row, dx), dw | db
 
         def add_block(i: Array, carry: tuple[Array, Tree]) -> tuple[Array, Tree]:
@@ -174,8 +192,26 @@ def _blocked_backward(
 # ---------------------------------------------------------------------------------------------
 
 
-def by_matmuls(matmul: Callable[..., Array], gradient: Callable[..., Array]) -> Grouped:
-    """Returns both passes, made of (rows, matrices, sizes, transposed=) and (rows, d, sizes)."""
+def by_matmuls(multiply: Callable[..., Array], sum_rows: Callable[..., Array]) -> Grouped:
+    """Returns both passes, made of (rows, matrices, sizes, transposed, dtype) and (rows, d, sizes,
+    dtype), whose results are of the type `dtype`."""
+
+    def matmul(x_XI: Array, w: Array | Quantized, sizes_e: Array) -> Array:
+        if float8.is_quantized(w):
+            groups_X = _groups(x_XI, sizes_e)
+            return float8.grouped(multiply, x_XI, w, sizes_e, groups_X, float8.E4M3)
+        return multiply(x_XI, w, sizes_e, False, x_XI.dtype)
+
+    def back(d_XO: Array, w: Array | Quantized, sizes_e: Array) -> Array:
+        if float8.is_quantized(w):
+            groups_X = _groups(d_XO, sizes_e)
+            return float8.grouped(multiply, d_XO, w, sizes_e, groups_X, float8.E5M2, True)
+        return multiply(d_XO, w, sizes_e, True, d_XO.dtype)
+
+    def gradient(x_XI: Array, d_XO: Array, sizes_e: Array, w: Array | Quantized) -> Array:
+        if float8.is_quantized(w):
+            return float8.grouped_gradient(sum_rows, x_XI, d_XO, sizes_e)
+        return sum_rows(x_XI, d_XO, sizes_e, x_XI.dtype)
 
     def forward(x_XD: Array, w: Tree, sizes_e: Array, limit: float) -> tuple[Array, Array, Array]:
         b_X = {name: b[_groups(x_XD, sizes_e)] for name, b in w.items() if name in BIASES}
@@ -196,17 +232,20 @@ def by_matmuls(matmul: Callable[..., Array], gradient: Callable[..., Array]) -> 
         limit: float,
     ) -> tuple[Array, Tree]:
         h_Xf, pull = jax.vjp(lambda gate, up: gated(gate, up, limit), gate_Xf, up_Xf)
-        dgate_Xf, dup_Xf = pull(matmul(dy_XD, w['w_down'], sizes_e, transposed=True))
-        dx_XD = matmul(dgate_Xf, w['w_gate'], sizes_e, transposed=True)
-        dx_XD += matmul(dup_Xf, w['w_up'], sizes_e, transposed=True)
+        dgate_Xf, dup_Xf = pull(back(dy_XD, w['w_down'], sizes_e))
+        dx_XD = back(dgate_Xf, w['w_gate'], sizes_e) + back(dup_Xf, w['w_up'], sizes_e)
         dw = {
-            'w_gate': gradient(x_XD, dgate_Xf, sizes_e),
-            'w_up': gradient(x_XD, dup_Xf, sizes_e),
-            'w_down': gradient(h_Xf, dy_XD, sizes_e),
+            'w_gate': gradient(x_XD, dgate_Xf, sizes_e, w['w_gate']),
+            'w_up': gradient(x_XD, dup_Xf, sizes_e, w['w_up']),
+            'w_down': gradient(h_Xf, dy_XD, sizes_e, w['w_down']),
         }
         sides = dict(zip(BIASES, (dgate_Xf, dup_Xf, dy_XD), strict=True))
         ones_X1 = jnp.ones_like(x_XD[:, :1])  # a bias is a matrix for one number, which is 1
-        db = {name: gradient(ones_X1, d, sizes_e)[:, 0] for name, d in sides.items() if name in w}
+        db = {
+            name: sum_rows(ones_X1, d, sizes_e, x_XD.dtype)[:, 0]
+            for name, d in sides.items()
+            if name in w
+        }
         return dx_XD, dw | {name: g.astype(w[name].dtype) for name, g in db.items()}
 
     return Grouped(forward, backward)
@@ -218,17 +257,20 @@ def _groups(x_X: Array, sizes_e: Array) -> Array:
     return jnp.searchsorted(ends_e, rows, side='right', method='compare_all')
 
 
-def _ragged_matmul(x_XD: Array, w_eDf: Array, sizes_e: Array, transposed: bool = False) -> Array:
-    return lax.ragged_dot(x_XD, w_eDf.swapaxes(1, 2) if transposed else w_eDf, sizes_e)
+def _ragged_matmul(
+    x_XD: Array, w_eDf: Array, sizes_e: Array, transposed: bool, dtype: jnp.dtype
+) -> Array:
+    w_eDf = w_eDf.swapaxes(1, 2) if transposed else w_eDf
+    return lax.ragged_dot(x_XD, w_eDf, sizes_e, preferred_element_type=dtype)
 
 
-def _ragged_gradient(x_XD: Array, d_Xf: Array, sizes_e: Array) -> Array:
+def _ragged_gradient(x_XD: Array, d_Xf: Array, sizes_e: Array, dtype: jnp.dtype) -> Array:
     groups = lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(((0,), (0,)), ((), ())),
         lhs_ragged_dimensions=[0],
         rhs_group_dimensions=[],
     )
-    return lax.ragged_dot_general(x_XD, d_Xf, sizes_e, groups)
+    return lax.ragged_dot_general(x_XD, d_Xf, sizes_e, groups, preferred_element_type=dtype)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -244,9 +286,14 @@ WARPS, STAGES = 8, 3  # by ptxas for sm_90a: 98 registers per thread, none spill
 
 
 def grouped_matmul(
-    x_XD: Array, w_eDf: Array, sizes_e: Array, transposed: bool = False, interpret: bool = False
+    x_XD: Array,
+    w_eDf: Array,
+    sizes_e: Array,
+    transposed: bool,
+    dtype: jnp.dtype,
+    interpret: bool = False,
 ) -> Array:
-    """Multiplies each row by the matrix of its group, in float32, rounded to the rows' type: [X, D]
+    """Multiplies each row by the matrix of its group, in float32, rounded to `dtype`: [X, D]
     -> [X, F/tp]; or by its transpose, [X, F/tp] -> [X, D].
 
     Does not write the rows beyond the groups, of which there must be ROWS.
@@ -265,7 +312,7 @@ def grouped_matmul(
     kernel = functools.partial(_matmul_kernel, transposed=transposed, depth=_depth(x_XD))
     return pl.pallas_call(
         kernel,
-        out_shape=jax.ShapeDtypeStruct((X, f), x_XD.dtype),
+        out_shape=jax.ShapeDtypeStruct((X, f), dtype),
         grid=(len(tiles), pl.cdiv(f, COLUMNS)),
         name='grouped_matmul',
         interpret=interpret,
@@ -273,15 +320,17 @@ def grouped_matmul(
     )(expert_of_tile, start_of_tile, group_ends_e[expert_of_tile], x_XD, w_eDf)
 
 
-def grouped_gradient(x_XD: Array, d_Xf: Array, sizes_e: Array, interpret: bool = False) -> Array:
-    """Sums xᵀ d over each group's rows, in float32, rounded to the rows' type: [E/ep, D, F/tp]."""
+def grouped_gradient(
+    x_XD: Array, d_Xf: Array, sizes_e: Array, dtype: jnp.dtype, interpret: bool = False
+) -> Array:
+    """Sums xᵀ d over each group's rows, in float32, rounded to `dtype`: [E/ep, D, F/tp]."""
     from jax.experimental import pallas as pl
 
     D, f, e = x_XD.shape[1], d_Xf.shape[1], len(sizes_e)
     ends_e = jnp.cumsum(sizes_e)
     return pl.pallas_call(
         functools.partial(_gradient_kernel, depth=_depth(x_XD)),
-        out_shape=jax.ShapeDtypeStruct((e, D, f), x_XD.dtype),
+        out_shape=jax.ShapeDtypeStruct((e, D, f), dtype),
         grid=(e, pl.cdiv(D, ROWS), pl.cdiv(f, COLUMNS)),
         name='grouped_gradient',
         interpret=interpret,
@@ -307,7 +356,7 @@ def _matmul_kernel(
             at = i * depth
             in_D = (at + jnp.arange(depth)) < D
             x_tile = triton.load(
-                x_XD.at[pl.ds(start, ROWS), pl.ds(at, depth)], mask=in_D[None], other=0
+                x_XD.at[pl.ds(start, ROWS), pl.ds(at, depth)], mask=in_D[None], other=0.0
             )
             if transposed:
                 place, mask = (
@@ -319,8 +368,8 @@ def _matmul_kernel(
                     (expert, pl.ds(at, depth), pl.ds(column, COLUMNS)),
                     in_D[:, None] & in_f,
                 )
-            w = triton.load(w_eDf.at[place], mask=mask, other=0)
-            return total + triton.dot(x_tile, w.T if transposed else w)
+            w = triton.load(w_eDf.at[place], mask=mask, other=0.0)
+            return total + triton.dot(*_alike(x_tile, w.T if transposed else w))
 
         total = lax.fori_loop(0, pl.cdiv(D, depth), step, jnp.zeros((ROWS, COLUMNS), jnp.float32))
         of_group = (start + jnp.arange(ROWS)) < end
@@ -345,16 +394,26 @@ def _gradient_kernel(start_e, end_e, x_XD, d_Xf, w_eDf, *, depth: int) -> None:
     def step(i: Array, total: Array) -> Array:
         at = start + i * depth
         of_group = ((at + jnp.arange(depth)) < end)[:, None]
-        x = triton.load(x_XD.at[pl.ds(at, depth), pl.ds(row, ROWS)], mask=of_group & in_D, other=0)
-        d = triton.load(
-            d_Xf.at[pl.ds(at, depth), pl.ds(column, COLUMNS)], mask=of_group & in_f, other=0
+        x = triton.load(
+            x_XD.at[pl.ds(at, depth), pl.ds(row, ROWS)], mask=of_group & in_D, other=0.0
         )
-        return total + triton.dot(x.T, d)
+        d = triton.load(
+            d_Xf.at[pl.ds(at, depth), pl.ds(column, COLUMNS)], mask=of_group & in_f, other=0.0
+        )
+        return total + triton.dot(*_alike(x.T, d))
 
     steps = lax.div(end - start + (depth - 1), depth)
     total = lax.fori_loop(0, steps, step, jnp.zeros((ROWS, COLUMNS), jnp.float32))
     place = (e, pl.ds(row, ROWS), pl.ds(column, COLUMNS))
     triton.store(w_eDf.at[place], total.astype(w_eDf.dtype), mask=in_D[:, None] & in_f)
+
+
+def _alike(a: Array, b: Array) -> tuple[Array, Array]:
+    """Returns both tiles in one type, which Triton's matmul asks for: bfloat16, which holds both,
+    where one is e4m3 and the other e5m2, so for gradients."""
+    if a.dtype == b.dtype:
+        return a, b
+    return a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
 
 
 def _depth(x: Array) -> int:

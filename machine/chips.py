@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from config import ConfigError
+from config import FP8, ConfigError
 
 GB, GIB = 1e9, 2.0**30
 
@@ -38,6 +38,7 @@ class Chip:
     outer: float = 0.0  # bytes/s
     of_chip: int = 1  # jax devices that one chip is: what is bought and published may be chips
     torus: int = 0  # dimensions of a TPU's network
+    flops_fp8: float = 0.0  # FLOP/s of dense matmuls in e4m3; 0: none that are faster
     held: float = 1.0  # clock that matmuls hold under the power limit, over that of `flops`
 
     def axis_bandwidth(self, devices: int) -> float:
@@ -79,6 +80,7 @@ CHIPS = {
     'tpu7x': Chip(
         'TPU7x', 'tpu', ('TPU7x',), 2307e12 / 2, 192 * GIB / 2, 7380 * GB / 2, 200 * GB / 2,
         f'{_TPU}tpu7x; half of a chip', 2.2e9, torus=3, of_chip=2,
+        flops_fp8=4614e12 / 2,
     ),
     'a100': Chip(
         'A100', 'gpu', ('NVIDIA A100-SXM4-80GB',), 312e12, 80 * GB, 2039 * GB, 300 * GB,
@@ -88,28 +90,28 @@ CHIPS = {
     'h100': Chip(
         'H100', 'gpu', ('NVIDIA H100 80GB HBM3',), 989e12, 80 * GB, 3350 * GB, 450 * GB,
         'NVIDIA H100 SXM data sheet; 400 Gbit/s InfiniBand per GPU between nodes',
-        node=8, outer=50 * GB, held=0.78,
+        node=8, outer=50 * GB, flops_fp8=1979e12, held=0.78,
     ),
     'h100-96gb': Chip(
         'H100 96 GB', 'gpu', (), 989e12, 96 * GB, 2400 * GB, 450 * GB,
         'torchtitan, benchmarks/llama3_h100_202412_torchtitan.md: HBM2e, 500 W; H100 SXM otherwise',
-        node=8, outer=50 * GB, held=0.70,
+        node=8, outer=50 * GB, flops_fp8=1979e12, held=0.70,
     ),
     'h200': Chip(
         'H200', 'gpu', ('NVIDIA H200',), 989e12, 141 * GB, 4800 * GB, 450 * GB,
         'NVIDIA H200 SXM data sheet; 400 Gbit/s InfiniBand per GPU between nodes',
-        node=8, outer=50 * GB, held=0.78,
+        node=8, outer=50 * GB, flops_fp8=1979e12, held=0.78,
     ),
     'b200': Chip(
         'B200', 'gpu', ('NVIDIA B200',), 2250e12, 180 * GB, 7672 * GB, 900 * GB,
         'NVIDIA DGX B200 data sheet, 1/8 of the system, dense; 400 Gbit/s InfiniBand per GPU',
-        node=8, outer=50 * GB, held=0.78,
+        node=8, outer=50 * GB, flops_fp8=4500e12, held=0.78,
     ),
     # A node is the 72 GPUs that NVLink joins.
     'gb200': Chip(
         'GB200', 'gpu', ('NVIDIA GB200',), 2500e12, 186 * GB, 7928 * GB, 900 * GB,
         'NVIDIA GB200 NVL72 data sheet, 1/72 of the rack, dense; 400 Gbit/s InfiniBand per GPU',
-        node=72, outer=50 * GB, held=0.78,
+        node=72, outer=50 * GB, flops_fp8=5000e12, held=0.78,
     ),
 }  # fmt: skip
 
@@ -117,6 +119,20 @@ CHIPS = {
 def chip_of(device_kind: str) -> Chip | None:
     """Returns the chip of a jax device's `device_kind`; None if CHIPS lacks it."""
     return next((chip for chip in CHIPS.values() if device_kind in chip.kinds), None)
+
+
+def check_matmul_type(config: ConfigDict, chip: Chip | None) -> None:
+    """Raises ConfigError if the config asks for matmuls in 8 bits, and this chip has none.
+
+    CPUs compute what such a chip would; a chip that CHIPS lacks, None, may have them.
+    """
+    none = chip and chip.platform != 'cpu' and not chip.flops_fp8
+    if none and config.model.matmul_type == FP8:
+        having = ', '.join(other.name for other in CHIPS.values() if other.flops_fp8)
+        raise ConfigError(
+            f'model.matmul_type={FP8!r} multiplies numbers in e4m3 (float8_e4m3fn), which a '
+            f"{chip.name} does no faster than bfloat16; use 'compute', or one of: {having}"
+        )
 
 
 def fastest(f: Callable[[jax.Array], jax.Array], x: jax.Array, repeats: int) -> float:

@@ -296,7 +296,9 @@ def memory(s: Part) -> Memory:
     kept = s.blocks // s.chunks * sum(kept_of_layer(s.micro, kind) for kind in kinds)
     if s.schedule is None:
         kept += s.cfg.first_dense * kept_of_layer(s.micro, s.cfg.first_kind)
-    layers = max(gathered(s.declared.layer(kind), s.sizes, s.width) for kind in kinds)
+    layers = max(
+        gathered(s.declared.layer(kind), s.sizes, s.width, s.cfg.matmul_type) for kind in kinds
+    )
     logits, head = head_parts(s)
     # Those of weights that are gathered once are of the compute type, as what they belong to.
     gradients = (s.width if ahead else FLOAT32) * in_blocks / s.chunks

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from config import ModelConfig, OptimizerConfig, in_phase, largest_phase, of_layer
+from config import COMPUTE, ModelConfig, OptimizerConfig, in_phase, largest_phase, of_layer
 from layers.attention import Sizes, attention_sizes
 from model import flops_per_token, keys_seen, layer_params, model_for, model_params
 from optimizer import optimizer_for, slots_of
@@ -48,6 +48,11 @@ class Group:
             found[axes, p.matrix] += math.prod(p.shape)
         return [(*key, n) for key, n in found.items()]
 
+    @functools.cached_property
+    def multiplied(self) -> 'Group':
+        """The matrices whose matmuls have the type model.matmul_type."""
+        return Group(tuple(p for p in self.params if p.multiplied))
+
 
 def group(tree: Tree) -> Group:
     """Returns the declarations in a tree as a group."""
@@ -66,10 +71,13 @@ def shards(params: Group, mesh: Mesh, whole: str | None = None, every: bool = Tr
     )
 
 
-def gathered(params: Group, mesh: Mesh, width: int) -> int:
+def gathered(params: Group, mesh: Mesh, width: int, matmul_type: str = COMPUTE) -> int:
     """Returns the bytes of a group's matrices in matmuls: whole over fsdp, in a type of so many
-    bytes."""
-    return shards(params, mesh, FSDP, every=False) * width
+    bytes, and with matmul_type='fp8' one byte a number where that is the type."""
+    wide = shards(params, mesh, FSDP, every=False) * width
+    if matmul_type == COMPUTE:
+        return wide
+    return wide - shards(params.multiplied, mesh, FSDP, every=False) * (width - 1)
 
 
 @functools.cache

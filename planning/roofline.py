@@ -19,10 +19,10 @@ import math
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from config import ATTENTION_OUTPUT, HIDDEN, RESIDUAL, ModelConfig
+from config import ATTENTION_OUTPUT, COMPUTE, FP8, HIDDEN, RESIDUAL, ModelConfig
 from layers.attention_kernels import ATTENTION_KERNELS
 from layers.dense import NEVER
-from machine.chips import Chip
+from machine.chips import Chip, check_matmul_type
 from model import layer_kinds
 from parallel import AXES, CP, EP, FSDP, PP, TP, spec_axes
 from planning.footprint import FLOAT32, Memory, kept_of_layer, layer_values, memory
@@ -57,10 +57,15 @@ class Work:
     attention: float = 0.0  # FLOPs of `flops` in attention kernels
     experts: float = 0.0  # and in matmuls of rows that are grouped by expert
     narrow: float = 0.0  # FLOPs of each matmul over the smallest of its dimensions
+    fp8: float = 0.0  # FLOPs of `flops` in matmuls of numbers in 8 bits
     stacked: float = 0.0  # bytes that a scan over layers keeps; `bytes` has them STACKING times
 
     def seconds(self, chip: Chip) -> float:
-        return max(self.flops / chip.flops, self.bytes / chip.bandwidth)
+        return max(self.matmul_seconds(chip), self.bytes / chip.bandwidth)
+
+    def matmul_seconds(self, chip: Chip) -> float:
+        faster = self.fp8 if chip.flops_fp8 else 0.0
+        return (self.flops - faster) / chip.flops + faster / (chip.flops_fp8 or chip.flops)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,18 +147,20 @@ def layer_traffic(s: Microbatch, kind: str, passes: int) -> float:
 
 
 @functools.cache
-def weight_traffic(params: Group, mesh: Mesh, width: int, times: int) -> float:
+def weight_traffic(
+    params: Group, mesh: Mesh, width: int, times: int, matmul_type: str = COMPUTE
+) -> float:
     """Returns the bytes that a layer's weights and gradients take in memory for a microbatch."""
     # Each gradient is written, and added to a sum that is read and written.
     gradients = 4 * FLOAT32 * shards(params, mesh)
-    return times * 2 * gathered(params, mesh, width) + gradients
+    return times * 2 * gathered(params, mesh, width, matmul_type) + gradients
 
 
 @functools.cache
-def matmul_kinds(s: Microbatch, kind: str) -> tuple[float, float]:
-    """Returns, of a layer's matmuls by their FLOPs, the part that experts do, and the mean of one
-    over the smallest dimension that a device has of each."""
-    total = experts = narrow = 0.0
+def matmul_kinds(s: Microbatch, kind: str) -> tuple[float, float, float]:
+    """Returns, of a layer's matmuls by their FLOPs, the part that experts do, the mean of one over
+    the smallest dimension that a device has of each, and the part in model.matmul_type."""
+    total = experts = narrow = multiplied = 0.0
     for p in layer(s.cfg, kind).params:
         if not p.matrix:
             continue
@@ -168,24 +175,26 @@ def matmul_kinds(s: Microbatch, kind: str) -> tuple[float, float]:
         total += flops
         experts += flops * (p.use < 1)
         narrow += flops / max(least, 1)
-    return experts / total, narrow / total
+        multiplied += flops * p.multiplied
+    return experts / total, narrow / total, multiplied / total
 
 
 def layers_work(s: Part, part: str, kinds: tuple[str, ...], n: int) -> Work:
     """Returns the work of `n` times layers of these kinds, for all microbatches of a step."""
     passes = forward_passes(s)
     times = passes + (s.cfg.remat != 'none') + 2
-    flops = moved = attention = experts = narrow = stacked = 0.0
+    flops = moved = attention = experts = narrow = fp8 = stacked = 0.0
     for kind in kinds:
         matmuls, attends, expanded = layer_flops(s.micro, kind, passes)
-        of_experts, over = matmul_kinds(s.micro, kind)
+        of_experts, over, eighth = matmul_kinds(s.micro, kind)
         flops += matmuls + attends + expanded
         attention, experts = attention + attends, experts + matmuls * of_experts
         narrow += matmuls * over
         moved += layer_traffic(s.micro, kind, passes)
-        moved += weight_traffic(s.declared.layer(kind), s.sizes, s.width, times)
+        moved += weight_traffic(s.declared.layer(kind), s.sizes, s.width, times, s.cfg.matmul_type)
+        fp8 += matmuls * eighth * (s.cfg.matmul_type == FP8)
         stacked += kept_of_layer(s.micro, kind)
-    each = (flops, moved, attention, experts, narrow, stacked)
+    each = (flops, moved, attention, experts, narrow, fp8, stacked)
     return Work(part, *(s.microbatches * n * x for x in each))
 
 
@@ -248,9 +257,12 @@ def weight_transfers(s: Part) -> list[Transfer]:
         gathered(s.declared.of(x), s.sizes, s.width) for x in ('blocks', 'first', 'embed')
     )
     vocabulary = 2 * M * embed  # as embedding and as head
+    of_blocks, of_first = (
+        gathered(s.declared.of(x), s.sizes, s.width, s.cfg.matmul_type) for x in ('blocks', 'first')
+    )
     # In forward, and in backward, which does not keep them; in a pipeline also in B's forward.
     times = M * (forward_passes(s) + 1)
-    weights = (1 if once else times) * blocks + times * first + vocabulary
+    weights = (blocks if once else times * of_blocks) + times * of_first + vocabulary
     gradients = (FLOAT32 / s.width if once else M) * blocks + M * first + vocabulary
     part = part_sent(s.mesh[FSDP])
     return [
@@ -409,7 +421,7 @@ class Estimate:
 
     @property
     def matmul_seconds(self) -> float:
-        return sum(w.flops for w in self.work) / self.chip.flops
+        return sum(w.matmul_seconds(self.chip) for w in self.work)
 
     @property
     def memory_seconds(self) -> float:
@@ -455,7 +467,11 @@ class Estimate:
 
 
 def estimate(config: ConfigDict, chip: Chip) -> Estimate:
-    """Estimates a config that `validate` accepts, on devices of that chip."""
+    """Estimates a config that `validate` accepts, on devices of that chip.
+
+    Raises ConfigError if the chip lacks the config's type of matmuls.
+    """
+    check_matmul_type(config, chip)
     return estimate_part(part_of(config, chip.platform), chip)
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from config import (
+    MATMUL_TYPES,
     NOPE,
     REMAT_NAMES,
     WINDOW,
@@ -72,6 +73,7 @@ CHOICES: dict[str, Collection[str]] = {
     'model.qk_norm_over': ('head', 'heads'),
     'model.attention_kernel': names(ATTENTION_KERNELS),
     'model.expert_kernel': names(EXPERT_KERNELS),
+    'model.matmul_type': MATMUL_TYPES,
     'model.remat': REMAT,
     'model.router': ('sigmoid', 'softmax'),
     'fsdp_gather': GATHERS,

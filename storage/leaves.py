@@ -6,7 +6,6 @@ import itertools
 import math
 import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -20,7 +19,6 @@ from config import ConfigError
 CHUNK_BYTES = 16 << 20  # about the largest file: chunks are copied, checked and sent one by one
 CRC_BYTES = 4  # of the crc32c behind a chunk's elements
 WIDENED = {'float32': ('bfloat16', 'float16')}  # types that restore as another one, exactly
-COPY_THREADS = 8
 
 Tree = Any
 Box = tuple[tuple[int, int], ...]  # start and stop in each dimension
@@ -177,16 +175,14 @@ def copy_to_host(tree: Tree, finite: bool = False) -> list[HostLeaf]:
     once. Leaves that are not jax arrays have to be alike on all processes; process 0 writes them.
     """
     found = {name: entry_and_shards(x) for name, x in leaf_names(tree).items()}
-    # Threads that each copy a chunk: one core copies slower than memory allows, all the more where
-    # fresh memory is faulted in, and the chunks of one large leaf keep all threads busy.
-    with ThreadPoolExecutor(COPY_THREADS) as pool:
-        copies = {
-            name: [copy for box, x in shards for copy in host_copies(x, box, entry['chunk'], pool)]
-            for name, (entry, shards) in found.items()
-        }
     return [
-        HostLeaf(name, entry, [(box, copy.result()) for box, copy in copies[name]], finite)
-        for name, (entry, _) in found.items()
+        HostLeaf(
+            name,
+            entry,
+            [c for box, x in shards for c in host_chunks(x, box, entry['chunk'])],
+            finite,
+        )
+        for name, (entry, shards) in found.items()
     ]
 
 
@@ -213,17 +209,19 @@ def entry_and_shards(
     return entry, [(box_of(index, x.shape), shard) for index, shard in shards]
 
 
-def host_copies(
-    shard: jax.Array | np.ndarray, box: Box, chunk: list[int], pool: ThreadPoolExecutor
-) -> Iterator[tuple[Box, Future[np.ndarray]]]:
-    """Starts a copy of each of the shard's chunks to memory that no later step writes to."""
-    host = np.asarray(shard)
-    is_copy = isinstance(shard, jax.Array) and next(iter(shard.devices())).platform != 'cpu'
-    copy = np.asarray if is_copy else np.array
+def host_chunks(
+    shard: jax.Array | np.ndarray, box: Box, chunk: list[int]
+) -> Iterator[tuple[Box, np.ndarray]]:
+    """Yields the shard's chunks in host memory that no later step writes to.
+
+    A shard on a CPU is its own host memory and is not copied: while something refers to a buffer
+    from outside, XLA:CPU does not let a step that takes the buffer as its own (donation) write
+    there, but gives the step new memory. That costs as much memory as a copy, and no time here.
+    """
+    host = np.asarray(shard) if isinstance(shard, jax.Array) else np.array(shard)
     for inner in chunks_of(box, chunk):
         bounds = zip(inner, box, strict=True)
-        within = tuple(slice(i - start, j - start) for (i, j), (start, _) in bounds)
-        yield inner, pool.submit(copy, host[within], order='C')
+        yield inner, host[tuple(slice(i - start, j - start) for (i, j), (start, _) in bounds)]
 
 
 # ---------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -121,12 +121,18 @@ class Reader:
         self, wanted: Mapping[str, Any], entries: Mapping[str, Any]
     ) -> Iterator[tuple[Reads, int]]:
         """Starts the reads leaf by leaf, and yields them with their bytes."""
-        # Devices whose boxes meet in a chunk share what was read of it.
         cache = {'cache_pool': {'total_bytes_limit': WINDOW_BYTES}}
-        context = ts.Context(cache, self.context)
+        cached = ts.Context(cache, self.context)
         for name, want in wanted.items():
-            array = open_leaf(self.store, context, name, entries[name])
-            yield self._start(array, name, entries[name], boxes_of_devices(want, array.shape))
+            entry = entries[name]
+            boxes = boxes_of_devices(want, tuple(entry['shape']))
+            # Devices whose boxes meet in a chunk share what was read of it. Elsewhere a cache would
+            # only hold another copy.
+            met = Counter(
+                place for box in {*boxes.values()} for place in chunks_across([box], entry['chunk'])
+            )
+            context = cached if max(met.values(), default=0) > 1 else self.context
+            yield self._start(open_leaf(self.store, context, name, entry), name, entry, boxes)
 
     def _start(
         self,

@@ -248,7 +248,10 @@ class Gate:
 
 def test_saving_goes_on_in_the_background(tmp_path, monkeypatch):
     gate = Gate(monkeypatch, 'write')
+    # One leaf whose memory XLA would rather use again than give back.
     tree = small_tree(1)
+    sharding = tree['params']['w'].sharding
+    tree['large'] = jax.device_put(np.arange(1 << 18, dtype=np.float32).reshape(512, -1), sharding)
     counts = np.arange(3)
     expected = jax.tree.map(np.array, tree | {'counts': counts})
 

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import pathlib
 import shlex
 import shutil
@@ -328,6 +329,21 @@ def test_benchmarks_start_like_commands(script):
         done = subprocess.run([*line, mistake], **given)
         assert done.returncode == 1
         assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_the_script_for_a_gpu_runs_with_small_sizes_anywhere():
+    line = ['bash', 'benchmarks/on_gpu.sh', '--small', '--fp8']
+    variables = os.environ | {'PYTHON': sys.executable}
+    done = subprocess.run(line, cwd=ROOT, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert not [name for name in figures if name.endswith('failed')], figures
+    for part in ('dense', 'moe', 'dense_fp8', 'moe_fp8'):
+        assert figures[f'{part}_tokens_per_second'] > 0
+    assert figures['moe_parameters'] > figures['dense_parameters']
+    assert figures['attention_blockwise_ms'] > 0
+    assert figures['experts_blocks_error'] < 0.02  # beside ragged_dot, both in bfloat16
 
 
 # ---------------------------------------------------------------------------------------------

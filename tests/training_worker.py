@@ -71,7 +71,7 @@ def slow_down(phase: str, active) -> None:
         return wrapped
 
     if phase == 'copying':
-        leaves.host_copies = before(leaves.host_copies)
+        leaves.host_chunks = before(leaves.host_chunks)
     elif phase == 'writing':
         StepFiles.open_leaf = before(StepFiles.open_leaf)
     elif phase == 'before the marker':
