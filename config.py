@@ -118,6 +118,7 @@ class ModelConfig:
     swiglu_limit: float = 0.0
     cp: int = 1
     cp_style: str = 'ring'
+    fsdp_reduce: str = 'reduce_scatter'
     ragged: bool = False  # the devices have a ragged all-to-all, as all but CPUs; see model_for
     window: int = 0
     attention_sinks: bool = False
@@ -257,6 +258,7 @@ def model_config(config: ConfigDict) -> ModelConfig:
         compute_dtype=config.compute_dtype,
         cp=config.mesh.cp,
         cp_style=config.cp_style,
+        fsdp_reduce=config.fsdp_reduce,
     )
 
 

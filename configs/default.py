@@ -107,6 +107,9 @@ def get_config() -> ConfigDict:
     # fsdp gathers the weights of one 'layer' at a time, for each pass of a microbatch (forward,
     # backward, and with stages the second forward) | all weights once for the whole 'step'
     c.fsdp_gather = 'layer'
+    # gradients are summed over fsdp by 'reduce_scatter' | 'all_to_all', with sums in float32, which
+    # TPUs run beside compute
+    c.fsdp_reduce = 'reduce_scatter'
     c.pipeline = ConfigDict()
     c.pipeline.schedule = '1f1b'  # 'gpipe' | '1f1b' | 'interleaved' | 'zero_bubble'; for pp > 1
     c.pipeline.chunks = 1  # interleaved: virtual stages per stage

@@ -17,6 +17,7 @@ from config import HIDDEN, ModelConfig, indivisible
 from parallel import (
     BATCH,
     FSDP,
+    REDUCE_SCATTER,
     SEQUENCE,
     TP,
     Array,
@@ -161,15 +162,17 @@ def linear(x_BTI: Array, w: Array | Deferred) -> Array:
     return out_BTO
 
 
-def linear_weight_gradient(p: Param, shard: Array, x_BTI: Array, d_BTO: Array) -> Array:
+def linear_weight_gradient(
+    p: Param, shard: Array, x_BTI: Array, d_BTO: Array, reduce: str = REDUCE_SCATTER
+) -> Array:
     """Computes the gradient of a weight from the input and the output gradient of its `linear`.
 
-    Ends with the reduce-scatter over fsdp that is the transpose of `unshard`, so it is shaped like
-    the shard.
+    Ends with the sum over fsdp that is the transpose of `unshard`, which takes `reduce` too, so it
+    is shaped like the shard.
     """
 
     def f(shard: Array) -> Array:
-        return linear(x_BTI, unshard({'w': shard}, {'w': p}, x_BTI.dtype)['w'])
+        return linear(x_BTI, unshard({'w': shard}, {'w': p}, x_BTI.dtype, reduce)['w'])
 
     return jax.vjp(f, shard)[1](d_BTO)[0]
 
@@ -273,7 +276,7 @@ def dense_params(cfg: ModelConfig) -> Tree:
 
 def swiglu(params: Tree, x_BtD: Array, cfg: ModelConfig) -> tuple[Array, dict[str, Array]]:
     """Runs the dense feed-forward: [B, T/tp, D] -> the same, and no statistics."""
-    w = unshard(params, dense_params(cfg), x_BtD.dtype)
+    w = unshard(params, dense_params(cfg), x_BtD.dtype, cfg.fsdp_reduce)
     x_BTD = all_gather(x_BtD, TP, 1)
     return reduce_scatter(swiglu_shards(w, x_BTD, cfg.swiglu_limit), TP, 1), {}
 

@@ -87,7 +87,7 @@ def moe(
     nothing.
     """
     declared = moe_params(cfg)
-    w = unshard(params['experts'], declared['experts'], x_BtD.dtype)
+    w = unshard(params['experts'], declared['experts'], x_BtD.dtype, cfg.fsdp_reduce)
     if cfg.expert_bias:
         w['b_down'] /= lax.axis_size(TP)  # each tp device adds an equal share
     expert_BtC, weight_BtC, stats = route(params, x_BtD, cfg, held_Bt)
@@ -122,7 +122,7 @@ def shared_experts(params: Tree, x_BtD: Array, x_BTD: Array, cfg: ModelConfig) -
     With shared_gate times σ(x·w) of each token (Qwen1.5-MoE, as released), in float32, which each
     device computes for its own positions.
     """
-    w = unshard(params['shared'], moe_params(cfg)['shared'], x_BtD.dtype)
+    w = unshard(params['shared'], moe_params(cfg)['shared'], x_BtD.dtype, cfg.fsdp_reduce)
     if not cfg.shared_gate:
         return swiglu_shards(w, x_BTD, cfg.swiglu_limit)
     gate_Bt1 = jax.nn.sigmoid(float32_product(x_BtD, params['shared_gate']))

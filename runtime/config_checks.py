@@ -40,7 +40,7 @@ from machine.chips import CHIPS
 from machine.config_flag import RECORDS
 from model import FEED_FORWARD, REMAT, kernel_layers
 from optimizer import COEFFICIENTS, OPTIMIZERS, SCALES
-from parallel import AXES, CP, DP, EP, FSDP, PP, TP
+from parallel import AXES, CP, DP, EP, FSDP, PP, REDUCES, TP
 from pipeline.schedules import CLOCKS, NAMES, check_settings
 from runtime.writers import WRITERS
 from train_step import compiler_options, pipeline_costs
@@ -194,6 +194,7 @@ def choice_errors(fields: dict[str, Any]) -> Iterator[str]:
         'model.remat': REMAT,
         'model.router': ('sigmoid', 'softmax'),
         'fsdp_gather': GATHERS,
+        'fsdp_reduce': REDUCES,
         'cp_style': STYLES,
         'pipeline.schedule': NAMES,
         'pipeline.clock': CLOCKS,
