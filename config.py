@@ -43,8 +43,9 @@ class ConfigError(ValueError):
 # in bfloat16 on one device of tp: attention's output and log-sum-exp, N·(2·H_v + 4); its inputs,
 # N·(4·H_qk + 2·H_v); the residual stream after both parts of a layer, 4·D/tp; both factors of a
 # SwiGLU's product, 4·F, and for experts, where that is per choice, their output too, 2·D.
-REMAT_NAMES = ('attention', 'qkv', 'residual', 'hidden')
-ATTENTION_OUTPUT, QKV, RESIDUAL, HIDDEN = REMAT_NAMES
+# 'hidden' has the routed experts' outputs with it, 'experts' has them alone.
+REMAT_NAMES = ('attention', 'qkv', 'residual', 'hidden', 'experts')
+ATTENTION_OUTPUT, QKV, RESIDUAL, HIDDEN, EXPERTS = REMAT_NAMES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,12 +144,25 @@ class ModelConfig:
     @property
     def kept_names(self) -> tuple[str, ...]:
         """The REMAT_NAMES whose arrays stay on the device; all of them with remat='dots'."""
-        return REMAT_NAMES if self.remat == 'dots' else self.remat_keep
+        if self.remat == 'dots':
+            return REMAT_NAMES
+        return _with_experts(self.remat_keep, self.remat_offload)
+
+    @property
+    def offloaded_names(self) -> tuple[str, ...]:
+        """The REMAT_NAMES whose arrays are kept in host memory."""
+        return _with_experts(self.remat_offload, self.remat_keep)
 
     @property
     def spared_names(self) -> tuple[str, ...]:
         """The REMAT_NAMES whose arrays are not computed again: kept here or in host memory."""
-        return (*self.kept_names, *self.remat_offload)
+        return (*self.kept_names, *self.offloaded_names)
+
+
+def _with_experts(names: tuple[str, ...], others: tuple[str, ...]) -> tuple[str, ...]:
+    """Adds the experts' outputs to 'hidden', unless they have a place of their own."""
+    alone = HIDDEN in names and EXPERTS not in (*names, *others)
+    return (*names, EXPERTS) if alone else names
 
 
 class LayerKind(NamedTuple):

@@ -181,7 +181,7 @@ def remat_policy(cfg: ModelConfig) -> Callable[..., Any]:
         return _all_but_gathered_weights
     by_name = jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=list(cfg.kept_names),
-        names_which_can_be_offloaded=list(cfg.remat_offload),
+        names_which_can_be_offloaded=list(cfg.offloaded_names),
         offload_src='device',
         offload_dst='pinned_host',
     )

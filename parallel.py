@@ -512,9 +512,12 @@ def exchange_sum(x: Array, axis: Axis, dim: int) -> Array:
     n = lax.axis_size(axis)
     if n == 1:
         return x
-    parts = x.reshape(*x.shape[:dim], n, x.shape[dim] // n, *x.shape[dim + 1 :])
-    parts = lax.all_to_all(parts, axis, split_axis=dim, concat_axis=dim)
-    return jnp.sum(parts.astype(jnp.float32), axis=dim).astype(x.dtype)
+    # As few dimensions as can be: of many small ones, one would fill a part of a TPU's lanes.
+    front, size, behind = math.prod(x.shape[:dim]), x.shape[dim] // n, math.prod(x.shape[dim + 1 :])
+    parts = x.reshape(front, n, size, behind)
+    parts = lax.all_to_all(parts, axis, split_axis=1, concat_axis=1)
+    total = jnp.sum(parts.astype(jnp.float32), axis=1).astype(x.dtype)
+    return total.reshape(*x.shape[:dim], size, *x.shape[dim + 1 :])
 
 
 def unshard(params: Tree, declared: Tree, dtype: jnp.dtype, reduce: str = REDUCE_SCATTER) -> Tree:

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 
-from config import ATTENTION_OUTPUT, HIDDEN, QKV, RESIDUAL
+from config import ATTENTION_OUTPUT, EXPERTS, HIDDEN, QKV, RESIDUAL
 from layers.attention_kernels import ATTENTION_KERNELS
 from model import layer_kinds
 from parallel import CP, EP, FSDP, TP, spec_axes
@@ -72,7 +72,7 @@ def feed_forward_values(s: Microbatch, kind: str) -> list[Value]:
     values += [
         Value(s.assignments * D * c),  # rows by expert
         *swiglu_values(s.assignments, width // tp, c),
-        Value(t * cfg.experts_per_token * D * c, HIDDEN),  # the output of each choice
+        Value(t * cfg.experts_per_token * D * c, EXPERTS),  # the output of each choice
         Value(s.local * (D + 2 * cfg.n_experts) * FLOAT32),  # the router's
     ]
     shared = cfg.n_shared_experts * width // tp

@@ -494,13 +494,15 @@ def test_gradients_by_all_to_all_match(sizes, changes):
 
 
 @pytest.mark.slow
-def test_experts_by_pallas_match():
-    """The interpreted kernels on a mesh against the loop over blocks on one device."""
+@pytest.mark.parametrize('kernel', ['pallas', 'megablox'])
+def test_experts_by_pallas_match(kernel):
+    """The interpreted kernels on a mesh against the loop over blocks on one device, experts'
+    outputs kept."""
     config = small_config(moe=True)
     config.check_vma = False
     config.mesh.ep = 2
     want = reference(config)
-    config.model.expert_kernel = 'pallas'
+    config.model.update(expert_kernel=kernel, remat='full', remat_keep=('experts',))
     check(config, (1, 2, 2), want=want)
 
 

@@ -53,7 +53,7 @@ def test_tiny_divides_on_every_mesh(name, sizes):
         ({'model__buffer_factor': 0.5, 'mesh__ep': 2}, 'model.buffer_factor=0.5'),
         ({'model__router': 'tanh'}, 'sigmoid, softmax'),
         ({'model__attention_kernel': 'splash'}, 'use check_vma=False'),
-        ({'model__attention_kernel': 'flash'}, 'auto, splash, cudnn, blockwise'),
+        ({'model__attention_kernel': 'flash'}, 'auto, splash, cudnn, latent, blockwise'),
         (
             {'model__attention_kernel': 'splash', 'check_vma': False, 'model__attention_block': 64},
             'makes blocks of 64, and splash takes multiples of 128',
