@@ -283,7 +283,10 @@ ON_GPU = {
     ),
     'experts': (
         'tpu_v4_best', 'h100:8', {'chip': 'h100', 'batch_size': 64}, {'fsdp': 8},
-        {'block': ('moe',), 'n_layers': 8},
+        {
+            'block': ('moe',), 'n_layers': 8, 'attention_kernel': 'auto', 'expert_kernel': 'auto',
+            'remat_keep': (),
+        },
     ),
     'a head of its own': (
         'llama3_8b', 'h100:8', {'chip': 'h100', 'batch_size': 128, 'microbatches': 16},

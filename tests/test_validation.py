@@ -87,7 +87,7 @@ def test_tiny_divides_on_every_mesh(name, sizes):
             'heads of 52 for queries and keys; use a multiple of 8',
         ),
         ({'model__remat_keep': ('attention',)}, "exceptions from remat='full'"),
-        ({'model__expert_kernel': 'triton'}, 'auto, ragged_dot, pallas, blocks'),
+        ({'model__expert_kernel': 'triton'}, 'auto, ragged_dot, megablox, pallas, blocks'),
         ({'compiler_options': 'xla_a'}, "'xla_a', which sets nothing"),
         ({'model__remat': 'full', 'model__remat_offload': ('heads',)}, "the unknown 'heads'"),
         ({'model__rope_dim': 7}, 'model.rope_dim=7 is odd'),
