@@ -20,4 +20,8 @@ def get_config() -> ConfigDict:
     c = tpu_v4.get_config()
     c.mesh.update(pp=1, fsdp=32, tp=1)
     c.microbatches = 1
+    c.fsdp_reduce = 'all_to_all'  # a v4 waits for reduce-scatters
+    c.model.attention_kernel = 'latent'
+    c.model.expert_kernel = 'megablox'
+    c.model.remat_keep = ('attention', 'experts')
     return c

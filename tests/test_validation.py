@@ -108,6 +108,7 @@ def test_tiny_divides_on_every_mesh(name, sizes):
             'microbatches=1 is not a multiple of stages=2',
         ),
         ({'fsdp_gather': 'never'}, 'layer, step'),
+        ({'fsdp_reduce': 'ring'}, 'reduce_scatter, all_to_all'),
         ({'optimizer__lr_schedule': 'step'}, 'cosine, wsd'),
         ({'optimizer__peak_lr': -1.0}, 'optimizer.peak_lr=-1.0 is out of range; use 0 or more'),
         ({'steps': 0}, 'steps=0 is out of range; use 1 or more'),
