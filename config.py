@@ -43,8 +43,9 @@ class ConfigError(ValueError):
 # in bfloat16 on one device of tp: attention's output and log-sum-exp, N·(2·H_v + 4); its inputs,
 # N·(4·H_qk + 2·H_v); the residual stream after both parts of a layer, 4·D/tp; both factors of a
 # SwiGLU's product, 4·F, and for experts, where that is per choice, their output too, 2·D.
-REMAT_NAMES = ('attention', 'qkv', 'residual', 'hidden')
-ATTENTION_OUTPUT, QKV, RESIDUAL, HIDDEN = REMAT_NAMES
+# 'hidden' has the routed experts' outputs with it, 'experts' has them alone.
+REMAT_NAMES = ('attention', 'qkv', 'residual', 'hidden', 'experts')
+ATTENTION_OUTPUT, QKV, RESIDUAL, HIDDEN, EXPERTS = REMAT_NAMES
 
 MATMUL_TYPES = ('compute', 'fp8')  # of the layers' weights: compute_dtype, or layers/float8.py
 COMPUTE, FP8 = MATMUL_TYPES
@@ -121,6 +122,7 @@ class ModelConfig:
     swiglu_limit: float = 0.0
     cp: int = 1
     cp_style: str = 'ring'
+    fsdp_reduce: str = 'reduce_scatter'
     ragged: bool = False  # the devices have a ragged all-to-all, as all but CPUs; see model_for
     window: int = 0
     attention_sinks: bool = False
@@ -146,12 +148,25 @@ class ModelConfig:
     @property
     def kept_names(self) -> tuple[str, ...]:
         """The REMAT_NAMES whose arrays stay on the device; all of them with remat='dots'."""
-        return REMAT_NAMES if self.remat == 'dots' else self.remat_keep
+        if self.remat == 'dots':
+            return REMAT_NAMES
+        return _with_experts(self.remat_keep, self.remat_offload)
+
+    @property
+    def offloaded_names(self) -> tuple[str, ...]:
+        """The REMAT_NAMES whose arrays are kept in host memory."""
+        return _with_experts(self.remat_offload, self.remat_keep)
 
     @property
     def spared_names(self) -> tuple[str, ...]:
         """The REMAT_NAMES whose arrays are not computed again: kept here or in host memory."""
-        return (*self.kept_names, *self.remat_offload)
+        return (*self.kept_names, *self.offloaded_names)
+
+
+def _with_experts(names: tuple[str, ...], others: tuple[str, ...]) -> tuple[str, ...]:
+    """Adds the experts' outputs to 'hidden', unless they have a place of their own."""
+    alone = HIDDEN in names and EXPERTS not in (*names, *others)
+    return (*names, EXPERTS) if alone else names
 
 
 class LayerKind(NamedTuple):
@@ -261,6 +276,7 @@ def model_config(config: ConfigDict) -> ModelConfig:
         compute_dtype=config.compute_dtype,
         cp=config.mesh.cp,
         cp_style=config.cp_style,
+        fsdp_reduce=config.fsdp_reduce,
     )
 
 

@@ -131,12 +131,12 @@ def decoding_config(cfg: ModelConfig) -> ModelConfig:
     """Returns the model without the parts that serve training alone.
 
     Experts take all choices: a capacity is a share of a whole sequence, and decoding does not know
-    the rest of it. Kernels that shard_map cannot check, as it does here, make way for those that it
-    can. Weights are multiplied in the compute type. Sequences are whole, whatever cp trained the
-    model (`stream` refuses a mesh with cp).
+    the rest of it. Kernels that shard_map cannot check, as it does here, or that take whole blocks
+    of positions, make way for those that run everywhere. Weights are multiplied in the compute
+    type. Sequences are whole, whatever cp trained the model (`stream` refuses a mesh with cp).
     """
     attention, experts = cfg.attention_kernel, cfg.expert_kernel
-    if not ATTENTION_KERNELS[attention].checked:
+    if not ATTENTION_KERNELS[attention].checked or ATTENTION_KERNELS[attention].latent:
         attention = portable(ATTENTION_KERNELS)
     if not EXPERT_KERNELS[experts].checked:
         experts = portable(EXPERT_KERNELS)

@@ -181,7 +181,7 @@ def remat_policy(cfg: ModelConfig) -> Callable[..., Any]:
         return _all_but_gathered_weights
     by_name = jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=list(cfg.kept_names),
-        names_which_can_be_offloaded=list(cfg.remat_offload),
+        names_which_can_be_offloaded=list(cfg.offloaded_names),
         offload_src='device',
         offload_dst='pinned_host',
     )
@@ -283,7 +283,9 @@ def embed(params: Tree, ids_BT: Array, cfg: ModelConfig) -> Array:
     Each tp device looks up the rows that it holds and adds zeros for the others. The lookup runs
     in float32, since its backward adds up all gradients of a token's row.
     """
-    w_vD = unshard(params, vocab_matrix(cfg, 0), jnp.dtype(cfg.compute_dtype))['w_VD']
+    w_vD = unshard(params, vocab_matrix(cfg, 0), jnp.dtype(cfg.compute_dtype), cfg.fsdp_reduce)[
+        'w_VD'
+    ]
     row_BT = ids_BT - lax.axis_index(TP) * w_vD.shape[0]
     here_BT = (row_BT >= 0) & (row_BT < w_vD.shape[0])
     partial_BTD = w_vD.astype(jnp.float32)[jnp.where(here_BT, row_BT, 0)]
@@ -365,7 +367,9 @@ def hidden_states(params: Tree, ids_BT: Array, cfg: ModelConfig, key: Array) -> 
 def head_weight(params: Tree, cfg: ModelConfig) -> Array:
     """Gathers the output matrix of this tp device: [V/tp, D] in the compute type."""
     head = params['embed' if cfg.tie_embeddings else 'head']
-    return unshard(head, vocab_matrix(cfg, 0), jnp.dtype(cfg.compute_dtype))['w_VD']
+    return unshard(head, vocab_matrix(cfg, 0), jnp.dtype(cfg.compute_dtype), cfg.fsdp_reduce)[
+        'w_VD'
+    ]
 
 
 @jax.named_scope('head_and_loss')

@@ -200,7 +200,7 @@ def gradients(params: Tree, tokens_MBT: Array, key: Array, s: Setup) -> tuple[Tr
         params = params | {'blocks': gather_ahead(params['blocks'], blocks, dtype)}
     grads, nll, stats = compute(params, tokens_MBT, key, n_targets, s.model)
     if ahead:
-        grads = grads | {'blocks': scatter_gradients(grads['blocks'], blocks)}
+        grads = grads | {'blocks': scatter_gradients(grads['blocks'], blocks, s.model.fsdp_reduce)}
     router = jax.tree.map(lambda x: lax.psum(x, (*BATCH, *SEQUENCE)), stats)
     return sum_gradients(grads, s.declared), {'loss': global_sum(nll), 'router': router}
 
@@ -290,7 +290,7 @@ def run_stages(
 
     if schedule.chunks == 1:
         params = params | {'blocks': jax.tree.map(lambda x: x[None], params['blocks'])}
-    weight_gradient = functools.partial(linear_weight_gradient, matmul_type=cfg.matmul_type)
+    weight_gradient = functools.partial(linear_weight_gradient, cfg=cfg)
     functions = Functions(first, stage, last, weight_gradient)
     return run_pipeline(schedule, functions, params, block_params(cfg, cfg.block))
 
@@ -372,6 +372,7 @@ COMPILER_OPTIONS = {
     'tpu': {
         'xla_enable_async_all_gather': True,
         'xla_enable_async_collective_permute': True,
+        'xla_tpu_enable_async_all_to_all': True,
         'xla_disable_hlo_passes': 'while-loop-all-reduce-code-motion',
     },
     'gpu': {'xla_gpu_enable_latency_hiding_scheduler': True},

@@ -70,7 +70,9 @@ KINDS = {
 }  # fmt: skip
 NAMED = {'remat': 'full', 'remat_keep': ('attention', 'qkv'), 'tie_embeddings': False}
 OFFLOADED = {'remat': 'full', 'remat_keep': ('attention',), 'remat_offload': ('qkv', 'residual')}
-EIGHT_MOE = {'block': ('moe',), 'n_layers': 8}
+# Of configs/tpu_v4_best.py, whose kernels are TPUs'.
+ANY_KERNEL = {'attention_kernel': 'auto', 'expert_kernel': 'auto', 'remat_keep': ()}
+EIGHT_MOE = ANY_KERNEL | {'block': ('moe',), 'n_layers': 8}
 
 CASES = {
     'tpu stages': Case('tpu_v4', 'v4:2x4x4', model={'block': ('dense',)}),
@@ -112,7 +114,7 @@ CASES = {
         'tpu_v4_best', 'h100:8', SMALL_H100, {'fsdp': 4, 'ep': 2}, EIGHT_MOE | {'remat': 'full'},
         long=True,
     ),
-    'gpu best': Case('tpu_v4_best', 'h100:8', SMALL_H100, {'fsdp': 8}, long=True),
+    'gpu best': Case('tpu_v4_best', 'h100:8', SMALL_H100, {'fsdp': 8}, ANY_KERNEL, long=True),
     'gpu head of its own': Case(
         'llama3_8b', 'h100:8', {'batch_size': 128, 'microbatches': 16}, {'fsdp': 8}
     ),

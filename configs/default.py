@@ -40,7 +40,7 @@ def get_config() -> ConfigDict:
     m.n_shared_experts = 1  # moe: experts that every token meets; 0 for none
     m.d_expert = 256  # moe: hidden size of an expert's SwiGLU
     # 'blocks' (any platform) | 'ragged_dot' (TPU) | 'pallas' (GPU, check_vma off) | 'auto': the
-    # platform's if check_vma allows it, else blocks
+    # platform's if check_vma allows it, else blocks | 'megablox' (TPU, check_vma off)
     m.expert_kernel = 'auto'
     m.router = 'sigmoid'  # 'sigmoid' (DeepSeek-V3) | 'softmax'
     m.normalize_weights = True  # scale the chosen experts' scores so that they add up to 1
@@ -90,6 +90,7 @@ def get_config() -> ConfigDict:
     m.rope_truncate = True  # yarn: the first and last pair that are blended are rounded outwards
     # 'blockwise' (any platform) | 'splash' (TPU) | 'cudnn' (GPU) | 'auto': the platform's with
     # check_vma off, cuDNN's for bfloat16 and heads up to 128; else blockwise
+    # | 'latent' (TPU): makes mla's heads itself, of short sequences
     m.attention_kernel = 'auto'
     m.attention_block = 256  # queries, and keys, of the block whose scores exist at a time
     m.document_end = -1  # token that ends a document, for data.isolate_documents; -1: none
@@ -99,7 +100,8 @@ def get_config() -> ConfigDict:
     m.z_loss = 0.0  # weight of logsumexp squared in the loss
     m.loss_chunk = 1024  # tokens per device whose logits exist at a time
     m.remat = 'none'  # backward recomputes: 'none' | 'dots' (all but the matmuls) | 'full' (all)
-    m.remat_keep = ()  # 'full': kept all the same: 'attention' | 'qkv' | 'residual' | 'hidden'
+    # 'full': kept all the same: 'attention' | 'qkv' | 'residual' | 'hidden' | 'experts': outputs
+    m.remat_keep = ()
     m.remat_offload = ()  # 'full': the same, kept in host memory (TPU, GPU)
 
     # sizes of the axes that parallel.py explains; their product is the number of devices
@@ -110,6 +112,9 @@ def get_config() -> ConfigDict:
     # fsdp gathers the weights of one 'layer' at a time, for each pass of a microbatch (forward,
     # backward, and with stages the second forward) | all weights once for the whole 'step'
     c.fsdp_gather = 'layer'
+    # gradients are summed over fsdp by 'reduce_scatter' | 'all_to_all', with sums in float32, which
+    # TPUs run beside compute
+    c.fsdp_reduce = 'reduce_scatter'
     c.pipeline = ConfigDict()
     c.pipeline.schedule = '1f1b'  # 'gpipe' | '1f1b' | 'interleaved' | 'zero_bubble'; for pp > 1
     c.pipeline.chunks = 1  # interleaved: virtual stages per stage

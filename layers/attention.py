@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from ml_collections import ConfigDict
 
 from config import QKV, RESIDUAL, ModelConfig, divisors, indivisible
-from layers.attention_kernels import cached_attention
+from layers.attention_kernels import ATTENTION_KERNELS, LATENT_KERNELS, cached_attention
 from layers.context_parallel import attention_over_cp
 from layers.dense import gain, linear, rms_norm, weight, weights
 from layers.rope import Positions, rope
@@ -235,6 +235,11 @@ def mla_params(cfg: ModelConfig) -> Tree:
     if cfg.cp > 1 and cfg.cp_style == 'ring':
         # The ring uses it n times, which is more than a `Deferred` can say.
         w_v_up = dataclasses.replace(w_v_up, linear=False)
+    if cfg.attention_kernel in LATENT_KERNELS:  # these make heads themselves, in backward again
+        own = functools.partial(dataclasses.replace, linear=False, kept_by='')
+        made = 'w_q_up' if Rq else 'w_q'
+        query[made], w_v_up = own(query[made]), own(w_v_up)
+        w_k_up = own(w_k_up, work=1 + Hr / Hn)  # as wide as whole keys
     return query | {
         'w_kv_down': weight((D, R + Hr), P(FSDP, None), D**-0.5),
         'kv_norm': gain(R),
@@ -292,9 +297,14 @@ def mla(params: Tree, x_BtD: Array, table: Positions, cfg: ModelConfig) -> tuple
     each position that decoding keeps, [B, 1, T, R + H_rope]. H_rope is 0 in a layer without rotary
     part.
     """
-    w = weights(params, mla_params(cfg), x_BtD.dtype, cfg.matmul_type)
-    q_BnTH, latent_BSR, k_rope_BSH, x_BTD = _mla_inputs(w, x_BtD, table, cfg)
+    w = weights(params, mla_params(cfg), x_BtD.dtype, cfg)
+    q_BTR, latent_BSR, k_rope_BSH, x_BTD = _mla_inputs(w, x_BtD, table, cfg)
     kept_BSR = jnp.concatenate((latent_BSR, k_rope_BSH), axis=-1)
+    kernel = ATTENTION_KERNELS[cfg.attention_kernel]
+    if kernel.latent:
+        out_BnTH = kernel.compute(q_BTR, latent_BSR, k_rope_BSH, w | {'w_q': _w_q(w)}, table, cfg)
+        return to_residual(w, out_BnTH, x_BTD), {'latent': kept_BSR[:, None]}
+    q_BnTH = rope(to_heads(q_BTR, _w_q(w)), table)
     up, sinks_n1 = (_key_weight(w['w_k_up'], cfg), w['w_v_up']), sinks_of(w, q_BnTH.shape[1])
     out_BnTH = attention_over_cp(
         q_BnTH[:, :, None], kept_BSR, up, _expand_latent, table.documents, cfg, sinks_n1
@@ -326,8 +336,8 @@ def _key_weight(w_RnH: Array, cfg: ModelConfig) -> Array:
 def _mla_inputs(
     w: Tree, x_BtD: Array, table: Positions, cfg: ModelConfig
 ) -> tuple[Array, Array, Array, Array | None]:
-    """Makes the query, [B, N/tp, T, H], the latent, [B, T, R], the rotary key, [B, T, H_rope], and
-    for a gate x_BTD.
+    """Makes what queries are made of, [B, T, q_rank or D], the latent, [B, T, R], the rotary key,
+    [B, T, H_rope], and for a gate x_BTD.
 
     Latents are made on the local positions and only then gathered over tp: R + H_rope (+ q_rank)
     numbers per token travel instead of D; with a gate, D beside them.
@@ -339,9 +349,8 @@ def _mla_inputs(
     if cfg.q_rank:
         q_BtR = linear(x_BtD, w['w_q_down'])
         q_BtR = rms_norm(q_BtR, w['q_norm'], eps)
-        w_q = w['w_q_up']
     else:
-        q_BtR, w_q = x_BtD, w['w_q']
+        q_BtR = x_BtD
     parts = [latent_BtR, k_rope_BtH, q_BtR]
     if cfg.attention_gate and cfg.q_rank:
         parts.append(x_BtD)
@@ -350,7 +359,12 @@ def _mla_inputs(
     latent_BSR, k_rope_BSH, q_BTR, *rest = jnp.split(all_BTR, ends, axis=-1)
     x_BTD = (rest or [q_BTR])[0] if cfg.attention_gate else None  # q_rank 0: the query's input
     k_rope_BSH = rope(k_rope_BSH[:, None], table)[:, 0]
-    return rope(to_heads(q_BTR, w_q), table), latent_BSR, k_rope_BSH, x_BTD
+    return q_BTR, latent_BSR, k_rope_BSH, x_BTD
+
+
+def _w_q(w: Tree) -> Array | Deferred:
+    """Returns the weight that makes queries, of a latent if there is one."""
+    return w['w_q_up'] if 'w_q_up' in w else w['w_q']
 
 
 def mla_decode(
@@ -368,7 +382,8 @@ def mla_decode(
     attention with heads of R + H_rope, and no key or value of the cache is ever expanded.
     """
     w = unshard(params, mla_params(cfg), x_1tD.dtype)
-    q_1nTH, latent_1TR, k_rope_1TH, x_1TD = _mla_inputs(w, x_1tD, table, cfg)
+    q_1TR, latent_1TR, k_rope_1TH, x_1TD = _mla_inputs(w, x_1tD, table, cfg)
+    q_1nTH = rope(to_heads(q_1TR, _w_q(w)), table)
     q_nope_1nTH, q_rope_1nTH = jnp.split(q_1nTH, [cfg.nope_dim], axis=-1)
     rows, filled = visible_BS.shape[0], latent_1TR.shape[1]
     q_BnR = jnp.einsum('bnh,rnh->bnr', _rows_first(q_nope_1nTH, rows), w['w_k_up'])
@@ -466,7 +481,7 @@ def gqa(params: Tree, x_BtD: Array, table: Positions, cfg: ModelConfig) -> tuple
     local positions and then gathered. x_BtD: [B, T/tp, D] -> the same, and the keys and values that
     decoding keeps, [B, K/tp, T, H] each.
     """
-    w = weights(params, gqa_params(cfg), x_BtD.dtype, cfg.matmul_type)
+    w = weights(params, gqa_params(cfg), x_BtD.dtype, cfg)
     q_BnTH, k_BkSH, v_BkSH, x_BTD = _gqa_inputs(w, x_BtD, table, cfg)
     (B, n, T, H), k = q_BnTH.shape, k_BkSH.shape[1]
     q_BkGTH = q_BnTH.reshape(B, k, -1, T, H)

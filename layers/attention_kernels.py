@@ -16,9 +16,11 @@ from jax.sharding import AbstractMesh, NamedSharding
 from ml_collections import ConfigDict
 
 from config import ATTENTION_OUTPUT, QKV, ModelConfig
+from layers import latent_kernel
 from layers.blockwise import MASKED, causal_attention
-from layers.kernels import Kernel
+from layers.kernels import Kernel, never
 from layers.mask import own_mask_errors
+from layers.rope import Positions
 from layers.rope_scaling import attention_scale
 from parallel import CP, Array, P, Tree, local_slice, zigzag, zigzag_order
 
@@ -218,6 +220,40 @@ def cudnn_chosen(_: ConfigDict, head: int) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------
+# Of latents, on TPU
+# ---------------------------------------------------------------------------------------------
+
+
+def attention_of_latents(
+    q_BTR: Array,
+    latent_BSR: Array,
+    k_rope_BSH: Array,
+    w: Tree,
+    table: Positions,
+    cfg: ModelConfig,
+    interpret: bool = False,
+) -> Array:
+    """Computes `causal_attention` of the heads that `mla` makes of its latents: [B, N/tp, T, V].
+
+    `w` has w_q, w_k_up and w_v_up, [size of a latent, N/tp, head size]; k_rope_BSH is the rotary
+    key, and the table rotates queries. latent_kernel.py says what that spares.
+    """
+    front = [(0, 0), (0, 0), (cfg.nope_dim, 0)]
+    heads_first = (y.swapaxes(0, 1) for y in (w['w_q'], w['w_k_up'], w['w_v_up']))
+    w_q_nRH, w_k_nRH, w_v_nRH = heads_first
+    w_k_nRH = jnp.pad(w_k_nRH, ((0, 0), (0, 0), (0, cfg.rope_dim)))
+    x = latent_kernel.Latents(
+        q_BTR, latent_BSR, jnp.pad(k_rope_BSH, front), w_q_nRH, w_k_nRH, w_v_nRH
+    )
+    (B, T, _), (N, _, H), V = q_BTR.shape, w_q_nRH.shape, w_v_nRH.shape[2]
+    turn, scale = latent_kernel.rotation(table.cos, table.sin, H), attention_scale(cfg, H)
+    out_BTO = latent_kernel.latent_attention(
+        x, turn, cfg.rope_dim // 2, scale, min(cfg.attention_block, T), interpret
+    )
+    return out_BTO.reshape(B, T, N, V).swapaxes(1, 2)
+
+
+# ---------------------------------------------------------------------------------------------
 # The table
 # ---------------------------------------------------------------------------------------------
 
@@ -234,8 +270,17 @@ ATTENTION_KERNELS: dict[str, Kernel] = {
         cudnn_attention, ('gpu',), checked=False, rules=cudnn_rules, chosen=cudnn_chosen,
         keeps=CUDNN_FORWARD,
     ),
+    'latent': Kernel(
+        attention_of_latents, ('tpu',), rules=latent_kernel.latent_rules, chosen=never,
+        elsewhere='latent_interpreted', latent=True,
+    ),
+    'latent_interpreted': Kernel(  # exact and slow, for tests
+        functools.partial(attention_of_latents, interpret=True), (), checked=False,
+        rules=latent_kernel.latent_rules, latent=True,
+    ),
     'blockwise': Kernel(causal_attention, scores=True),
 }  # fmt: skip
+LATENT_KERNELS = tuple(name for name, kernel in ATTENTION_KERNELS.items() if kernel.latent)
 
 
 # ---------------------------------------------------------------------------------------------

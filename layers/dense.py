@@ -13,7 +13,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from ml_collections import ConfigDict
 
-from config import COMPUTE, FP8, HIDDEN, ModelConfig, indivisible
+from config import FP8, HIDDEN, ModelConfig, indivisible
 from layers import float8
 from layers.float8 import Quantized
 from parallel import (
@@ -155,10 +155,11 @@ def _deferred_backward(saved: tuple[Array, Array | Quantized], d_BTO: Array):
 _deferred_matmul.defvjp(lambda x, w, _: (linear(x, w), (x, w)), _deferred_backward)
 
 
-def weights(params: Tree, declared: Tree, dtype: jnp.dtype, matmul_type: str) -> Tree:
+def weights(params: Tree, declared: Tree, dtype: jnp.dtype, cfg: ModelConfig) -> Tree:
     """Returns one layer's weights as `linear` takes them: `unshard`, with matmul_type='fp8' each
     matrix as a `Quantized`."""
-    return unshard(params, declared, dtype, float8.quantize if matmul_type == FP8 else None)
+    quantize = float8.quantize if cfg.matmul_type == FP8 else None
+    return unshard(params, declared, dtype, cfg.fsdp_reduce, quantize)
 
 
 def linear(x_BTI: Array, w: Array | Quantized | Deferred) -> Array:
@@ -173,16 +174,16 @@ def linear(x_BTI: Array, w: Array | Quantized | Deferred) -> Array:
 
 
 def linear_weight_gradient(
-    p: Param, shard: Array, x_BTI: Array, d_BTO: Array, matmul_type: str = COMPUTE
+    p: Param, shard: Array, x_BTI: Array, d_BTO: Array, cfg: ModelConfig
 ) -> Array:
     """Computes the gradient of a weight from the input and the output gradient of its `linear`.
 
-    Ends with the reduce-scatter over fsdp that is the transpose of `unshard`, so it is shaped like
-    the shard.
+    Ends with the sum over fsdp that is the transpose of `unshard`, which takes `reduce` too, so it
+    is shaped like the shard.
     """
 
     def f(shard: Array) -> Array:
-        return linear(x_BTI, weights({'w': shard}, {'w': p}, x_BTI.dtype, matmul_type)['w'])
+        return linear(x_BTI, weights({'w': shard}, {'w': p}, x_BTI.dtype, cfg)['w'])
 
     return jax.vjp(f, shard)[1](d_BTO)[0]
 
@@ -297,7 +298,7 @@ def dense_params(cfg: ModelConfig) -> Tree:
 
 def swiglu(params: Tree, x_BtD: Array, cfg: ModelConfig) -> tuple[Array, dict[str, Array]]:
     """Runs the dense feed-forward: [B, T/tp, D] -> the same, and no statistics."""
-    w = weights(params, dense_params(cfg), x_BtD.dtype, cfg.matmul_type)
+    w = weights(params, dense_params(cfg), x_BtD.dtype, cfg)
     x_BTD = all_gather(x_BtD, TP, 1)
     return reduce_scatter(swiglu_shards(w, x_BTD, cfg.swiglu_limit), TP, 1), {}
 

@@ -1,9 +1,10 @@
 """The experts' SwiGLU on rows that are grouped by expert, and the kernels that compute it.
 
 EXPERT_KERNELS lists them. On CPU a loop over each expert's blocks of rows, which works on any
-platform, since there a `lax.ragged_dot` is 14 times slower; on TPU `lax.ragged_dot`; on GPU two
-matmuls in Pallas (Triton). On GPU `ragged_dot` has no kernel: XLA copies the rows once per expert,
-with zeros in place of the others', and multiplies them all, E times the matmuls.
+platform, since there a `lax.ragged_dot` is 14 times slower; on TPU `lax.ragged_dot`, or jax's
+Megablox; on GPU two matmuls in Pallas (Triton). On GPU `ragged_dot` has no kernel: XLA copies the
+rows once per expert, with zeros in place of the others', and multiplies them all, E times the
+matmuls.
 
 Matrices are one device's: w_gate and w_up [E/ep, D, F/tp], w_down [E/ep, F/tp, D]. With
 model.expert_bias each has a bias, b_gate, b_up [E/ep, F/tp] and b_down [E/ep, D], in float32.
@@ -22,15 +23,20 @@ from config import HIDDEN
 from layers import float8
 from layers.dense import gated
 from layers.float8 import Quantized
-from layers.kernels import Kernel
+from layers.kernels import Kernel, never
 from parallel import Array, Tree
 
 BIASES = ('b_gate', 'b_up', 'b_down')
 BLOCK = 288  # the most rows of a block of the loop; rows of no expert that follow the grouped ones
 
 
+def block_behind(_: int) -> int:
+    """Returns BLOCK: room for a last block that is not full."""
+    return BLOCK
+
+
 class Grouped(NamedTuple):
-    """The two passes of a kernel.
+    """The two passes of a kernel, and the rows of no group that it wants behind so many.
 
     forward: (x_XD, w, sizes_e, limit) -> y_XD, gate_Xf, up_Xf; `limit` as `dense.gated` takes it.
     backward: (x_XD, w, sizes_e, gate_Xf, up_Xf, dy_XD, limit) -> dx_XD, dw.
@@ -38,6 +44,7 @@ class Grouped(NamedTuple):
 
     forward: Callable[..., tuple[Array, Array, Array]]
     backward: Callable[..., tuple[Array, Tree]]
+    behind: Callable[[int], int] = block_behind
 
 
 # Its derivative is the kernel's own backward: change both. tests/test_derivatives.py compares those
@@ -47,7 +54,8 @@ def grouped_swiglu(x_XD: Array, w: Tree, sizes_e: Array, kernel: str, limit: flo
     """Runs each row through the SwiGLU of its group: [X, D] -> the same, a partial sum over tp.
 
     The first sizes[0] rows meet w_gate[0], w_up[0] and w_down[0], and so on, and their biases if
-    there are any. x_XD ends with at least BLOCK rows of no group; results there are undefined.
+    there are any. x_XD ends with the kernel's `behind` rows of no group; results there are
+    undefined.
     """
     return _grouped_forward(x_XD, w, sizes_e, kernel, limit)[0]
 
@@ -192,7 +200,11 @@ def _blocked_backward(
 # ---------------------------------------------------------------------------------------------
 
 
-def by_matmuls(multiply: Callable[..., Array], sum_rows: Callable[..., Array]) -> Grouped:
+def by_matmuls(
+    multiply: Callable[..., Array],
+    sum_rows: Callable[..., Array],
+    behind: Callable[[int], int] = block_behind,
+) -> Grouped:
     """Returns both passes, made of (rows, matrices, sizes, transposed, dtype) and (rows, d, sizes,
     dtype), whose results are of the type `dtype`."""
 
@@ -248,7 +260,7 @@ def by_matmuls(multiply: Callable[..., Array], sum_rows: Callable[..., Array]) -
         }
         return dx_XD, dw | {name: g.astype(w[name].dtype) for name, g in db.items()}
 
-    return Grouped(forward, backward)
+    return Grouped(forward, backward, behind)
 
 
 def _groups(x_X: Array, sizes_e: Array) -> Array:
@@ -271,6 +283,61 @@ def _ragged_gradient(x_XD: Array, d_Xf: Array, sizes_e: Array, dtype: jnp.dtype)
         rhs_group_dimensions=[],
     )
     return lax.ragged_dot_general(x_XD, d_Xf, sizes_e, groups, preferred_element_type=dtype)
+
+
+# ---------------------------------------------------------------------------------------------
+# Megablox, on TPU
+# ---------------------------------------------------------------------------------------------
+
+# jax's grouped matmuls in Pallas. Beside those that XLA makes of `ragged_dot`, they write the type
+# of the rows and not float32, and read matrices transposed without a copy; and every libtpu has
+# them, where 0.0.52 multiplies all rows by all matrices on v5e, v6e and TPU7x.
+
+MEGABLOX_ROWS, MEGABLOX_SIDE = 256, 1024  # of a tile; sides of matrices, or whole ones
+
+
+def megablox_behind(rows: int) -> int:
+    """Returns how many rows fill up the last tile."""
+    return -rows % MEGABLOX_ROWS
+
+
+def _tiles(*sides: int) -> tuple[int, int, int]:
+    first, second = (min(side, MEGABLOX_SIDE) for side in sides)
+    return MEGABLOX_ROWS, first, second
+
+
+def _in_bfloat16(x: Array) -> Array:
+    """Returns numbers of 8 bits, which Megablox does not multiply, in bfloat16: exact."""
+    return x.astype(jnp.bfloat16) if x.dtype.itemsize == 1 else x
+
+
+def megablox_matmul(
+    x_XD: Array,
+    w_eDf: Array,
+    sizes_e: Array,
+    transposed: bool,
+    dtype: jnp.dtype,
+    interpret: bool = False,
+) -> Array:
+    """Computes what `grouped_matmul` does, below."""
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
+
+    x_XD, w_eDf = _in_bfloat16(x_XD), _in_bfloat16(w_eDf)
+    sides = w_eDf.shape[:0:-1] if transposed else w_eDf.shape[1:]
+    return gmm(
+        x_XD, w_eDf, sizes_e, dtype, _tiles(*sides), transpose_rhs=transposed, interpret=interpret
+    )
+
+
+def megablox_gradient(
+    x_XD: Array, d_Xf: Array, sizes_e: Array, dtype: jnp.dtype, interpret: bool = False
+) -> Array:
+    """Computes what `grouped_gradient` does, below."""
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+
+    x_XD, d_Xf = _in_bfloat16(x_XD), _in_bfloat16(d_Xf)
+    tiles = _tiles(x_XD.shape[1], d_Xf.shape[1])
+    return tgmm(x_XD.swapaxes(0, 1), d_Xf, sizes_e, dtype, tiles, interpret=interpret)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -435,6 +502,18 @@ def _options(interpret: bool) -> dict:
 
 EXPERT_KERNELS: dict[str, Kernel] = {
     'ragged_dot': Kernel(by_matmuls(_ragged_matmul, _ragged_gradient), ('tpu',)),
+    'megablox': Kernel(
+        by_matmuls(megablox_matmul, megablox_gradient, megablox_behind), ('tpu',), checked=False,
+        chosen=never, elsewhere='megablox_interpreted',
+    ),
+    'megablox_interpreted': Kernel(  # exact and slow, for tests
+        by_matmuls(
+            functools.partial(megablox_matmul, interpret=True),
+            functools.partial(megablox_gradient, interpret=True),
+            megablox_behind,
+        ),
+        (), checked=False,
+    ),
     'pallas': Kernel(
         by_matmuls(grouped_matmul, grouped_gradient), ('gpu',), checked=False,
         elsewhere='pallas_interpreted',

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from parallel import FSDP, Array, P, Param, all_gather, pmax, reduce_scatter, spec_axes
+from parallel import FSDP, REDUCES, Array, P, Param, all_gather, pmax, spec_axes
 
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
 # Exponent and mantissa (its 23 bits of a float32) of the largest number in use: 240 and 57,344.
@@ -78,13 +78,14 @@ class Quantized:
     array: the numbers, in e4m3; scale: a power of two, [..., 1, 1] with one for each expert.
     shard: this device's shard in the compute type. It receives the gradient, since that of a number
         in 8 bits would have 8 bits.
-    dim: the dimension that was gathered over fsdp; None for none.
+    dim: the dimension that was gathered over fsdp; None for none. reduce: what sums its gradient.
     """
 
     array: Array
     scale: Array
     shard: Array
     dim: int | None = dataclasses.field(metadata={'static': True})
+    reduce: str = dataclasses.field(metadata={'static': True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -97,14 +98,14 @@ class Quantized:
     def gradient(self, dw: Array) -> 'Quantized':
         """Returns the cotangent that brings the gradient of the gathered weight to the shard.
 
-        Moves: reduce-scatter over fsdp in the type of dw, as backward of `parallel.unshard`.
+        Moves: a sum over fsdp by `reduce` in the type of dw, as backward of `parallel.unshard`.
         """
         dw = dw.reshape(self.shape).astype(self.shard.dtype)
-        dw = dw if self.dim is None else reduce_scatter(dw, FSDP, self.dim)
+        dw = dw if self.dim is None else REDUCES[self.reduce](dw, FSDP, self.dim)
         return dataclasses.replace(self, array=None, scale=None, shard=dw)
 
 
-def quantize(p: Param, shard: Array, dim: int | None) -> Quantized:
+def quantize(p: Param, shard: Array, dim: int | None, reduce: str) -> Quantized:
     """Rounds a weight's shard to e4m3 and gathers dimension `dim` over fsdp.
 
     Layout: dim/n -> dim. Forward: all-gather in e4m3, size·(n-1)/n bytes, and the all-reduce of a
@@ -119,7 +120,7 @@ def quantize(p: Param, shard: Array, dim: int | None) -> Quantized:
     largest = jnp.max(jnp.abs(own), axis=axes, keepdims=True)
     found = rounded(own, E4M3, pmax(largest, sharded) if sharded else largest)
     array = found.array if dim is None else all_gather(found.array, FSDP, dim)
-    return Quantized(array, found.scale, shard, dim)
+    return Quantized(array, found.scale, shard, dim, reduce)
 
 
 # ---------------------------------------------------------------------------------------------

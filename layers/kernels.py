@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from config import ConfigError
+
 AUTO = 'auto'
 PLATFORMS = ('cpu', 'gpu', 'tpu')
 
@@ -21,6 +23,11 @@ def no_rules(_: ConfigDict, __: int) -> Iterator[str]:
 def always(_: ConfigDict, __: int) -> bool:
     """Returns True: 'auto' may take the kernel for any config."""
     return True
+
+
+def never(_: ConfigDict, __: int) -> bool:
+    """Returns False: 'auto' never takes the kernel."""
+    return False
 
 
 def no_partials(_: int, __: int, ___: Any) -> int:
@@ -42,6 +49,7 @@ class Kernel(NamedTuple):
     scores: arrays of scores reach the memory (attention), which planning counts.
     partials: (T, S, ModelConfig) -> gradients of all queries that backward has in memory beside
         their sum (attention), which planning counts.
+    latent: makes queries, keys and values of `mla`'s latents itself: none of them reach the memory.
     """
 
     compute: Any
@@ -53,6 +61,7 @@ class Kernel(NamedTuple):
     keeps: str = ''
     scores: bool = False
     partials: Callable[[int, int, Any], int] = no_partials
+    latent: bool = False
 
 
 Kernels = Mapping[str, Kernel]
@@ -71,12 +80,20 @@ def choose(table: Kernels, name: str, layers: Sequence[Layer], platform: str) ->
     """Returns the name of the kernel that runs in these layers where their config names `name`.
 
     'auto' takes the first of the table that is made for the platform, passes the check of
-    replication types if the config asks for it, and finds no rule broken in any layer.
+    replication types if the config asks for it, and finds no rule broken in any layer. Raises
+    ConfigError if what runs in the named one's place has no such types and the config asks for it.
     """
+    checked = any(config.check_vma for config, _ in layers)
     if name != AUTO:
         stand_in = table[name].elsewhere
-        return stand_in if stand_in and platform not in table[name].platforms else name
-    checked = any(config.check_vma for config, _ in layers)
+        if not stand_in or platform in table[name].platforms:
+            return name
+        if checked and not table[stand_in].checked:
+            raise ConfigError(
+                f'the kernel {name!r} is interpreted on {platform}, without replication types, '
+                f'which check_vma=True checks; use check_vma=False'
+            )
+        return stand_in
     for candidate, kernel in table.items():
         written = platform in kernel.platforms or kernel.platforms == PLATFORMS
         if not written or (checked and not kernel.checked):

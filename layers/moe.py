@@ -14,9 +14,9 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from ml_collections import ConfigDict
 
-from config import HIDDEN, ModelConfig, divisors, indivisible
+from config import EXPERTS, HIDDEN, ModelConfig, divisors, indivisible
 from layers.dense import FeedForward, swiglu_params, swiglu_shards, weights
-from layers.expert_kernels import BLOCK, grouped_swiglu
+from layers.expert_kernels import BLOCK, EXPERT_KERNELS, grouped_swiglu
 from parallel import (
     BATCH,
     CP,
@@ -69,7 +69,7 @@ def moe_params(cfg: ModelConfig) -> Tree:
         'experts': {
             'w_gate': expert((E, D, F), P(EP, FSDP, TP), up),
             'w_up': expert((E, D, F), P(EP, FSDP, TP), up),
-            'w_down': expert((E, F, D), P(EP, TP, FSDP), down),
+            'w_down': expert((E, F, D), P(EP, TP, FSDP), down, kept_by=EXPERTS),
         }
         | biases,
     }
@@ -86,7 +86,7 @@ def moe(
     nothing.
     """
     declared = moe_params(cfg)
-    w = weights(params['experts'], declared['experts'], x_BtD.dtype, cfg.matmul_type)
+    w = weights(params['experts'], declared['experts'], x_BtD.dtype, cfg)
     if cfg.expert_bias:
         w['b_down'] /= lax.axis_size(TP)  # each tp device adds an equal share
     expert_BtC, weight_BtC, stats = route(params, x_BtD, cfg, held_Bt)
@@ -101,7 +101,7 @@ def moe(
         y_XD = grouped_swiglu(x_XD, w, sizes_e, cfg.expert_kernel, cfg.swiglu_limit)
     with jax.named_scope('combine'):
         # Named, since no policy saves the results of a loop or a branch, as all of these are.
-        y_AD = checkpoint_name(return_rows(y_XD), HIDDEN)
+        y_AD = checkpoint_name(return_rows(y_XD), EXPERTS)
         choices = (x_TD.shape[0], cfg.experts_per_token)
         out_TD = combine(y_AD.reshape(*choices, -1), weight_BTC.reshape(choices))
     partial_BTD = out_TD.reshape(x_BTD.shape)
@@ -121,7 +121,7 @@ def shared_experts(params: Tree, x_BtD: Array, x_BTD: Array, cfg: ModelConfig) -
     With shared_gate times σ(x·w) of each token (Qwen1.5-MoE, as released), in float32, which each
     device computes for its own positions.
     """
-    w = weights(params['shared'], moe_params(cfg)['shared'], x_BtD.dtype, cfg.matmul_type)
+    w = weights(params['shared'], moe_params(cfg)['shared'], x_BtD.dtype, cfg)
     if not cfg.shared_gate:
         return swiglu_shards(w, x_BTD, cfg.swiglu_limit)
     gate_Bt1 = jax.nn.sigmoid(float32_product(x_BtD, params['shared_gate']))
@@ -370,13 +370,13 @@ def dispatch(
     expert (E) come back as zeros.
     """
     C, E, A = cfg.experts_per_token, cfg.n_experts, len(expert_A)
-    ep = lax.axis_size(EP)
+    ep, behind = lax.axis_size(EP), EXPERT_KERNELS[cfg.expert_kernel].compute.behind
     order_A = jnp.argsort(expert_A, stable=True)
     place_A = inverted(order_A, A)
     place_A = jnp.where(expert_A < E, place_A, A + BLOCK)
     sizes_E = jnp.zeros_like(expert_A, shape=(E,)).at[expert_A].add(1, mode='drop')
     if ep == 1:  # rows grouped by expert are where they belong
-        order_X = jnp.pad(order_A, (0, BLOCK), constant_values=A)
+        order_X = jnp.pad(order_A, (0, behind(A)), constant_values=A)
         x_XD = permute(x_TD, order_X, place_A, C)
         return x_XD, sizes_E, lambda y_XD: permute(y_XD, place_A, order_X, 1)
 
@@ -384,7 +384,7 @@ def dispatch(
     received_Pe = all_to_all(sizes_Pe, EP, 0)
     send, receive = exchange(order_A, place_A, sizes_Pe, received_Pe, slots, C, cfg.ragged)
     dest_Z, sizes_e = regroup(received_Pe, slots)
-    source_X = inverted(dest_Z, len(dest_Z) + BLOCK)
+    source_X = inverted(dest_Z, len(dest_Z) + behind(len(dest_Z)))
     x_XD = permute(send(x_TD), source_X, dest_Z, 1)
     return x_XD, sizes_e, lambda y_XD: receive(permute(y_XD, dest_Z, source_X, 1))
 

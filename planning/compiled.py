@@ -11,11 +11,11 @@ that can be had without the chips:
               asynchronous one what exceeds the work scheduled between its start and its done
 
 All three count once per trip of the loops around them; of a conditional the costliest branch
-counts. On TPU the kernels of splash attention have no estimate: their causal matmuls count at
-`KERNEL_EFFICIENCY` of the peak. Other kernels without an estimate count nothing; `Cost.unpriced`
-is their number. A SparseCore works beside the rest: its bytes count at the memory's bandwidth, and
-only what is waited for. Raises UnknownFormError for a form that would count as nothing otherwise.
-The figures serve to compare two programs that were compiled alike.
+counts. On TPU the kernels of attention have no estimate: their matmuls, of scores the causal half,
+count at `KERNEL_EFFICIENCY` of the peak. Other kernels without an estimate count nothing;
+`Cost.unpriced` is their number. A SparseCore works beside the rest: its bytes count at the memory's
+bandwidth, and only what is waited for. Raises UnknownFormError for a form that would count as
+nothing otherwise. The figures serve to compare two programs that were compiled alike.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ from planning.hlo import Instruction, Program, array_bytes, device_groups, dimen
 from planning.topology import compiler_versions, topology_devices
 from train_step import lower_train_step, setup
 
-KERNEL_EFFICIENCY = 0.35  # of the peak, for the causal matmuls of splash attention
+KERNEL_EFFICIENCY = 0.35  # of the peak, for the matmuls of attention kernels on TPU
 
 COLLECTIVES = (
     'all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'ragged-all-to-all',
@@ -92,7 +92,7 @@ class Cost:
     """The cost of a program, or of a part of it, on one device."""
 
     seconds: float = 0.0  # of computing; on TPU of one core, or of two that act as one
-    kernel_seconds: float = 0.0  # of those, splash attention's, by KERNEL_EFFICIENCY
+    kernel_seconds: float = 0.0  # of those, attention kernels', by KERNEL_EFFICIENCY
     aside: float = 0.0  # of SparseCores and the like beside those, which hold what is waited for
     flops: float = 0.0  # of matmuls; counted on GPU only
     unpriced: float = 0.0  # calls of kernels that count nothing
@@ -320,8 +320,9 @@ def bytes_sent(kind: str, shape: str, size: int) -> float:
 
 
 def tpu_price(i: Instruction, program: Program, chip: Chip) -> Cost:
-    """Returns the compiler's estimate of an instruction, or that of `splash_flops` for a kernel.
-    What a SparseCore does has none: its bytes count at the memory's bandwidth, a bound."""
+    """Returns the compiler's estimate of an instruction, or for a kernel that of `splash_flops` or
+    `latent_flops`. What a SparseCore does has none: its bytes count at the memory's bandwidth, a
+    bound."""
     cycles = _CYCLES.search(i.text)
     if cycles and chip.clock and int(cycles.group(1)) == _NO_ESTIMATE:
         return Cost(seconds=bytes_touched(i, program) / chip.bandwidth)
@@ -329,7 +330,7 @@ def tpu_price(i: Instruction, program: Program, chip: Chip) -> Cost:
         return Cost(seconds=int(cycles.group(1)) / chip.clock if chip.clock else 0.0)
     if i.op != 'custom-call' or '"tpu_custom_call"' not in i.text:
         return Cost()
-    seconds = splash_flops(i) / (chip.flops * KERNEL_EFFICIENCY)
+    seconds = (splash_flops(i) or latent_flops(i)) / (chip.flops * KERNEL_EFFICIENCY)
     return Cost(seconds=seconds, kernel_seconds=seconds, unpriced=float(seconds == 0))
 
 
@@ -352,6 +353,23 @@ def splash_flops(i: Instruction) -> float:
         results = re.findall(r'\[((?:\d+,)+\d+)\]', i.shape)
         n += any(len(shape.split(',')) > len(front) + 2 for shape in results)
     return n * 2 * math.prod(front) * T * S * H / 2
+
+
+def latent_flops(i: Instruction) -> float:
+    """Returns the FLOPs of a kernel of layers/latent_kernel.py, from its arguments; 0 for another.
+
+    The causal half of the matmuls of scores, each as wide as the wider head, which is how
+    `splash_flops` counts them; and those that make heads of latents, which backward does again and
+    differentiates for both of their sides.
+    """
+    scores, passes = (2, 1) if 'latent_attention_forward' in i.name else (5, 3)
+    if 'latent_attention_' not in i.name:
+        return 0.0
+    arguments = i.text.partition('operand_layout_constraints=')[2]
+    found = [[int(d) for d in a.split(',')] for a in re.findall(r'\w+\[([\d,]+)\]', arguments)]
+    (B, T, _), (N, Rq, H), (_, R, V) = found[0], found[3], found[5]
+    heads = B * T * N * (Rq * H + R * H + R * V)
+    return 2 * (scores * B * N * T * T * max(H, V) / 2 + passes * heads)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 
-from config import ATTENTION_OUTPUT, HIDDEN, QKV, RESIDUAL
+from config import ATTENTION_OUTPUT, EXPERTS, HIDDEN, QKV, RESIDUAL
 from layers.attention_kernels import ATTENTION_KERNELS
 from model import layer_kinds
 from parallel import CP, EP, FSDP, TP, spec_axes
@@ -44,7 +44,8 @@ def attention_values(s: Microbatch, kind: str) -> list[Value]:
     kv = max(sizes.kv_heads // tp, 1)
     # Gathered keys and values are those of all positions; a ring keeps what travels.
     keys = kv * (sizes.key + sizes.value) * (1 if s.in_ring else s.mesh[CP])
-    qkv = N * sizes.key + (s.travels(kind) // t if s.in_ring else keys)
+    latent = ATTENTION_KERNELS[cfg.attention_kernel].latent  # heads are its own
+    qkv = 0 if latent else N * sizes.key + (s.travels(kind) // t if s.in_ring else keys)
     if cfg.attention_gate:
         qkv += N * sizes.value
     return [
@@ -53,7 +54,7 @@ def attention_values(s: Microbatch, kind: str) -> list[Value]:
         *(Value(t * size * c) for size in sizes.inputs),
         Value(t * qkv * c, QKV),
         Value(t * N * (sizes.value * c + FLOAT32), ATTENTION_OUTPUT),
-        Value(t * N * sizes.value * c),  # heads last
+        Value((not latent) * t * N * sizes.value * c),  # heads last
         *([Value(t * N * sizes.value * FLOAT32)] if cfg.attention_gate else []),  # its sigmoid
         Value(s.local * D * c, RESIDUAL),
     ]
@@ -71,7 +72,7 @@ def feed_forward_values(s: Microbatch, kind: str) -> list[Value]:
     values += [
         Value(s.assignments * D * c),  # rows by expert
         *swiglu_values(s.assignments, width // tp, c),
-        Value(t * cfg.experts_per_token * D * c, HIDDEN),  # the output of each choice
+        Value(t * cfg.experts_per_token * D * c, EXPERTS),  # the output of each choice
         Value(s.local * (D + 2 * cfg.n_experts) * FLOAT32),  # the router's
     ]
     shared = cfg.n_shared_experts * width // tp

@@ -288,6 +288,7 @@ def overrides(config: ConfigDict, base: ConfigDict) -> str:
     """Returns the flags that turn the base config into this one, as a shell takes them."""
     fields = [
         *(f'mesh.{axis}' for axis in AXES), 'cp_style', 'microbatches', 'fsdp_gather',
+        'fsdp_reduce',
         'pipeline.schedule', 'pipeline.chunks', 'model.remat', 'model.remat_keep',
         'model.remat_offload',
     ]  # fmt: skip

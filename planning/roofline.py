@@ -19,7 +19,7 @@ import math
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from config import ATTENTION_OUTPUT, COMPUTE, FP8, HIDDEN, RESIDUAL, ModelConfig
+from config import ATTENTION_OUTPUT, COMPUTE, EXPERTS, FP8, RESIDUAL, ModelConfig
 from layers.attention_kernels import ATTENTION_KERNELS
 from layers.dense import NEVER
 from machine.chips import Chip, check_matmul_type
@@ -335,7 +335,7 @@ def expert_transfers(s: Part) -> list[Transfer]:
     rows = s.tokens * cfg.experts_per_token * cfg.d_model * s.width
     times = 2 * (forward_passes(s) + 1)
     if cfg.remat != 'none':
-        times += 1 + (HIDDEN not in cfg.spared_names)
+        times += 1 + (EXPERTS not in cfg.spared_names)
     sent = part_sent(s.mesh[EP]) * s.microbatches * layers * rows * times
     return [Transfer(EP, 'rows to their experts and back', sent)] if layers else []
 

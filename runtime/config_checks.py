@@ -41,7 +41,7 @@ from machine.chips import CHIPS
 from machine.config_flag import RECORDS
 from model import FEED_FORWARD, REMAT, kernel_layers
 from optimizer import COEFFICIENTS, OPTIMIZERS, SCALES
-from parallel import AXES, CP, DP, EP, FSDP, PP, TP
+from parallel import AXES, CP, DP, EP, FSDP, PP, REDUCES, TP
 from pipeline.schedules import CLOCKS, NAMES, check_settings
 from runtime.writers import WRITERS
 from train_step import compiler_options, pipeline_costs
@@ -77,6 +77,7 @@ CHOICES: dict[str, Collection[str]] = {
     'model.remat': REMAT,
     'model.router': ('sigmoid', 'softmax'),
     'fsdp_gather': GATHERS,
+    'fsdp_reduce': tuple(REDUCES),
     'cp_style': STYLES,
     'pipeline.schedule': NAMES,
     'pipeline.clock': CLOCKS,

@@ -1,5 +1,6 @@
 """Matmuls in 8 bits: rounding, products and gradients by hand, kernels, meshes, and a short run."""
 
+import dataclasses
 import functools
 
 import jax
@@ -11,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
-from config import ConfigError
+from config import ConfigError, ModelConfig, model_config
 from layers import float8
 from layers.dense import linear, weight, weights
 from layers.expert_kernels import BLOCK, grouped_swiglu
@@ -80,6 +81,10 @@ def test_what_rematerialization_saves_is_what_was_rounded():
 # ---------------------------------------------------------------------------------------------
 
 
+def model_of(matmul_type: str) -> ModelConfig:
+    return dataclasses.replace(model_config(small_config()), matmul_type=matmul_type)
+
+
 def by_hand(x: np.ndarray, kind: jnp.dtype, axis: int | None) -> np.ndarray:
     """The definition in float64, with the casts of ml_dtypes."""
     x = np.asarray(x, np.float64)
@@ -96,7 +101,7 @@ def on_a_mesh(declared: Param, sizes: dict[str, int]):
 
     def f(x, w, d):
         def share(x, w):
-            return linear(x, weights({'w': w}, {'w': declared}, x.dtype, 'fp8')['w'])
+            return linear(x, weights({'w': w}, {'w': declared}, x.dtype, model_of('fp8'))['w'])
 
         y, (dx, dw) = (lambda y, pull: (y, pull(d)))(*jax.vjp(share, x, w))
         return (jax.lax.psum(y, TP) if takes else y), (dx if takes else jax.lax.psum(dx, TP)), dw
@@ -164,7 +169,7 @@ def of_experts(kernel: str, matmul_type: str) -> tuple[jax.Array, Tree]:
     sizes = jnp.array(SIZES)
 
     def f(x, w):
-        w = weights(w, declared, x.dtype, matmul_type)
+        w = weights(w, declared, x.dtype, model_of(matmul_type))
         y = grouped_swiglu(x, w, sizes, kernel)[:rows]
         return jnp.vdot(y, draw(*y.shape, seed=5)), y
 

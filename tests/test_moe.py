@@ -20,7 +20,7 @@ from common import (
 )
 
 import train_step
-from layers.expert_kernels import BLOCK, grouped_swiglu
+from layers.expert_kernels import BLOCK, EXPERT_KERNELS, grouped_swiglu
 from layers.moe import (
     inverted,
     moe,
@@ -192,7 +192,9 @@ def test_drops_are_causal(changes):
     np.testing.assert_array_equal(out_a[:, :9], out_b[:, :9])
 
 
-@pytest.mark.parametrize('kernel', ['blocks', 'ragged_dot', 'pallas_interpreted'])
+@pytest.mark.parametrize(
+    'kernel', ['blocks', 'ragged_dot', 'pallas_interpreted', 'megablox_interpreted']
+)
 @pytest.mark.parametrize('sizes', [(0, 0, 0), (300, 0, 5), (128, 256, 1), (1, 2, 3)], ids=str)
 def test_grouped_swiglu_and_its_gradients(sizes, kernel):
     check_grouped_swiglu(sizes, kernel, {}, 0.0)
@@ -201,7 +203,9 @@ def test_grouped_swiglu_and_its_gradients(sizes, kernel):
 BIASES = {'b_gate': (3, 5), 'b_up': (3, 5), 'b_down': (3, 6)}
 
 
-@pytest.mark.parametrize('kernel', ['blocks', 'ragged_dot', 'pallas_interpreted'])
+@pytest.mark.parametrize(
+    'kernel', ['blocks', 'ragged_dot', 'pallas_interpreted', 'megablox_interpreted']
+)
 @pytest.mark.parametrize(
     ('sizes', 'biases', 'limit'), [((130, 0, 5), BIASES, 1.5), ((1, 2, 3), BIASES, 0.0)], ids=str
 )
@@ -213,12 +217,13 @@ def check_grouped_swiglu(sizes, kernel, biases, limit):
     """Compares with a SwiGLU of each row by the matrices of its group, and its autodiff."""
     rows = sum(sizes) + 7  # of no group
     keys = jax.random.split(jax.random.key(0), 5)
-    x = jnp.pad(jax.random.normal(keys[0], (rows, 6)), ((0, BLOCK), (0, 0)))
+    behind = EXPERT_KERNELS[kernel].compute.behind(rows)
+    x = jnp.pad(jax.random.normal(keys[0], (rows, 6)), ((0, behind), (0, 0)))
     shapes = {'w_gate': (3, 6, 5), 'w_up': (3, 6, 5), 'w_down': (3, 5, 6)}
     w = {n: jax.random.normal(k, s) for (n, s), k in zip(shapes.items(), keys[1:], strict=False)}
     keys_b = jax.random.split(jax.random.key(1), 3)
     w |= {n: jax.random.normal(k, s) for (n, s), k in zip(biases.items(), keys_b, strict=False)}
-    group = np.repeat(np.arange(4), [*sizes, 7 + BLOCK])
+    group = np.repeat(np.arange(4), [*sizes, 7 + behind])
     d = jnp.where((group < 3)[:, None], jax.random.normal(keys[4], (len(group), 6)), 0)
 
     def plain(x, w):

@@ -480,14 +480,55 @@ def test_splash_matches():
     check(config, (2, 2, 2), want=want)
 
 
+@pytest.mark.parametrize(
+    ('sizes', 'model'),
+    [
+        ((2, 2, 2), {'remat': 'full', 'remat_keep': ('attention',)}),
+        pytest.param((1, 2, 4), {'q_rank': 0, 'attention_gate': True}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_latent_kernel_matches(sizes, model):
+    """The interpreted kernel on a mesh against the blockwise form on one device; one layer in two
+    has no rotary part."""
+    config = small_config()
+    config.seq_len, config.check_vma = 128, False
+    config.model.update(attention_block=128, block=('mla+dense', 'mla_nope+dense'), **model)
+    want = reference(config)
+    config.model.attention_kernel = 'latent'
+    check(config, sizes, want=want)
+
+
+@pytest.mark.parametrize(
+    ('sizes', 'changes'),
+    [
+        ((1, 2, 4), {'check_vma': True}),
+        pytest.param((2, 2, 2), {'check_vma': False}, marks=pytest.mark.slow),
+        pytest.param((1, 4, 2), {'fsdp_gather': 'step'}, marks=pytest.mark.slow),
+        pytest.param((2, 2, 2), {'pipeline.schedule': 'zero_bubble'}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_gradients_by_all_to_all_match(sizes, changes):
+    """Against reduce-scatters on one device; experts too, which fsdp cuts in their second dimension
+    and their third."""
+    config = small_config(microbatches=2, moe='pipeline.schedule' not in changes)
+    config.update_from_flattened_dict(changes)
+    want = reference(config)
+    config.fsdp_reduce = 'all_to_all'
+    check(config, sizes, want=want)
+
+
 @pytest.mark.slow
-def test_experts_by_pallas_match():
-    """The interpreted kernels on a mesh against the loop over blocks on one device."""
+@pytest.mark.parametrize('kernel', ['pallas', 'megablox'])
+def test_experts_by_pallas_match(kernel):
+    """The interpreted kernels on a mesh against the loop over blocks on one device, experts'
+    outputs kept."""
     config = small_config(moe=True)
     config.check_vma = False
     config.mesh.ep = 2
     want = reference(config)
-    config.model.expert_kernel = 'pallas'
+    config.model.update(expert_kernel=kernel, remat='full', remat_keep=('experts',))
     check(config, (1, 2, 2), want=want)
 
 

@@ -16,6 +16,7 @@ from common import (
     small_config,
 )
 
+from config import model_config
 from layers.dense import gain, linear, linear_weight_gradient, weight
 from parallel import (
     AXES,
@@ -149,7 +150,10 @@ def toy(schedule, stages: int, microbatches: int, check_vma: bool = True):
             return sum_gradients(grads, declared), global_sum(loss), means
         if chunks == 1:
             params |= {'blocks': jax.tree.map(lambda x: x[None], params['blocks'])}
-        functions = Functions(first, stage, last, linear_weight_gradient)
+        weight_gradient = functools.partial(
+            linear_weight_gradient, cfg=model_config(small_config())
+        )
+        functions = Functions(first, stage, last, weight_gradient)
         grads, sums = run_pipeline(schedule, functions, params, TOY_BLOCK)
         means = sums.stage['means']
         if chunks == 1:

@@ -1,5 +1,6 @@
 """The options and programs of the train step: for the compilers of TPUs and GPUs."""
 
+import collections
 import functools
 import re
 
@@ -123,6 +124,33 @@ def test_splash_and_offload_compile_for_tpu(tpu_devices):
     text = lower_train_step(setup(config, mesh)).compile().as_text()
     assert 'splash_mha_dkv' in text
     assert 'S(5)' in text, 'nothing lies in host memory'
+
+
+@pytest.mark.tpu
+def test_kernels_of_latents_and_experts_compile_for_tpu(tpu_devices):
+    """Gradients are summed beside other work, and no query or key of 256 positions is in memory.
+
+    What is kept is not computed again: there are three kinds of layers, and of the experts' eight
+    matmuls and three gradients two are again, gate and up.
+    """
+    config = small_config(moe=True)
+    config.seq_len, config.compute_dtype, config.check_vma = 256, 'bfloat16', False
+    config.mesh.fsdp, config.fsdp_reduce = 4, 'all_to_all'
+    config.model.update(
+        d_model=256, d_expert=256, n_heads=2, q_rank=128, kv_rank=128, nope_dim=64, rope_dim=64,
+        v_dim=64, attention_block=128, attention_kernel='latent', expert_kernel='megablox',
+        remat='full', remat_keep=('attention', 'experts'),
+    )  # fmt: skip
+    validate(config, 4)
+    mesh = make_mesh(config.mesh, tpu_devices('v4:2x2x1'))
+    text = lower_train_step(setup(config, mesh)).compile().as_text()
+    calls = re.findall(r'%(\w+?)[.\d]* = .*"tpu_custom_call"', text)
+    assert collections.Counter(calls) == {
+        'latent_attention_forward': 3, 'latent_attention_backward': 3, 'gmm': 8, 'tgmm': 3,
+    }  # fmt: skip
+    assert 'all-to-all-start' in text
+    assert not re.search(r'(reduce-scatter|all-reduce)[.\d]* = bf16', text)
+    assert not re.search(r'bf16\[\d+,2,256,128\]', text)
 
 
 def gpu_config(ep: int):
