@@ -100,7 +100,9 @@ def delta_params(cfg: ModelConfig) -> Tree:
         'conv_v': convolution((W, N, Hv)),
         'log_decay': Param((N,), P(TP), log_uniform_decay, matrix=False),
         'out_norm': gain(Hv),
-        'w_o': output_weight(cfg, Hv, N),
+        'w_o': dataclasses.replace(
+            output_weight(cfg, Hv, N), linear=False, kept_by=ATTENTION_OUTPUT
+        ),
     }
     if cfg.attention == 'gdn':
         return params | {
@@ -224,14 +226,15 @@ Carry = tuple[Array, Array]
 def block(
     w: Tree, carry: Carry, x_BTD: Array, since_BT: Array, cfg: ModelConfig, outputs: bool
 ) -> tuple[Carry, Array | None]:
-    """Computes the positions of a block: the carry after it, and heads' outputs, [B, T, n, H]."""
+    """Computes the positions of a block: the carry after it, and partial sums over tp of the
+    layer's output, [B, T, D]."""
     state, before_BWD = carry
     all_BTD = jnp.concatenate((before_BWD, x_BTD), axis=1)
     h = {name: to_heads(all_BTD, w[f'w_{name}']) for name in CONVOLVED}
     inputs = rule_inputs(w, h, x_BTD, since_BT, cfg)
     state, out = delta_rule(*inputs, since_BT, state, x_BTD.dtype, outputs)
     if outputs:
-        out = gated_norm(w, out, x_BTD, cfg).swapaxes(1, 2)
+        out = from_heads(gated_norm(w, out, x_BTD, cfg), w['w_o'])
     return (state, all_BTD[:, x_BTD.shape[1] :]), out
 
 
@@ -268,7 +271,7 @@ def _stream_forward(w: Tree, carry: Carry, x_BTD: Array, since_BT: Array, cfg, o
     after, (carries, out) = lax.scan(
         step, carry, tuple(_blocks(x, size) for x in (x_BTD, since_BT))
     )
-    carries, out = checkpoint_name((carries, out), ATTENTION_OUTPUT)
+    carries = checkpoint_name(carries, ATTENTION_OUTPUT)
     return (after, _joined(out) if outputs else None), (w, carries, x_BTD, since_BT)
 
 
@@ -369,7 +372,6 @@ def delta(params: Tree, x_BtD: Array, table: Positions, cfg: ModelConfig) -> tup
     (`states_before`): twice the forward pass.
     """
     w = unshard(params, delta_params(cfg), x_BtD.dtype)
-    w_o = w.pop('w_o')
     x_BTD = all_gather(x_BtD, TP, 1)
     (B, T, D), W = x_BTD.shape, cfg.delta_conv
     since_BT = since_start(table, B, T)
@@ -390,8 +392,8 @@ def delta(params: Tree, x_BtD: Array, table: Positions, cfg: ModelConfig) -> tup
         before_PWD = jnp.zeros_like(x_BTD, shape=(B, W - 1, D))
         state = jnp.zeros_like(x_BTD, jnp.float32, (B, n, Hk, Hv))
     (state, _), out = stream(w, (state, before_PWD), x_PTD, since_PT, cfg, True)
-    out_BTn = _joined(out.reshape(parts, B, T // parts, n * Hv))
-    out_BtD = reduce_scatter(linear(out_BTn, w_o), TP, 1)
+    out_BTD = _joined(out.reshape(parts, B, T // parts, D))
+    out_BtD = checkpoint_name(reduce_scatter(out_BTD, TP, 1), ATTENTION_OUTPUT)
     return out_BtD, {} if cut else {'state': state, **_tails(w, x_BTD, table, W - 1)}
 
 

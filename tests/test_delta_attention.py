@@ -14,7 +14,6 @@ from ml_collections import ConfigDict
 
 from config import ModelConfig, of_layer
 from layers.attention import ATTENTION, positions
-from layers.delta_rule import delta_rule, inverse
 from parallel import Array, Param, Tree, map_params
 
 T = 48

@@ -349,6 +349,8 @@ def check_kinds(
     [
         ('gqa', (1, 1, 2, 1, 1, 4), True, 'ring'),
         ('mla', (1, 2, 2, 1, 1, 2), False, 'gather'),
+        ('delta', (1, 1, 2, 1, 1, 4), True, 'ring'),
+        pytest.param('delta', (1, 2, 4), False, 'ring', marks=pytest.mark.slow),
     ],
     ids=str,
 )
