@@ -109,35 +109,51 @@ def decayed_products(
     [..., C, H] -> [..., C, C].
 
     `sums` are g added up from the first token of a document in the chunk, [..., C, 1 or H];
-    `document` [..., C] numbers documents within the chunk. With a decay of each channel, exponents
-    are split at borders of blocks, so that none is above 0: exp(-sums_j) alone would overflow.
+    `document` [..., C] numbers documents within the chunk.
     """
     if sums.shape[-1] == 1:
         products = matmul('...ih,...jh->...ij', a, b, dtype)
         return products * decay(seen, sums - jnp.swapaxes(sums, -1, -2))
     C = a.shape[-2]
-    rows = []
-    for start in range(0, C, BLOCK):
-        own = slice(start, start + BLOCK)
-        row = [near_products(*(x[..., own, :] for x in (a, b, sums)), seen[..., own, own])]
-        if start:
-            border, of_border = sums[..., start - 1 : start, :], document[..., start - 1 : start]
-            after = (document[..., own] == of_border)[..., None]
-            before = (document[..., :start] == of_border)[..., None]
-            later = a[..., own, :] * decay(after, sums[..., own, :] - border)
-            earlier = b[..., :start, :] * decay(before, border - sums[..., :start, :])
-            row.insert(0, matmul('...ih,...jh->...ij', later, earlier, dtype))
-        row = jnp.concatenate(row, axis=-1)
-        rows.append(jnp.pad(row, [(0, 0)] * (row.ndim - 1) + [(0, C - row.shape[-1])]))
-    return jnp.concatenate(rows, axis=-2)
+    size = max(d for d in range(1, min(BLOCK, C) + 1) if C % d == 0)
+
+    def rows(x: Array, axis: int) -> Array:
+        """Cuts a dimension of C into blocks, which come first."""
+        axis %= x.ndim
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :]), axis, 0)
+
+    @jax.checkpoint
+    def row(block: tuple) -> Array:
+        return products_of_rows(*block, b, sums, document, dtype)
+
+    cut = (jnp.arange(C // size), rows(a, -2), rows(sums, -2), rows(document, -1), rows(seen, -2))
+    found = lax.map(row, cut)
+    return jnp.moveaxis(found, 0, -3).reshape(*a.shape[:-1], C)
 
 
-@jax.checkpoint
-def near_products(a: Array, b: Array, sums: Array, seen: Array) -> Array:
-    """Computes `decayed_products` of a block channel by channel, and its arrays again in backward,
-    where they are parts of sums."""
-    between = decay(seen[..., None], sums[..., :, None, :] - sums[..., None, :, :])
-    return jnp.sum(a[..., :, None, :] * b[..., None, :, :] * between, axis=-1)
+def products_of_rows(
+    i: Array, a: Array, sums: Array, document: Array, seen: Array, b: Array, sums_b: Array,
+    document_b: Array, dtype: jnp.dtype,
+) -> Array:  # fmt: skip
+    """Computes the rows of `decayed_products` of block i, with a decay of each channel: [..., size,
+    C].
+
+    Exponents of earlier blocks are split at the border before the block, so that neither part is
+    above 0: exp(-sums_j) alone would overflow. Those within the block are taken pair by pair.
+    """
+    size, C = a.shape[-2], b.shape[-2]
+    start = i * size
+    last = jnp.maximum(start - 1, 0)
+    border = lax.dynamic_slice_in_dim(sums_b, last, 1, -2)
+    of_border = lax.dynamic_slice_in_dim(document_b, last, 1, -1)
+    before = ((document_b == of_border) & (jnp.arange(C) < start))[..., None]
+    later = a * decay((document == of_border)[..., None], sums - border)
+    far = matmul('...ih,...jh->...ij', later, b * decay(before, border - sums_b), dtype)
+    near_b = lax.dynamic_slice_in_dim(b, start, size, -2)
+    near_seen = lax.dynamic_slice_in_dim(seen, start, size, -1)
+    between = decay(near_seen[..., None], sums[..., :, None, :] - sums[..., None, :, :])
+    near = jnp.sum(a[..., :, None, :] * near_b[..., None, :, :] * between, axis=-1)
+    return lax.dynamic_update_slice_in_dim(far, near, start, -1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -176,15 +192,14 @@ def delta_rule(
     to_end = decay((document == document[..., -1:])[..., None], total - sums)
     through = decay((document[..., -1:] == 0)[..., None], total)[..., 0, :]
 
-    within = functools.partial(
-        decayed_products, sums=sums, document=document, seen=seen, dtype=dtype
-    )
+    asking = jnp.stack((k, q) if outputs else (k,))
+    asked = decayed_products(asking, k, sums, document, seen, dtype)
     beta = beta[..., None]
-    inverse_CC = inverse(jnp.tril(beta * within(k, k), -1))
+    inverse_CC = inverse(jnp.tril(beta * asked[0], -1))
     v = jnp.pad(v, [(0, 0)] * 4 + [(0, state.shape[-1] - v.shape[-1])])
     values = matmul('bncij,bncjv->bnciv', inverse_CC, beta * v, dtype)
     reads = matmul('bncij,bncjh->bncih', inverse_CC, beta * k * from_before, dtype)
-    queries = (q * from_before, within(q, k)) if outputs else None
+    queries = (q * from_before, asked[1]) if outputs else None
 
     def step(state: Array, chunk: tuple) -> tuple[Array, Array | None]:
         values, reads, keys, through, queries = chunk

@@ -85,8 +85,11 @@ def forward_passes(s: Part) -> int:
 @functools.cache
 def attention_flops(s: Microbatch, kind: str) -> tuple[float, float]:
     """Returns the FLOPs of one layer's attention for a microbatch, forward and backward: two
-    matmuls and five."""
+    matmuls and five; of a linear layer those of its state."""
     sizes = s.of_layer(kind)
+    if sizes.state:  # backward computes each block again, and two products for each
+        once = s.tokens * sizes.work / s.mesh[TP] * state_passes(s)
+        return once, 3 * once
     each = 2 * s.tokens * s.keys_seen(kind) * s.cfg.n_heads / s.mesh[TP]
     return each * (sizes.key + sizes.value), each * (3 * sizes.key + 2 * sizes.value)
 
@@ -95,6 +98,18 @@ def expansion_flops(s: Microbatch, kind: str) -> float:
     """Returns the FLOPs of one pass that makes keys and values of the other cp devices' positions,
     which each device does for itself."""
     return 2.0 * (s.mesh[CP] - 1) * s.tokens * s.of_layer(kind).expansion / s.mesh[TP]
+
+
+def state_passes(s: Microbatch) -> int:
+    """Counts the passes of a linear layer over its positions: where cp cuts, one before says what
+    they do to a state."""
+    return 1 + (s.mesh[CP] > 1)
+
+
+def streamed_flops(s: Microbatch, kind: str) -> float:
+    """Returns the FLOPs of one pass over the matrices that a linear layer uses block by block."""
+    weights = [p for p in layer(s.cfg, kind).params if p.kept_by == ATTENTION_OUTPUT]
+    return flops_of(Group(tuple(weights)), s.local, ())
 
 
 def matmul_flops(s: Microbatch, kind: str, again: bool = False) -> float:
@@ -121,6 +136,14 @@ def layer_flops(s: Microbatch, kind: str, passes: int) -> tuple[float, float, fl
     matmuls with weights, of attention, and of keys and values made again where cp cuts."""
     attend, attend_back = attention_flops(s, kind)
     matmuls, attends = (passes + 2) * matmul_flops(s, kind), passes * attend + attend_back
+    if s.is_linear(kind):  # backward makes them again; the pass before takes as many
+        again = s.cfg.remat != 'none' and ATTENTION_OUTPUT not in s.cfg.spared_names
+        before = (state_passes(s) - 1) * (passes + 3 + again)
+        if again:
+            attends += attend
+        if s.cfg.remat != 'none':
+            matmuls += matmul_flops(s, kind, again=True)
+        return matmuls, attends, (1 + before) * streamed_flops(s, kind)
     expanded = passes + 2 + s.in_ring  # backward makes them again
     if s.cfg.remat != 'none':
         matmuls += matmul_flops(s, kind, again=True)
@@ -136,7 +159,7 @@ def layer_traffic(s: Microbatch, kind: str, passes: int) -> float:
     times = passes + (s.cfg.remat != 'none') + 2
     moved = times * 2 * sum(v.bytes for v in layer_values(s, kind))
     moved += STACKING * kept_of_layer(s, kind)
-    if ATTENTION_KERNELS[s.cfg.attention_kernel].scores:
+    if ATTENTION_KERNELS[s.cfg.attention_kernel].scores and not s.is_linear(kind):
         moved += times * score_bytes(s, kind)
     return moved
 
@@ -312,7 +335,22 @@ def context_transfers(s: Part) -> list[Transfer]:
     forward = forward_passes(s) * once + again
     backward = once + n * hop * FLOAT32 if s.in_ring else once
     sent = s.microbatches * (forward + backward) if n > 1 else 0
-    return [Transfer(CP, f'keys and values, by {cfg.cp_style}', sent)]
+    found = [Transfer(CP, f'keys and values, by {cfg.cp_style}', sent)]
+    moved = sum(layers * changes_sent(s, kind) for kind, layers in s.layers.items())
+    times = forward_passes(s) + 1 + (cfg.remat != 'none')
+    return [*found, Transfer(CP, 'what parts do to states', s.microbatches * times * moved)]
+
+
+def changes_sent(s: Microbatch, kind: str) -> float:
+    """Returns the bytes that a linear layer gathers over cp in a pass: of each of a device's two
+    parts what it does to a state, float32, and the inputs that convolutions reach over to."""
+    sizes, cfg = s.of_layer(kind), s.cfg
+    if not sizes.state:
+        return 0.0
+    change = s.state_numbers(kind) * (sizes.key + sizes.value) / sizes.value * FLOAT32
+    reached = min(cfg.delta_conv - 1, s.T // (2 * s.mesh[CP]))
+    inputs = s.rows * reached * cfg.d_model * s.width
+    return 2 * (s.mesh[CP] - 1) * (change + inputs)
 
 
 def expert_transfers(s: Part) -> list[Transfer]:
