@@ -119,6 +119,12 @@ def delta_params(cfg: ModelConfig) -> Tree:
     }
 
 
+def state_params(cfg: ModelConfig) -> Tree:
+    """Declares the parameters that what a layer does to a state depends on."""
+    of_outputs = ('w_q', 'conv_q', 'w_gate', 'w_gate_down', 'w_gate_up', 'out_norm', 'w_o')
+    return {name: p for name, p in delta_params(cfg).items() if name not in of_outputs}
+
+
 def delta_key_heads(m: ModelConfig | ConfigDict) -> int:
     """Returns the heads of queries and keys."""
     return m.delta_key_heads or m.delta_heads
@@ -139,6 +145,7 @@ def delta_sizes(cfg: ModelConfig) -> Sizes:
         inputs=(cfg.d_model,),
         state=N * Hk * Hv,
         work=N * flops(chunk, Hk, Hv),
+        work_before=N * flops(chunk, Hk, Hv, outputs=False),
     )
 
 
@@ -184,13 +191,15 @@ def unit(x: Array) -> Array:
 
 def rule_inputs(
     w: Tree, h: dict[str, Array], x_BTD: Array, since_BT: Array, cfg: ModelConfig
-) -> tuple[Array, ...]:
+) -> tuple[Array | None, ...]:
     """Makes what `delta_rule` takes, of projections with the positions before them, and of x_BTD:
-    queries, keys, values, g and β."""
-    q, k, v = (convolved(h[name], w[f'conv_{name}'], since_BT) for name in CONVOLVED)
-    q, k = unit(q) * q.shape[-1] ** -0.5, unit(k)
-    if k.shape[1] < v.shape[1]:  # each head of keys serves several neighbours
-        q, k = (jnp.repeat(x, v.shape[1] // k.shape[1], axis=1) for x in (q, k))
+    queries if there are any, keys, values, g and β."""
+    parts = {name: convolved(x, w[f'conv_{name}'], since_BT) for name, x in h.items()}
+    v = parts.pop('v')
+    groups = v.shape[1] // parts['k'].shape[1]  # each head of keys serves so many neighbours
+    of_keys = {name: jnp.repeat(unit(x), groups, axis=1) for name, x in parts.items()}
+    q, k = of_keys.get('q'), of_keys['k']
+    q = None if q is None else q * q.shape[-1] ** -0.5
     if cfg.attention == 'gdn':
         step = linear(x_BTD, w['w_step']).astype(jnp.float32) + w['step_bias']
         step = step.swapaxes(1, 2)[..., None]  # [B, n, T, 1]
@@ -230,9 +239,10 @@ def block(
     layer's output, [B, T, D]."""
     state, before_BWD = carry
     all_BTD = jnp.concatenate((before_BWD, x_BTD), axis=1)
-    h = {name: to_heads(all_BTD, w[f'w_{name}']) for name in CONVOLVED}
+    names = CONVOLVED if outputs else CONVOLVED[1:]
+    h = {name: to_heads(all_BTD, w[f'w_{name}']) for name in names}
     inputs = rule_inputs(w, h, x_BTD, since_BT, cfg)
-    state, out = delta_rule(*inputs, since_BT, state, x_BTD.dtype, outputs)
+    state, out = delta_rule(*inputs, since_BT, state, x_BTD.dtype)
     if outputs:
         out = from_heads(gated_norm(w, out, x_BTD, cfg), w['w_o'])
     return (state, all_BTD[:, x_BTD.shape[1] :]), out
@@ -327,6 +337,7 @@ def states_before(w: Tree, before_BWD: Array, x_BTD: Array, since_BT: Array, cfg
     state that comes of (0, I); they are gathered over cp, 4 · key · (key + value size) bytes a
     head, row and part, and each device goes through all parts. No position travels.
     """
+    w = {name: w[name] for name in state_params(cfg)}
     n, Hk, Hv = w['w_v'].shape[1], cfg.delta_key_dim, cfg.delta_value_dim
     rows = x_BTD.shape[0]
     start = jnp.zeros_like(x_BTD, jnp.float32, (rows, n, Hk, Hv + Hk))

@@ -30,10 +30,12 @@ def chunk_size(T: int) -> int:
     return max(d for d in range(1, min(CHUNK, T) + 1) if T % d == 0)
 
 
-def flops(C: int, key: int, value: int) -> float:
+def flops(C: int, key: int, value: int, outputs: bool = True) -> float:
     """Returns the FLOPs of a token and a head in matmuls, forward, with chunks of C tokens: reading
     and writing the state; products with the keys of the chunk, and with what they wrote; the
-    inverse."""
+    inverse. Without outputs, of a state with `key` columns more."""
+    if not outputs:
+        return 4 * key * (key + value) + C * (6 * key + 2 * value) + 2 / 3 * C**2
     return 6 * key * value + C * (6 * key + 4 * value) + 2 / 3 * C**2
 
 
@@ -152,7 +154,8 @@ def products_of_rows(
     near_b = lax.dynamic_slice_in_dim(b, start, size, -2)
     near_seen = lax.dynamic_slice_in_dim(seen, start, size, -1)
     between = decay(near_seen[..., None], sums[..., :, None, :] - sums[..., None, :, :])
-    near = jnp.sum(a[..., :, None, :] * near_b[..., None, :, :] * between, axis=-1)
+    # As a matmul: XLA:CPU of jax 0.10 ends the process in the gradient of the plain sum.
+    near = exact('...ih,...ijh->...ij', a, near_b[..., None, :, :] * between)
     return lax.dynamic_update_slice_in_dim(far, near, start, -1)
 
 
@@ -162,7 +165,7 @@ def products_of_rows(
 
 
 def delta_rule(
-    q: Array,
+    q: Array | None,
     k: Array,
     v: Array,
     g: Array,
@@ -170,9 +173,9 @@ def delta_rule(
     since_BT: Array,
     state: Array,
     dtype: jnp.dtype,
-    outputs: bool = True,
 ) -> tuple[Array, Array | None]:
-    """Runs the gated delta rule over T tokens: the state after them, and their outputs.
+    """Runs the gated delta rule over T tokens: the state after them, and their outputs, none
+    without queries.
 
     Queries and keys [B, N, T, key size], values [B, N, T, value size], g [B, N, T, 1 or key size]
     of at most 0, β [B, N, T], all float32; state [B, N, key size, value size]; `dtype` is that of
@@ -180,9 +183,9 @@ def delta_rule(
     0 the state starts anew. A state may be wider than values: the further columns, for which all
     values are 0, say what becomes of a state, since it changes linearly.
     """
-    T, C = q.shape[2], chunk_size(q.shape[2])
-    q, k, v, g, beta = (
-        x.reshape(*x.shape[:2], T // C, C, *x.shape[3:]) for x in (q, k, v, g, beta)
+    T, C, outputs = k.shape[2], chunk_size(k.shape[2]), q is not None
+    q, k, v, g, beta = jax.tree.map(
+        lambda x: x.reshape(*x.shape[:2], T // C, C, *x.shape[3:]), (q, k, v, g, beta)
     )
     document = jnp.cumsum((since_BT == 0).reshape(-1, 1, T // C, C), axis=-1)
     seen = (document[..., :, None] == document[..., None, :]) & jnp.tri(C, dtype=bool)

@@ -29,7 +29,8 @@ class Sizes(NamedTuple):
     expansion: weights that make keys and values of them, over all tp devices.
     state: numbers, in float32, of what a layer keeps of a whole sequence in place of keys; 0 if it
         compares keys. What travels over cp is then a state of each part, and how it changes one.
-    work: FLOPs of a token's forward pass beside its weights, where they do not grow with T.
+    work: FLOPs of a token's forward pass beside its weights, where they do not grow with T;
+        work_before: of the pass that says what parts of a sequence do to a state, where cp cuts.
     """
 
     key: int
@@ -45,6 +46,7 @@ class Sizes(NamedTuple):
     expansion: int = 0
     state: int = 0
     work: float = 0.0
+    work_before: float = 0.0
 
 
 class Cache(NamedTuple):

@@ -19,8 +19,9 @@ import math
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from config import ATTENTION_OUTPUT, HIDDEN, RESIDUAL, ModelConfig
+from config import ATTENTION_OUTPUT, HIDDEN, RESIDUAL, ModelConfig, of_layer
 from layers.attention_kernels import ATTENTION_KERNELS
+from layers.delta_attention import state_params
 from layers.dense import NEVER
 from machine.chips import Chip
 from model import layer_kinds
@@ -33,6 +34,7 @@ from planning.part import (
     Microbatch,
     Part,
     gathered,
+    group,
     layer,
     part_of,
     shards,
@@ -88,7 +90,8 @@ def attention_flops(s: Microbatch, kind: str) -> tuple[float, float]:
     matmuls and five; of a linear layer those of its state."""
     sizes = s.of_layer(kind)
     if sizes.state:  # backward computes each block again, and two products for each
-        once = s.tokens * sizes.work / s.mesh[TP] * state_passes(s)
+        work = sizes.work + (s.mesh[CP] > 1) * sizes.work_before
+        once = s.tokens * work / s.mesh[TP]
         return once, 3 * once
     each = 2 * s.tokens * s.keys_seen(kind) * s.cfg.n_heads / s.mesh[TP]
     return each * (sizes.key + sizes.value), each * (3 * sizes.key + 2 * sizes.value)
@@ -98,12 +101,6 @@ def expansion_flops(s: Microbatch, kind: str) -> float:
     """Returns the FLOPs of one pass that makes keys and values of the other cp devices' positions,
     which each device does for itself."""
     return 2.0 * (s.mesh[CP] - 1) * s.tokens * s.of_layer(kind).expansion / s.mesh[TP]
-
-
-def state_passes(s: Microbatch) -> int:
-    """Counts the passes of a linear layer over its positions: where cp cuts, one before says what
-    they do to a state."""
-    return 1 + (s.mesh[CP] > 1)
 
 
 def streamed_flops(s: Microbatch, kind: str) -> float:
@@ -136,14 +133,17 @@ def layer_flops(s: Microbatch, kind: str, passes: int) -> tuple[float, float, fl
     matmuls with weights, of attention, and of keys and values made again where cp cuts."""
     attend, attend_back = attention_flops(s, kind)
     matmuls, attends = (passes + 2) * matmul_flops(s, kind), passes * attend + attend_back
-    if s.is_linear(kind):  # backward makes them again; the pass before takes as many
+    if s.is_linear(kind):  # backward makes them again
         again = s.cfg.remat != 'none' and ATTENTION_OUTPUT not in s.cfg.spared_names
-        before = (state_passes(s) - 1) * (passes + 3 + again)
         if again:
             attends += attend
         if s.cfg.remat != 'none':
             matmuls += matmul_flops(s, kind, again=True)
-        return matmuls, attends, (1 + before) * streamed_flops(s, kind)
+        streamed = streamed_flops(s, kind)
+        if s.mesh[CP] > 1:  # a pass before says what the parts do to a state
+            of_state = group(state_params(of_layer(s.cfg, kind)))
+            streamed += (passes + 3 + again) * flops_of(of_state, s.local, ())
+        return matmuls, attends, streamed
     expanded = passes + 2 + s.in_ring  # backward makes them again
     if s.cfg.remat != 'none':
         matmuls += matmul_flops(s, kind, again=True)

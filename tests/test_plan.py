@@ -126,7 +126,7 @@ def delta_step_config(kind: str, remat: str = 'none', **changes):
     config = small_config(tied=False)
     config.seq_len, config.batch_size = 256, 2
     config.model.update(
-        block=(f'{kind}+dense',), n_layers=1, attention_block=128, remat=remat, delta_heads=4,
+        block=(f'{kind}+dense',), n_layers=2, attention_block=128, remat=remat, delta_heads=4,
         delta_key_dim=32, delta_value_dim=32,
     )  # fmt: skip
     config.update_from_flattened_dict(changes)
