@@ -86,6 +86,7 @@ def kinds_config(name: str, microbatches: int = 1, moe: bool = False) -> ConfigD
     if moe:
         *others, last = config.model.block
         config.model.block = (*others, last.replace('+dense', '+moe'))
+        config.model.n_layers = 1 + 2 * len(config.model.block)
     else:
         config.model.n_layers = len(config.model.block)
     return config

@@ -58,7 +58,8 @@ def config_of(name: str) -> ModelConfig:
     if 'kinds' in name:
         moe = 'moe' in name
         config = kinds_config(name.split()[0], moe=moe)
-        config.model.n_layers = 2 * len(config.model.block) + moe
+        if not moe:
+            config.model.n_layers = 2 * len(config.model.block)
     if 'documents' in name:
         config.model.document_end = 7  # occurs in the prompts
     return cpu_model(config)

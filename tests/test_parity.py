@@ -378,6 +378,20 @@ def test_complete_grid_of_kinds(k):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
+    ('sizes', 'check_vma', 'model'),
+    [
+        ((1, 1, 2, 1, 2, 2), True, {'remat': 'full'}),
+        ((1, 2, 2, 2), False, {'remat': 'full', 'remat_keep': ('attention',)}),
+        ((2, 1, 1, 1, 1, 4), False, {'document_end': -1}),
+    ],
+    ids=str,
+)
+def test_complete_grid_of_linear_layers(sizes, check_vma, model):
+    check_kinds('delta', sizes, check_vma, moe=True, **model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
     ('name', 'model'),
     [
         ('gqa', {'dropout': 0.3, 'remat': 'full'}), ('mla', {'remat': 'dots'}),
