@@ -133,7 +133,7 @@ def delta_key_heads(m: ModelConfig | ConfigDict) -> int:
 def delta_sizes(cfg: ModelConfig) -> Sizes:
     """Returns the numbers of `delta`, whose state stands for all positions."""
     N, Hk, Hv = cfg.delta_heads, cfg.delta_key_dim, cfg.delta_value_dim
-    chunk = chunk_size(cfg.attention_block)
+    each = functools.partial(flops, chunk_size(cfg.attention_block), Hk, Hv, cfg.attention == 'kda')
     return Sizes(
         key=Hk,
         value=Hv,
@@ -144,8 +144,8 @@ def delta_sizes(cfg: ModelConfig) -> Sizes:
         latents=0,
         inputs=(cfg.d_model,),
         state=N * Hk * Hv,
-        work=N * flops(chunk, Hk, Hv),
-        work_before=N * flops(chunk, Hk, Hv, outputs=False),
+        work=N * each(),
+        work_before=N * each(outputs=False),
     )
 
 

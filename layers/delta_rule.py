@@ -30,13 +30,15 @@ def chunk_size(T: int) -> int:
     return max(d for d in range(1, min(CHUNK, T) + 1) if T % d == 0)
 
 
-def flops(C: int, key: int, value: int, outputs: bool = True) -> float:
+def flops(C: int, key: int, value: int, channels: bool, outputs: bool = True) -> float:
     """Returns the FLOPs of a token and a head in matmuls, forward, with chunks of C tokens: reading
     and writing the state; products with the keys of the chunk, and with what they wrote; the
-    inverse. Without outputs, of a state with `key` columns more."""
+    inverse. `channels` have decays of their own. Without outputs, of a state with `key` columns
+    more."""
+    near = channels * 2 * BLOCK * key * (1 + outputs)
     if not outputs:
-        return 4 * key * (key + value) + C * (6 * key + 2 * value) + 2 / 3 * C**2
-    return 6 * key * value + C * (6 * key + 4 * value) + 2 / 3 * C**2
+        return near + 4 * key * (key + value) + C * (6 * key + 2 * value) + 2 / 3 * C**2
+    return near + 6 * key * value + C * (6 * key + 4 * value) + 2 / 3 * C**2
 
 
 def matmul(subscripts: str, a: Array, b: Array, dtype: jnp.dtype) -> Array:
