@@ -133,6 +133,11 @@ class ModelConfig:
     rotary_dim: int = 0
     padded: bool = False  # rows may end in -1, no token: experts leave these out; see model_for
     matmul_type: str = COMPUTE
+    delta_heads: int = 4
+    delta_key_heads: int = 0
+    delta_key_dim: int = 64
+    delta_value_dim: int = 64
+    delta_conv: int = 4
     nope: bool = False  # of the config of one layer (`of_layer`): no rotary part
 
     @property

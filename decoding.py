@@ -28,7 +28,7 @@ from layers.attention import ATTENTION, attention_sizes, rope_table
 from layers.attention_kernels import ATTENTION_KERNELS
 from layers.expert_kernels import EXPERT_KERNELS
 from layers.kernels import portable
-from layers.mask import cache_size, cached_positions, cached_visible
+from layers.kinds import Cache
 from model import (
     attention_of,
     block_names,
@@ -219,19 +219,18 @@ def prefill_logits(
 ) -> tuple[Array, Tree]:
     """Computes all positions of prompts at once. ids_BT: int32 [B, T], padded on the right.
 
-    Returns the logits after each prompt's last token, float32 [B, V], and the cache: leaves
-    [blocks, B, K, S, H] with S = `cache_size`. Entries of no position of the prompt mean nothing;
-    decoding overwrites each before it is visible.
+    Returns the logits after each prompt's last token, float32 [B, V], and the cache: leaves that
+    `kinds.Cache` makes, stacked over blocks.
     """
     T = ids_BT.shape[1]
     block = max(d for d in range(1, cfg.attention_block + 1) if T % d == 0)
     cfg = dataclasses.replace(cfg, attention_block=block)
     tables = position_tables(ids_BT, cfg)
+    tables = {rotary: table._replace(lengths=lengths_B) for rotary, table in tables.items()}
 
     def attend(params: Tree, h_BtD: Array, cached: None, kind: str) -> tuple[Array, Tree]:
         out_BtD, kept = attention_of(cfg, kind, tables)(params, h_BtD)
-        S = cache_size(context, of_layer(cfg, kind))
-        return out_BtD, jax.tree.map(lambda x: cache_of(x, lengths_B, S), kept)
+        return out_BtD, cache_kind(cfg, kind).keep(kept, lengths_B, context, of_layer(cfg, kind))
 
     x_BtD = embed(params['embed'], ids_BT, cfg)
     x_BtD, cache = run_layers(params, x_BtD, None, attend, cfg)
@@ -240,13 +239,21 @@ def prefill_logits(
     return all_gather(head_logits(params, last_B1D, cfg), TP, 2)[:, 0], cache
 
 
-def cache_of(x_BKTH: Array, lengths_B: Array, S: int) -> Array:
-    """Puts the last positions of prompts where `cached_positions` has them: [B, K, S, H]."""
-    T = x_BKTH.shape[2]
-    if T <= S:
-        return jnp.pad(x_BKTH, ((0, 0), (0, 0), (0, S - T), (0, 0)))
-    index_BS = jnp.maximum(cached_positions(lengths_B, S), 0)
-    return jnp.take_along_axis(x_BKTH, index_BS[:, None, :, None], axis=2)
+def cache_kind(cfg: ModelConfig, kind: str) -> Cache:
+    """Returns how a layer of this kind keeps earlier positions."""
+    return ATTENTION[of_layer(cfg, kind).attention].cache
+
+
+def written(cache: Tree, new: Tree, positions_B: Array, cfg: ModelConfig) -> Tree:
+    """Returns the cache of all layers with what they made for these positions."""
+    found: Tree = {}
+    for group, layers in cache.items():
+        kinds = (cfg.first_kind,) if group == 'first' else cfg.block
+        found[group] = {}
+        for name, kind in zip(block_names(kinds), kinds, strict=True):
+            write = functools.partial(cache_kind(cfg, kind).write, positions_B=positions_B)
+            found[group][name] = jax.tree.map(write, layers[name], new[group][name])
+    return found
 
 
 def decode_logits(
@@ -263,17 +270,14 @@ def decode_logits(
     tables = tables_of(cfg, lambda own: rope_table(own, since_start))
 
     def attend(params: Tree, h_1tD: Array, cached: Tree, kind: str) -> tuple[Array, Tree]:
-        own, S = of_layer(cfg, kind), jax.tree.leaves(cached)[0].shape[-2]
-        visible_BS = cached_visible(positions_B, starts_B, S, own)
+        own = of_layer(cfg, kind)
+        seen = cache_kind(cfg, kind).seen(positions_B, starts_B, cached, own)
         table = tables[attention_sizes(own).rotary]
-        return ATTENTION[own.attention].decode(params, h_1tD, table, cached, visible_BS, own)
-
-    def write(c: Array, new: Array) -> Array:
-        return c.at[:, jnp.arange(rows), :, positions_B % c.shape[-2]].set(new.swapaxes(0, 1))
+        return ATTENTION[own.attention].decode(params, h_1tD, table, cached, seen, own)
 
     x_1tD = embed(params['embed'], filled(ids_B)[None], cfg)
     x_1tD, kept = run_layers(params, x_1tD, cache, attend, cfg)
-    cache = jax.tree.map(write, cache, kept)
+    cache = written(cache, kept, positions_B, cfg)
     x_1BD = all_gather(x_1tD, TP, 1)[:, :rows]
     return all_gather(head_logits(params, x_1BD, cfg), TP, 2)[0], cache
 

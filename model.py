@@ -62,16 +62,26 @@ def model_for(config: ConfigDict, platform: str, end_of_text: int = -1) -> Model
     """
     cfg = model_config(config)
     end, layers = cfg.document_end, kernel_layers(config)
+    compared = [
+        x for x, kind in zip(layers, model_kinds(cfg), strict=True) if not is_linear(cfg, kind)
+    ]
     if config.data.isolate_documents and end < 0:
         end = end_of_text
     return dataclasses.replace(
         cfg,
-        attention_kernel=choose(ATTENTION_KERNELS, cfg.attention_kernel, layers, platform),
+        attention_kernel=choose(
+            ATTENTION_KERNELS, cfg.attention_kernel, compared or layers, platform
+        ),
         expert_kernel=choose(EXPERT_KERNELS, cfg.expert_kernel, layers, platform),
         ragged=platform != 'cpu',
         document_end=end,
         padded=config.data.packing != 'stream',
     )
+
+
+def is_linear(cfg: ModelConfig, kind: str) -> bool:
+    """Returns whether a layer keeps a state in place of keys, and so needs no attention kernel."""
+    return attention_sizes(of_layer(cfg, kind)).state > 0
 
 
 def kernel_layers(config: ConfigDict) -> list[Layer]:
@@ -433,7 +443,8 @@ def flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
     attention.
 
     The embedding lookup does no matmul, a tied head does. Attention counts the keys that a query
-    sees (`keys_seen`), T/2 without a window: 3 · 2 · N · (H_qk + H_v) · T/2 per layer.
+    sees (`keys_seen`), T/2 without a window: 3 · 2 · N · (H_qk + H_v) · T/2 per layer; of a linear
+    layer `Sizes.work`.
     Recomputation is not counted (PaLM, appendix B).
     """
     params = model_params(cfg)
@@ -448,6 +459,8 @@ def flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
 def attention_work(cfg: ModelConfig, seq_len: int) -> float:
     """Returns the FLOPs per token of one layer's attention, forward and backward."""
     sizes = attention_sizes(cfg)
+    if sizes.state:
+        return 3 * sizes.work
     return 6 * cfg.n_heads * (sizes.key + sizes.value) * keys_seen(cfg, seq_len)
 
 

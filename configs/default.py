@@ -58,7 +58,7 @@ def get_config() -> ConfigDict:
     m.router_z_loss = 0.0  # weight of the router's logsumexp squared
     m.capacity_factor = 0.0  # choices per expert and sequence, over an even spread; 0: all
     m.buffer_factor = 0.0  # rows per ep peer, over an even spread; 0: exact, room for all
-    m.attention = 'mla'  # 'mla' | 'gqa'
+    m.attention = 'mla'  # 'mla' | 'gqa' | linear in T: 'gdn' (Gated DeltaNet), 'kda' (Kimi's)
     m.n_heads = 4
     m.n_kv_heads = 4  # gqa: n_heads is multi-head, 1 is multi-query attention
     m.head_dim = 64  # gqa
@@ -76,6 +76,11 @@ def get_config() -> ConfigDict:
     m.rope_dim = 32  # mla: head size of the rotary part
     m.v_dim = 64  # mla: head size of the value
     m.latent_norm_eps = 0.0  # mla: eps of the latents' norms, as 1e-6; 0: norm_eps
+    m.delta_heads = 4  # gdn, kda: heads of values, each with a state of key size x value size
+    m.delta_key_heads = 0  # gdn, kda: heads of queries and keys; 0: as many (Qwen3-Next: half)
+    m.delta_key_dim = 64  # gdn, kda: head size of queries and keys
+    m.delta_value_dim = 64  # gdn, kda: head size of values; of kda also the rank of its gates
+    m.delta_conv = 4  # gdn, kda: positions that the short convolutions see, each its own included
     m.rope_base = 10000.0
     m.rope_scaling = 'none'  # 'none' | 'linear' | 'llama3' | 'yarn'
     m.rope_factor = 1.0  # context length over the original one
@@ -92,7 +97,8 @@ def get_config() -> ConfigDict:
     # check_vma off, cuDNN's for bfloat16 and heads up to 128; else blockwise
     # | 'latent' (TPU): makes mla's heads itself, of short sequences
     m.attention_kernel = 'auto'
-    m.attention_block = 256  # queries, and keys, of the block whose scores exist at a time
+    # queries, and keys, of the block whose scores exist at a time; positions of linear layers
+    m.attention_block = 256
     m.document_end = -1  # token that ends a document, for data.isolate_documents; -1: none
     m.tie_embeddings = True  # head and embedding share one matrix
     m.norm_eps = 1e-6

@@ -1,13 +1,13 @@
 """Attention layers: multi-head latent attention and grouped-query attention, in training and in
-decoding. The causal softmax itself is in attention_kernels.py.
+decoding. The causal softmax itself is in attention_kernels.py; linear attention in
+delta_attention.py.
 
 To add a kind, write its functions and add a line to ATTENTION.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,20 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from ml_collections import ConfigDict
 
-from config import QKV, RESIDUAL, ModelConfig, divisors, indivisible
+from config import QKV, ModelConfig, divisors, indivisible
 from layers.attention_kernels import ATTENTION_KERNELS, LATENT_KERNELS, cached_attention
 from layers.context_parallel import attention_over_cp
+from layers.delta_attention import GDN, KDA
 from layers.dense import gain, linear, rms_norm, weight, weights
+from layers.kinds import (
+    Attention,
+    Sizes,
+    from_heads,
+    output_weight,
+    rows_first,
+    rows_last,
+    to_heads,
+)
 from layers.rope import Positions, rope
 from layers.rope_scaling import (
     attention_scale,
@@ -46,59 +56,6 @@ from parallel import (
     zeros,
     zigzag,
 )
-
-
-class Sizes(NamedTuple):
-    """Numbers per position of the attention of one layer, over all tp devices together.
-
-    key: the head size of queries and keys, `rotary` of it with a rotation; value: that of values.
-    kv_heads: heads of keys and values that the forward pass makes.
-    cache: numbers that decoding keeps.
-    gathered: numbers that travel over tp on the way in.
-    latents: numbers made from a device's own positions before they are gathered.
-    inputs: sizes of the arrays of all positions that the projections to heads read.
-    travels: numbers that travel over cp, from which keys and values are made; tp cuts them where
-        `travels_cut`, else each tp device sends all. 0 if a sequence cannot be cut.
-    expansion: weights that make keys and values of them, over all tp devices.
-    """
-
-    key: int
-    value: int
-    rotary: int
-    kv_heads: int
-    cache: int
-    gathered: int
-    latents: int
-    inputs: tuple[int, ...]
-    travels: int = 0
-    travels_cut: bool = False
-    expansion: int = 0
-
-
-class Attention(NamedTuple):
-    """One kind of attention.
-
-    params(cfg) declares its parameters; sizes(cfg) says its numbers per position; rules(config)
-    yields what cannot run. All take the config of one layer (`config.of_layer`,
-    `config.config_of_layer`).
-
-    forward(params, x_BtD, table, cfg) and decode(params, x_BtD, table, cache, visible_BS, cfg) both
-    return what is added to the residual stream, and what later positions need of these ones: leaves
-    [B, K, T, H], sharded over tp in K, or copies of one head.
-
-    `decode` takes one new position of each of B rows. In the residual stream, rows then stand where
-    positions stand in training, so that linear layers, feed-forward parts and collectives are the
-    same: x_BtD is [1, T/tp, D], where T is B rounded up to a multiple of tp by repeating the last
-    row, and the table has a position for each of the T. Its cache has leaves [B, K, S, H], of which
-    a row sees the positions set in its visible_BS; for the new position it returns [B, K, H].
-    """
-
-    params: Callable[[ModelConfig], Tree]
-    forward: Callable[..., tuple[Array, Tree]]
-    decode: Callable[..., tuple[Array, Tree]]
-    sizes: Callable[[ModelConfig], Sizes]
-    rules: Callable[[ConfigDict], Iterator[str]]
-
 
 # ---------------------------------------------------------------------------------------------
 # Positions
@@ -132,27 +89,8 @@ def positions(ids_BT: Array, cfg: ModelConfig) -> Positions:
 
 
 # ---------------------------------------------------------------------------------------------
-# Projections
+# What stands behind the scores
 # ---------------------------------------------------------------------------------------------
-
-
-def to_heads(x_BTI: Array, w_InH: Array | Deferred) -> Array:
-    """Projects to heads: [B, T, I], [I, N/tp, H] -> [B, N/tp, T, H]."""
-    x_BTO = linear(x_BTI, w_InH)
-    return x_BTO.reshape(*x_BTI.shape[:2], *w_InH.shape[1:]).swapaxes(1, 2)
-
-
-def from_heads(x_BnTH: Array, w_nHD: Array | Deferred) -> Array:
-    """Projects heads to the residual stream: [B, N/tp, T, H], [N/tp, H, D] -> [B, T, D], a partial
-    sum over tp."""
-    B, n, T, H = x_BnTH.shape
-    return linear(x_BnTH.swapaxes(1, 2).reshape(B, T, n * H), w_nHD)
-
-
-def output_weight(cfg: ModelConfig, size: int) -> Param:
-    """Declares the weight from heads of this size back to the residual stream."""
-    N, std = cfg.n_heads, (2 * cfg.n_layers * cfg.n_heads * size) ** -0.5
-    return weight((N, size, cfg.d_model), P(TP, None, FSDP), std, RESIDUAL, inputs=2)
 
 
 def output_params(cfg: ModelConfig, size: int) -> Tree:
@@ -185,28 +123,6 @@ def to_residual(w: Tree, out_BnTH: Array, x_BTD: Array | None) -> Array:
         out_BnTH = (out_BnTH * open_BnTH).astype(out_BnTH.dtype)
     out_BtD = reduce_scatter(from_heads(out_BnTH, w['w_o']), TP, 1)
     return (out_BtD + w['b_o']).astype(out_BtD.dtype) if 'b_o' in w else out_BtD
-
-
-# ---------------------------------------------------------------------------------------------
-# Decoding
-# ---------------------------------------------------------------------------------------------
-
-
-def _rows_first(x_1nTH: Array, rows: int) -> Array:
-    """Brings the rows of decoding to the front: [1, N, T, H] -> [B, N, H].
-
-    They stand where positions do in training, and the last of them only fill up the tp devices.
-    """
-    return x_1nTH[0, :, :rows].swapaxes(0, 1)
-
-
-def _rows_last(x_BnH: Array, rows: int) -> Array:
-    """Brings rows back to where positions stand: [B, N, H] -> [1, N, T, H] with T = rows.
-
-    The last row is repeated to fill them up.
-    """
-    filled = jnp.pad(x_BnH, ((0, rows - x_BnH.shape[0]), (0, 0), (0, 0)), mode='edge')
-    return filled.swapaxes(0, 1)[None]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -386,15 +302,15 @@ def mla_decode(
     q_1nTH = rope(to_heads(q_1TR, _w_q(w)), table)
     q_nope_1nTH, q_rope_1nTH = jnp.split(q_1nTH, [cfg.nope_dim], axis=-1)
     rows, filled = visible_BS.shape[0], latent_1TR.shape[1]
-    q_BnR = jnp.einsum('bnh,rnh->bnr', _rows_first(q_nope_1nTH, rows), w['w_k_up'])
-    q_BnR = jnp.concatenate((q_BnR, _rows_first(q_rope_1nTH, rows)), axis=-1)
+    q_BnR = jnp.einsum('bnh,rnh->bnr', rows_first(q_nope_1nTH, rows), w['w_k_up'])
+    q_BnR = jnp.concatenate((q_BnR, rows_first(q_rope_1nTH, rows)), axis=-1)
     own_B1R = jnp.concatenate((latent_1TR, k_rope_1TH), axis=-1)[0, :rows, None]
     latent, scale = cache['latent'], attention_scale(cfg, mla_sizes(cfg).key)
     out_BnR = cached_attention(
         q_BnR[:, None], (latent, latent), (own_B1R, own_B1R), visible_BS, scale, sinks_of(w, 1)
     )[:, 0, :, : cfg.kv_rank]
     out_BnH = jnp.einsum('bnr,rnh->bnh', out_BnR, w['w_v_up'])
-    return to_residual(w, _rows_last(out_BnH, filled), x_1TD), {'latent': own_B1R}
+    return to_residual(w, rows_last(out_BnH, filled), x_1TD), {'latent': own_B1R}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -543,14 +459,14 @@ def gqa_decode(
     w = unshard(params, gqa_params(cfg), x_1tD.dtype)
     q_1nTH, k_1kTH, v_1kTH, x_1TD = _gqa_inputs(w, x_1tD, table, cfg)
     rows, filled = visible_BS.shape[0], q_1nTH.shape[2]
-    q_BnH, k_BkH, v_BkH = (_rows_first(y, rows) for y in (q_1nTH, k_1kTH, v_1kTH))
+    q_BnH, k_BkH, v_BkH = (rows_first(y, rows) for y in (q_1nTH, k_1kTH, v_1kTH))
     q_BkGH = q_BnH.reshape(rows, k_BkH.shape[1], -1, cfg.head_dim)
     scale = attention_scale(cfg, cfg.head_dim)
     sinks_kG = sinks_of(w, k_BkH.shape[1])
     out_BkGH = cached_attention(
         q_BkGH, (cache['k'], cache['v']), (k_BkH, v_BkH), visible_BS, scale, sinks_kG
     )
-    out_1nTH = _rows_last(out_BkGH.reshape(q_BnH.shape), filled)
+    out_1nTH = rows_last(out_BkGH.reshape(q_BnH.shape), filled)
     return to_residual(w, out_1nTH, x_1TD), {'k': k_BkH, 'v': v_BkH}
 
 
@@ -561,6 +477,8 @@ def gqa_decode(
 ATTENTION: dict[str, Attention] = {
     'mla': Attention(mla_params, mla, mla_decode, mla_sizes, mla_rules),
     'gqa': Attention(gqa_params, gqa, gqa_decode, gqa_sizes, gqa_rules),
+    'gdn': GDN,
+    'kda': KDA,
 }
 
 

@@ -19,6 +19,8 @@ class Positions(NamedTuple):
     documents: Array | None = None
     # [B, T/tp] the positions of this device that hold a token, for experts; None: all do
     held: Array | None = None
+    # [B] the positions of each row that count, its first ones, for a state; None: all
+    lengths: Array | None = None
 
 
 def rope(x: Array, table: Positions) -> Array:

@@ -13,6 +13,7 @@ import math
 
 from config import ATTENTION_OUTPUT, EXPERTS, HIDDEN, QKV, RESIDUAL
 from layers.attention_kernels import ATTENTION_KERNELS
+from layers.delta_rule import chunk_size
 from model import layer_kinds
 from parallel import CP, EP, FSDP, TP, spec_axes
 from planning.part import Microbatch, Part, gathered, gathered_within, layer, shards
@@ -39,6 +40,8 @@ class Value:
 @functools.cache
 def attention_values(s: Microbatch, kind: str) -> list[Value]:
     """Lists the arrays of a layer's attention, and the residual stream after it."""
+    if s.is_linear(kind):
+        return linear_attention_values(s, kind)
     cfg, c, tp, t = s.cfg, s.width, s.mesh[TP], s.tokens
     D, N, sizes = cfg.d_model, cfg.n_heads // tp, s.of_layer(kind)
     kv = max(sizes.kv_heads // tp, 1)
@@ -58,6 +61,39 @@ def attention_values(s: Microbatch, kind: str) -> list[Value]:
         *([Value(t * N * sizes.value * FLOAT32)] if cfg.attention_gate else []),  # its sigmoid
         Value(s.local * D * c, RESIDUAL),
     ]
+
+
+def state_block(s: Microbatch) -> int:
+    """Returns the positions of a block of a linear layer."""
+    own = s.T if s.mesh[CP] == 1 else s.T // (2 * s.mesh[CP])
+    return min(s.cfg.attention_block, own)
+
+
+def linear_attention_values(s: Microbatch, kind: str) -> list[Value]:
+    """Lists the arrays of a linear layer, which computes all but its input again in backward, from
+    the states before each block."""
+    x, c, own = s.local * s.cfg.d_model, s.width, s.T // s.mesh[CP]
+    states = s.state_numbers(kind) * own // state_block(s) * FLOAT32
+    return [
+        Value(x * c),  # normed
+        Value(x * s.mesh[TP] * c),  # gathered
+        Value(states + x * c, ATTENTION_OUTPUT),
+        Value(x * c, RESIDUAL),
+    ]
+
+
+def block_bytes(s: Microbatch, kind: str) -> float:
+    """Returns the bytes of the backward pass of a linear layer: a block's projections and what the
+    rule makes of them, with gradients, all float32; gradients of the weights, added up and of a
+    block; and of input and output."""
+    cfg, sizes = s.cfg, s.of_layer(kind)
+    heads = s.state_numbers(kind) // (s.rows * sizes.key * sizes.value)
+    tokens = s.rows * (1 + (s.mesh[CP] > 1)) * state_block(s)
+    numbers = 12 * (sizes.key + sizes.value) + 6 * chunk_size(state_block(s))
+    weights = [p for p in layer(cfg, kind).params if p.kept_by == ATTENTION_OUTPUT]
+    of_weights = 2 * FLOAT32 * sum(math.prod(p.shape) for p in weights) / s.mesh[TP]
+    whole = 2 * s.tokens * cfg.d_model * s.width
+    return tokens * heads * numbers * FLOAT32 + of_weights + whole
 
 
 @functools.cache
@@ -124,6 +160,8 @@ def gradients_of_layer(s: Microbatch, kind: str) -> float:
         feed_forward = rows * (3 * width * FLOAT32 + cfg.d_model * (FLOAT32 + c))
         if s.mesh[EP] > 1:
             feed_forward += 2 * rows * cfg.d_model * c  # as they come, and go back
+    if s.is_linear(kind):
+        return max(feed_forward, block_bytes(s, kind))
     qkv = next(v.bytes for v in attention_values(s, kind) if v.group == QKV)
     attention = qkv  # their gradients
     kernel = ATTENTION_KERNELS[cfg.attention_kernel]

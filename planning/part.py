@@ -233,6 +233,14 @@ class Microbatch:
         """Keys that a query of a layer of this kind sees, on average."""
         return keys_seen(of_layer(self.cfg, kind), self.T)
 
+    def is_linear(self, kind: str) -> bool:
+        """True for a layer with a state in place of keys."""
+        return self.of_layer(kind).state > 0
+
+    def state_numbers(self, kind: str) -> int:
+        """Numbers of a linear layer's state on a device, for all rows of a microbatch."""
+        return self.rows * self.of_layer(kind).state // self.mesh[TP]
+
     def travels(self, kind: str) -> int:
         """Numbers of a cp device's positions that travel, for a layer and microbatch."""
         sizes = self.of_layer(kind)

@@ -19,8 +19,9 @@ import math
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from config import ATTENTION_OUTPUT, COMPUTE, EXPERTS, FP8, RESIDUAL, ModelConfig
+from config import ATTENTION_OUTPUT, COMPUTE, EXPERTS, FP8, RESIDUAL, ModelConfig, of_layer
 from layers.attention_kernels import ATTENTION_KERNELS
+from layers.delta_attention import state_params
 from layers.dense import NEVER
 from machine.chips import Chip, check_matmul_type
 from model import layer_kinds
@@ -33,6 +34,7 @@ from planning.part import (
     Microbatch,
     Part,
     gathered,
+    group,
     layer,
     part_of,
     shards,
@@ -90,8 +92,12 @@ def forward_passes(s: Part) -> int:
 @functools.cache
 def attention_flops(s: Microbatch, kind: str) -> tuple[float, float]:
     """Returns the FLOPs of one layer's attention for a microbatch, forward and backward: two
-    matmuls and five."""
+    matmuls and five; of a linear layer those of its state."""
     sizes = s.of_layer(kind)
+    if sizes.state:  # backward computes each block again, and two products for each
+        work = sizes.work + (s.mesh[CP] > 1) * sizes.work_before
+        once = s.tokens * work / s.mesh[TP]
+        return once, 3 * once
     each = 2 * s.tokens * s.keys_seen(kind) * s.cfg.n_heads / s.mesh[TP]
     return each * (sizes.key + sizes.value), each * (3 * sizes.key + 2 * sizes.value)
 
@@ -100,6 +106,12 @@ def expansion_flops(s: Microbatch, kind: str) -> float:
     """Returns the FLOPs of one pass that makes keys and values of the other cp devices' positions,
     which each device does for itself."""
     return 2.0 * (s.mesh[CP] - 1) * s.tokens * s.of_layer(kind).expansion / s.mesh[TP]
+
+
+def streamed_flops(s: Microbatch, kind: str) -> float:
+    """Returns the FLOPs of one pass over the matrices that a linear layer uses block by block."""
+    weights = [p for p in layer(s.cfg, kind).params if p.kept_by == ATTENTION_OUTPUT]
+    return flops_of(Group(tuple(weights)), s.local, ())
 
 
 def matmul_flops(s: Microbatch, kind: str, again: bool = False) -> float:
@@ -126,6 +138,17 @@ def layer_flops(s: Microbatch, kind: str, passes: int) -> tuple[float, float, fl
     matmuls with weights, of attention, and of keys and values made again where cp cuts."""
     attend, attend_back = attention_flops(s, kind)
     matmuls, attends = (passes + 2) * matmul_flops(s, kind), passes * attend + attend_back
+    if s.is_linear(kind):  # backward makes them again
+        again = s.cfg.remat != 'none' and ATTENTION_OUTPUT not in s.cfg.spared_names
+        if again:
+            attends += attend
+        if s.cfg.remat != 'none':
+            matmuls += matmul_flops(s, kind, again=True)
+        streamed = streamed_flops(s, kind)
+        if s.mesh[CP] > 1:  # a pass before says what the parts do to a state
+            of_state = group(state_params(of_layer(s.cfg, kind)))
+            streamed += (passes + 3 + again) * flops_of(of_state, s.local, ())
+        return matmuls, attends, streamed
     expanded = passes + 2 + s.in_ring  # backward makes them again
     if s.cfg.remat != 'none':
         matmuls += matmul_flops(s, kind, again=True)
@@ -141,7 +164,7 @@ def layer_traffic(s: Microbatch, kind: str, passes: int) -> float:
     times = passes + (s.cfg.remat != 'none') + 2
     moved = times * 2 * sum(v.bytes for v in layer_values(s, kind))
     moved += STACKING * kept_of_layer(s, kind)
-    if ATTENTION_KERNELS[s.cfg.attention_kernel].scores:
+    if ATTENTION_KERNELS[s.cfg.attention_kernel].scores and not s.is_linear(kind):
         moved += times * score_bytes(s, kind)
     return moved
 
@@ -324,7 +347,22 @@ def context_transfers(s: Part) -> list[Transfer]:
     forward = forward_passes(s) * once + again
     backward = once + n * hop * FLOAT32 if s.in_ring else once
     sent = s.microbatches * (forward + backward) if n > 1 else 0
-    return [Transfer(CP, f'keys and values, by {cfg.cp_style}', sent)]
+    found = [Transfer(CP, f'keys and values, by {cfg.cp_style}', sent)]
+    moved = sum(layers * changes_sent(s, kind) for kind, layers in s.layers.items())
+    times = forward_passes(s) + 1 + (cfg.remat != 'none')
+    return [*found, Transfer(CP, 'what parts do to states', s.microbatches * times * moved)]
+
+
+def changes_sent(s: Microbatch, kind: str) -> float:
+    """Returns the bytes that a linear layer gathers over cp in a pass: of each of a device's two
+    parts what it does to a state, float32, and the inputs that convolutions reach over to."""
+    sizes, cfg = s.of_layer(kind), s.cfg
+    if not sizes.state:
+        return 0.0
+    change = s.state_numbers(kind) * (sizes.key + sizes.value) / sizes.value * FLOAT32
+    reached = min(cfg.delta_conv - 1, s.T // (2 * s.mesh[CP]))
+    inputs = s.rows * reached * cfg.d_model * s.width
+    return 2 * (s.mesh[CP] - 1) * (change + inputs)
 
 
 def expert_transfers(s: Part) -> list[Transfer]:

@@ -5,6 +5,7 @@ Rules of one layer kind, kernel or optimizer stand beside it, in its record.
 
 import math
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from config import (
     REMAT_NAMES,
     WINDOW,
     ConfigError,
+    LayerKind,
     divisors,
     flat,
     in_phase,
@@ -108,7 +110,8 @@ RANGES: dict[str, tuple[float, float]] = {
          'model.n_layers', 'model.d_ff', 'model.n_experts', 'model.experts_per_token',
          'model.d_expert', 'model.n_expert_groups', 'model.n_top_groups', 'model.n_heads',
          'model.n_kv_heads', 'model.head_dim', 'model.kv_rank', 'model.nope_dim', 'model.rope_dim',
-         'model.v_dim', 'model.rope_original_len', 'model.attention_block', 'model.loss_chunk'),
+         'model.v_dim', 'model.rope_original_len', 'model.attention_block', 'model.loss_chunk',
+         'model.delta_heads', 'model.delta_key_dim', 'model.delta_value_dim', 'model.delta_conv'),
         (1, INT32),
     ),
     **dict.fromkeys(
@@ -116,7 +119,8 @@ RANGES: dict[str, tuple[float, float]] = {
          'eval.tasks_every',
          'log.every', 'log.loads_every', 'log.sample_every', 'checkpoint.every', 'checkpoint.keep',
          'checkpoint.keep_every', 'guard.max_skips', 'model.first_dense', 'model.n_shared_experts',
-         'model.q_rank', 'model.window', 'model.rotary_dim', 'data.max_documents'),
+         'model.q_rank', 'model.window', 'model.rotary_dim', 'model.delta_key_heads',
+         'data.max_documents'),
         (0, INT32),
     ),
     'model.document_end': (-1, INT32),
@@ -358,12 +362,14 @@ def kind_errors(config: ConfigDict) -> Iterator[str]:
     layers, found = kernel_layers(config), [*attention_errors(config)]
     for kind, (own, head) in zip(kinds, layers, strict=True):
         name, cp = own.model.attention, config.mesh.cp
-        if cp > 1 and not attention_sizes(of_layer(cfg, kind)).travels:
+        sizes = attention_sizes(of_layer(cfg, kind))
+        if cp > 1 and not (sizes.travels or sizes.state):
             found.append(
                 f'attention {name!r} takes whole sequences, and mesh.cp={cp}; use a cp of 1'
             )
         found += ATTENTION[name].rules(own)
-        found += kernel_errors(ATTENTION_KERNELS, 'attention_kernel', own, head)
+        if not sizes.state:  # a linear layer has no scores
+            found += kernel_errors(ATTENTION_KERNELS, 'attention_kernel', own, head)
     feed_forwards = dict.fromkeys(layer_kind(kind).feed_forward for kind in kinds)
     for name in feed_forwards:
         found += FEED_FORWARD[name].rules(config)
@@ -387,6 +393,7 @@ def attention_errors(config: ConfigDict) -> Iterator[str]:
             f'model.window={m.window} is for layers that end in {WINDOW}, and model.block='
             f"{tuple(m.block)} has none; name them, as in '{m.attention}{WINDOW}+dense', or use 0"
         )
+    yield from linear_errors(config, kinds)
     present = {part for k in kinds for part in (k.attention or m.attention, k.feed_forward)}
     for kind, fields in OF_KIND.items():
         for field in fields if kind not in present else ():
@@ -395,6 +402,28 @@ def attention_errors(config: ConfigDict) -> Iterator[str]:
                 yield (
                     f'model.{field}={m[field]!r} is for {kind!r}, which is not among the layers of '
                     f'model.block={tuple(m.block)}; use {off!r}'
+                )
+
+
+def linear_errors(config: ConfigDict, kinds: list[LayerKind]) -> Iterator[str]:
+    """Yields errors for what only attention that compares keys can have."""
+    m, cfg = config.model, model_config(config)
+    linear = {name for name in ATTENTION if attention_sizes(replace(cfg, attention=name)).state}
+    for kind in kinds:
+        name = kind.attention or m.attention
+        if name in linear and (kind.window or kind.nope):
+            suffix = WINDOW if kind.window else NOPE
+            yield (
+                f'model.block={tuple(m.block)} has {name}{suffix}, and {name!r} compares no keys '
+                f'and rotates none; leave {suffix} out'
+            )
+    if all((kind.attention or m.attention) in linear for kind in kinds):
+        for field in ('attention_sinks', 'attention_gate', 'attention_bias'):
+            off = DEFAULTS[f'model.{field}']
+            if m[field] != off:
+                yield (
+                    f'model.{field}={m[field]!r} is for attention that compares keys, and none of '
+                    f'model.block={tuple(m.block)} does; use {off!r}'
                 )
 
 

@@ -69,6 +69,12 @@ KINDS: dict[str, dict[str, Any]] = {
         'block': ('mla_nope+dense', 'gqa_window+dense'), 'window': 7, 'n_kv_heads': 1,
         'attention_sinks': True,
     },
+    # both linear kinds and one that compares keys; at the start of a document the output of a head
+    # may be next to nothing, which a norm with a smaller eps scales up with its rounding
+    'delta': {
+        'block': ('kda+dense', 'gdn+dense', 'mla_nope+dense'), 'delta_heads': 8,
+        'delta_key_heads': 4, 'delta_key_dim': 4, 'delta_value_dim': 8, 'norm_eps': 0.01,
+    },
 }  # fmt: skip
 
 
@@ -80,8 +86,9 @@ def kinds_config(name: str, microbatches: int = 1, moe: bool = False) -> ConfigD
     if moe:
         *others, last = config.model.block
         config.model.block = (*others, last.replace('+dense', '+moe'))
+        config.model.n_layers = 1 + 2 * len(config.model.block)
     else:
-        config.model.n_layers = 2
+        config.model.n_layers = len(config.model.block)
     return config
 
 

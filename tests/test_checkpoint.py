@@ -275,7 +275,7 @@ def test_one_save_is_in_flight_at_a_time(tmp_path, monkeypatch):
     gate = Gate(monkeypatch, 'write')
     copies = []
     original = checkpoint.copy_to_host
-    monkeypatch.setattr(checkpoint, 'copy_to_host', lambda t: copies.append(t) or original(t))
+    monkeypatch.setattr(checkpoint, 'copy_to_host', lambda t, *_: copies.append(t) or original(t))
     with Checkpointer(str(tmp_path)) as checkpoints:
         checkpoints.save(1, small_tree(1))
         second = threading.Thread(target=checkpoints.save, args=(2, small_tree(2)))

@@ -137,6 +137,8 @@ LEAK_MESHES = [{'cp': 2}, {'cp': 4}, {'cp': 2, 'tp': 2, 'fsdp': 2}, {'cp': 4, 'd
     [
         ('mla', 'ring', {'cp': 4, 'tp': 2}),
         ('gqa', 'gather', {'cp': 2, 'tp': 2}),
+        pytest.param('gdn', 'ring', {'cp': 4, 'tp': 2}, marks=pytest.mark.slow),
+        pytest.param('kda', 'ring', {'cp': 2, 'dp': 2}, marks=pytest.mark.slow),
         *(
             pytest.param(attention, style, mesh, marks=pytest.mark.slow)
             for attention in ('mla', 'gqa')

@@ -58,7 +58,8 @@ def config_of(name: str) -> ModelConfig:
     if 'kinds' in name:
         moe = 'moe' in name
         config = kinds_config(name.split()[0], moe=moe)
-        config.model.n_layers = 5 if moe else 4
+        if not moe:
+            config.model.n_layers = 2 * len(config.model.block)
     if 'documents' in name:
         config.model.document_end = 7  # occurs in the prompts
     return cpu_model(config)
@@ -134,6 +135,8 @@ def test_kernels_that_cannot_be_checked_are_for_training():
         ('gqa kinds documents', {'fsdp': 2, 'tp': 2}),
         ('mla kinds', {'tp': 4}),
         pytest.param('both kinds moe', {'pp': 2, 'tp': 2, 'ep': 2}, marks=pytest.mark.slow),
+        ('delta kinds documents', {'fsdp': 2, 'tp': 2}),
+        pytest.param('delta kinds moe', {'pp': 2, 'tp': 2, 'ep': 2}, marks=pytest.mark.slow),
         pytest.param('mla kinds moe documents', {'dp': 2, 'ep': 2}, marks=pytest.mark.slow),
     ],
     ids=str,

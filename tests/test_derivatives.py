@@ -17,7 +17,7 @@ import pytest
 from common import cpu_model, on_one_device, small_config
 
 import layers.cross_entropy
-from layers import float8
+from layers import delta_attention, float8
 from layers.expert_kernels import BLOCK
 from layers.moe import inverted
 from parallel import Array, Tree
@@ -108,7 +108,28 @@ def gathered() -> Example:
     return Example((draw(4, 3), 'fsdp', 0), 1)
 
 
+def lower() -> Example:
+    """The inverse of a triangular matrix of odd size."""
+    return Example((jnp.tril(draw(2, 5, 5), -1),), 1, lambda x: jnp.tril(x, -1))
+
+
+def linear_attention() -> Example:
+    """Two blocks of two chunks, a document that begins in the second, and one channel's decays."""
+    config = small_config()
+    config.model.update(attention='kda', attention_block=4, delta_heads=2, delta_conv=2)
+    config.model.update(d_model=3, delta_key_dim=3, delta_value_dim=2)
+    cfg = cpu_model(config)
+    declared = delta_attention.delta_params(cfg)
+    shapes = {name: p.shape for name, p in declared.items()}
+    w = {name: draw(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
+    carry, since = (draw(2, 2, 3, 2, seed=20), draw(2, 1, 3, seed=21)), jnp.arange(8) + 3
+    since = jnp.stack((since, jnp.arange(8) - 5 * (jnp.arange(8) >= 5)))
+    return Example((w, carry, draw(2, 8, 3), since, cfg, True), 3, lambda results: results[1])
+
+
 EXAMPLES: dict[str, Callable[[], Example]] = {
+    'layers.delta_attention.stream': linear_attention,
+    'layers.delta_rule.inverse': lower,
     'layers.rope._rotate': rotation,
     'layers.blockwise.causal_attention': attention,
     'layers.context_parallel.ring_attention': ring,

@@ -367,6 +367,8 @@ def check_kinds(
     [
         ('gqa', (1, 1, 2, 1, 1, 4), True, 'ring'),
         ('mla', (1, 2, 2, 1, 1, 2), False, 'gather'),
+        ('delta', (1, 1, 2, 1, 1, 4), True, 'ring'),
+        pytest.param('delta', (1, 2, 4), False, 'ring', marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -390,6 +392,20 @@ def test_complete_grid_of_kinds(k):
     name = ('gqa', 'mla')[i % 2] if again else 'both'
     style = ('ring', 'gather')[(i // 2 + again) % 2]
     check_kinds(name, KIND_MESHES[i], (i + again) % 2 > 0, style, moe=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('sizes', 'check_vma', 'model'),
+    [
+        ((1, 1, 2, 1, 2, 2), True, {'remat': 'full'}),
+        ((1, 2, 2, 2), False, {'remat': 'full', 'remat_keep': ('attention',)}),
+        ((2, 1, 1, 1, 1, 4), False, {'document_end': -1}),
+    ],
+    ids=str,
+)
+def test_complete_grid_of_linear_layers(sizes, check_vma, model):
+    check_kinds('delta', sizes, check_vma, moe=True, **model)
 
 
 @pytest.mark.slow

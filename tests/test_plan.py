@@ -123,6 +123,43 @@ def test_a_window_saves_the_flops_that_the_compiled_step_saves():
     assert saved == pytest.approx(said, rel=0.02)
 
 
+def delta_step_config(kind: str, remat: str = 'none', **changes):
+    config = small_config(tied=False)
+    config.seq_len, config.batch_size = 256, 2
+    config.model.update(
+        block=(f'{kind}+dense',), n_layers=2, attention_block=128, remat=remat, delta_heads=4,
+        delta_key_dim=32, delta_value_dim=32,
+    )  # fmt: skip
+    config.update_from_flattened_dict(changes)
+    validate(config, 8)
+    return config
+
+
+@pytest.mark.parametrize(
+    ('kind', 'remat', 'cp'),
+    [
+        ('gdn', 'none', 1),
+        pytest.param('gdn', 'full', 2, marks=pytest.mark.slow),
+        pytest.param('kda', 'full', 1, marks=pytest.mark.slow),
+    ],
+)
+def test_linear_layers_have_the_flops_of_the_compiled_step(kind, remat, cp):
+    config = delta_step_config(kind, remat, **{'mesh.cp': cp})
+    s, e = setup(config, make_mesh(config.mesh)), estimate(config, CPU)
+    program = parse(lower_train_step(s).compile().as_text())
+    compiled = Walk(program, s.mesh, CPU, matmul_price).cost(program.entry).flops
+    assert compiled * cp == pytest.approx(e.computed * e.tokens, rel=0.1)
+
+
+@pytest.mark.parametrize('kind', ['gdn', pytest.param('kda', marks=pytest.mark.slow)])
+def test_what_linear_layers_send_over_cp_is_that_of_the_compiled_step(kind):
+    config = delta_step_config(kind, 'full', **{'mesh.cp': 2})
+    s, e = setup(config, make_mesh(config.mesh)), estimate(config, CPU)
+    traffic = read_cost(lower_train_step(s).compile().as_text(), s.mesh, CPU).traffic
+    sent = sum(t.bytes for (_, axes), t in traffic.items() if axes == 'cp')
+    assert e.axis_bytes['cp'] == pytest.approx(sent, rel=0.03)
+
+
 @pytest.mark.parametrize('cp', [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('style', STYLES)
 @pytest.mark.parametrize(
