@@ -135,6 +135,7 @@ EXAMPLES: dict[str, Callable[[], Example]] = {
     'layers.context_parallel.ring_attention': ring,
     'layers.dense._deferred_matmul': deferred,
     'layers.dense._matmul': lambda: Example((draw(2, 5, 3), draw(3, 2, 4)), 2),
+    'layers.dense.clipped': lambda: Example((3 * draw(4, 5), -1.0, 2.0), 1),
     'layers.dense.gated': lambda: Example((3 * draw(4, 5), draw(4, 5, seed=1), 0.0), 2),
     'layers.dense.rms_norm': lambda: Example((draw(2, 3, 5), draw(5, seed=1), 0.1), 2),
     'layers.expert_kernels.grouped_swiglu': experts,
