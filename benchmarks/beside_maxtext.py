@@ -34,7 +34,8 @@ from config import ConfigError
 from machine.chips import CHIPS
 from machine.config_flag import load_config
 from parallel import make_mesh
-from planning.compiled import Cost, compile_step, read_cost
+from planning.compiled import compile_step, read_cost
+from planning.prices import Cost
 from planning.topology import topology_devices
 from runtime.config_checks import validate
 

@@ -28,8 +28,9 @@ from layers.attention import ATTENTION, positions
 from machine.chips import CHIPS
 from model import model_for, model_params
 from parallel import AXES, Array, P, Tree, init_params, make_mesh, map_params, varying
-from planning.compiled import Cost, Walk, matmul_flops
+from planning.compiled import Walk
 from planning.hlo import parse
+from planning.prices import Cost, matmul_flops
 from planning.topology import topology_devices
 from runtime.config_checks import validate
 

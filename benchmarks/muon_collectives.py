@@ -45,9 +45,10 @@ from machine.chips import CHIPS, Chip
 from machine.config_flag import load_config
 from optimizer import OPTIMIZERS, is_muons
 from parallel import P, Param, Tree, is_param, make_mesh, map_params, specs
-from planning.compiled import Cost, Walk, compile_step, gpu_price, tpu_price
+from planning.compiled import Walk, compile_step
 from planning.hlo import Instruction, array_bytes, parse
 from planning.muon import Shape, shapes
+from planning.prices import Cost, gpu_price, tpu_price
 from planning.roofline import estimate
 from planning.topology import topology_devices
 from runtime.config_checks import validate

@@ -10,9 +10,10 @@ from ml_collections import ConfigDict
 from machine.chips import Chip
 from machine.memory import OutOfMemoryError
 from parallel import AXES
-from planning.compiled import Compiled, Cost
+from planning.compiled import Compiled
 from planning.expected import Interval, expectation
 from planning.part import part_of
+from planning.prices import Cost
 from planning.roofline import NEWTON_SCHULZ, Estimate
 from planning.search import expected
 from planning.topology import pinned_libtpu

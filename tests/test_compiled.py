@@ -18,15 +18,9 @@ from jax.sharding import NamedSharding
 from machine.chips import CHIPS
 from parallel import AXES, FSDP, P, all_gather, make_mesh
 from planning import compiled
-from planning.compiled import (
-    KERNEL_EFFICIENCY,
-    compile_step,
-    gpu_price,
-    mesh_axes,
-    read_cost,
-    splash_flops,
-)
+from planning.compiled import compile_step, mesh_axes, read_cost
 from planning.hlo import UnknownFormError, device_groups, parse
+from planning.prices import KERNEL_EFFICIENCY, gpu_price, splash_flops
 
 MESH = SimpleNamespace(devices=np.arange(8).reshape(2, 1, 2, 1, 1, 2), axis_names=AXES)
 # A cycle takes a second, and a device sends and moves a byte per second.

@@ -13,8 +13,8 @@ from layers.latent_kernel import Latents, heads_of_step, latent_attention, laten
 from layers.rope import Positions, rope
 from machine.chips import CHIPS
 from parallel import P, Param, make_mesh, ones, sum_gradients
-from planning.compiled import KERNEL_EFFICIENCY, latent_flops, tpu_price
 from planning.hlo import Instruction
+from planning.prices import KERNEL_EFFICIENCY, latent_flops, tpu_price
 from train_step import varying_params
 
 B, T, N, RANKS, NOPE, VALUE = 2, 16, 4, (6, 8), 4, 64

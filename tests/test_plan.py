@@ -23,8 +23,9 @@ from layers.context_parallel import STYLES
 from machine.chips import CHIPS, Chip, chip_of
 from parallel import Tree, make_mesh, specs
 from planning import report
-from planning.compiled import Cost, Traffic, Walk, compile_step, matmul_flops, read_cost
+from planning.compiled import Walk, compile_step, read_cost
 from planning.hlo import Instruction, Program, parse
+from planning.prices import Cost, Traffic, matmul_flops
 from planning.roofline import NEWTON_SCHULZ, Estimate, estimate
 from runtime.config_checks import validate
 from train_step import abstract_state, lower_train_step, setup

@@ -15,7 +15,8 @@ from config import ConfigError
 from machine.chips import CHIPS
 from machine.memory import OutOfMemoryError
 from planning import ranking
-from planning.compiled import Compiled, Cost, Traffic
+from planning.compiled import Compiled
+from planning.prices import Cost, Traffic
 from planning.ranking import Ranked, in_order, ranked
 from planning.report import overrides, seconds
 from planning.roofline import Estimate, Work, estimate
