@@ -338,6 +338,8 @@ def test_work_does_not_grow_with_the_sequence_and_memory_hardly(kind):
         ('kda_window', {'window': 4}, "has kda_window, and 'kda' compares no keys"),
         ('gdn', {'delta_key_heads': 3}, 'model.delta_heads=4 is not divisible by'),
         ('gdn', {'attention_sinks': True}, 'model.attention_sinks=True is for attention that'),
+        ('gdn', {'attention_kernel': 'latent'}, "model.attention_kernel='latent' compares keys"),
+        ('gqa', {}, "model.delta_key_heads=2 is for 'gdn' or 'kda', which no layer of"),
         ('kda', {'delta_conv': 0}, 'model.delta_conv=0 is out of range'),
     ],
     ids=str,
