@@ -269,6 +269,8 @@ def draw_model(rng: random.Random, counts: collections.Counter) -> Case:
         feed_forwards = rng.choice((('dense',), ('moe',), ('dense', 'moe'), ('moe', 'dense')))
         block = tuple(draw_kind(rng, name) for name in feed_forwards)
         case: Case = {'model.block': block, 'model.attention': rng.choice(tuple(ATTENTION))}
+        if LINEAR & attentions(case):  # a head's output may be next to nothing: see common.KINDS
+            case['model.norm_eps'] = 0.01
         case['optimizer.name'] = rng.choice(tuple(OPTIMIZERS))
         if rng.random() < 0.4:  # documents
             case['model.document_end'] = 3
