@@ -7,8 +7,8 @@ Compiles the training steps of CASES for topologies that need not be there, each
 requirements/tpu.txt or requirements/gpu.txt. A case without its compiler is left out. Between them
 the programs have one microbatch and several, a pipeline, experts, both attentions, an untied head,
 each rematerialization, arrays offloaded to host memory, sequences cut by both styles of cp, Muon,
-windows, sinks, gates, biases and linear attention. tests/test_estimates.py holds each but the `long`
-ones within 15 % of the compiler's figure.
+windows, sinks, gates, biases and linear attention. tests/test_estimates.py holds each but the
+`long` ones within 15 % of the compiler's figure.
 """
 
 import dataclasses
