@@ -7,8 +7,8 @@ Compiles the training steps of CASES for topologies that need not be there, each
 requirements/tpu.txt or requirements/gpu.txt. A case without its compiler is left out. Between them
 the programs have one microbatch and several, a pipeline, experts, both attentions, an untied head,
 each rematerialization, arrays offloaded to host memory, sequences cut by both styles of cp, Muon,
-windows, sinks, gates and biases. tests/test_estimates.py holds each but the `long` ones within 15 %
-of the compiler's figure.
+windows, sinks, gates, biases and linear attention. tests/test_estimates.py holds each but the
+`long` ones within 15 % of the compiler's figure.
 """
 
 import dataclasses
@@ -98,6 +98,10 @@ CASES = {
     'tpu heads': Case(
         'llama3_8b', 'v6e:4x4', {'batch_size': 64, 'microbatches': 2}, {'fsdp': 8, 'tp': 2},
         long=True,
+    ),
+    'tpu linear': Case(
+        'linear', 'v5p:2x2x1', {'seq_len': 4096, 'batch_size': 4}, {'fsdp': 4, 'cp': 1},
+        {'n_layers': 4, 'block': ('gdn+dense',), 'attention_block': 256}, long=True,
     ),
     'tpu7x': Case('tpu7x', 'tpu7x:4x4x4', long=True),
     'tpu7x, 4 chips': Case(

@@ -486,3 +486,9 @@ ATTENTION: dict[str, Attention] = {
 def attention_sizes(cfg: ModelConfig) -> Sizes:
     """Returns the numbers per position of the attention of a layer (`config.of_layer`)."""
     return ATTENTION[cfg.attention].sizes(cfg)
+
+
+def linear_kinds(cfg: ModelConfig) -> set[str]:
+    """Returns the kinds of attention that keep a state in place of keys."""
+    each = {name: dataclasses.replace(cfg, attention=name) for name in ATTENTION}
+    return {name for name, own in each.items() if attention_sizes(own).state}

@@ -320,6 +320,8 @@ def before_parts(x_PBTD: Array, n: int) -> Array:
     Moves the last n positions of each part, or all if they are fewer. Forward: all-gather over cp.
     Backward: reduce-scatter of the cotangents, as many bytes.
     """
+    if not n:  # convolutions of one position
+        return x_PBTD[:, :, :0]
     T = x_PBTD.shape[2]
     ends = gather_zigzag(x_PBTD[:, :, max(T - n, 0) :], CP, 0)
     parts = -(-n // T)  # that n positions reach over

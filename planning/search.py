@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from config import ConfigError, ModelConfig, model_config
 from layers.context_parallel import STYLES
-from machine.chips import Chip
+from machine.chips import Chip, check_matmul_type
 from parallel import AXES, BATCH, CP, EP, PP, TP
 from pipeline.schedules import CLOCKS, EQUAL_COSTS, check_settings
 from planning.expected import expected_seconds
@@ -197,9 +197,10 @@ def same_remat(s: Part) -> Hashable:
     return s.sizes, s.cfg.remat, s.cfg.remat_keep
 
 
-def check_base(config: ConfigDict) -> None:
+def check_base(config: ConfigDict, chip: Chip) -> None:
     """Raises ConfigError for what is wrong with a config in any layout: then none can run."""
     validate(on_one_device(config), 1, needs_data=False)
+    check_matmul_type(config, chip)
 
 
 def search(
@@ -219,7 +220,7 @@ def search(
     rematerialization. Calls progress(layouts compared). Raises ConfigError if the config is wrong
     in any layout, or no layout divides it.
     """
-    check_base(config)
+    check_base(config, chip)
     clock, limit = config.pipeline.clock, room * chip.memory
     nodes: list[Node] = []
     compared = 0

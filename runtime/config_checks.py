@@ -5,7 +5,6 @@ Rules of one layer kind, kernel or optimizer stand beside it, in its record.
 
 import math
 from collections.abc import Collection, Iterator
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -32,11 +31,11 @@ from config import (
 )
 from configs import default
 from data import packing_errors, schedule_errors, source_errors
-from layers.attention import ATTENTION, attention_sizes
+from layers.attention import ATTENTION, attention_sizes, linear_kinds
 from layers.attention_kernels import ATTENTION_KERNELS
 from layers.context_parallel import STYLES
 from layers.expert_kernels import EXPERT_KERNELS
-from layers.kernels import kernel_errors, names
+from layers.kernels import AUTO, kernel_errors, names, portable
 from layers.moe import GROUP_SCORES
 from layers.rope_scaling import REFUSED, SCALINGS
 from machine.chips import CHIPS
@@ -94,11 +93,12 @@ CHOICES: dict[str, Collection[str]] = {
     'chip': ('cpu', *CHIPS),
 }
 
-# Fields that are off by default, by the one kind of attention or feed-forward that reads them.
+# Fields that are off by default, by the kinds of attention or feed-forward that read them.
 OF_KIND = {
-    'gqa': ('rotary_dim', 'qk_norm_over'),
-    'mla': ('latent_norm_eps',),
-    'moe': ('router_bias', 'expert_bias', 'shared_gate'),
+    ('gqa',): ('rotary_dim', 'qk_norm_over'),
+    ('mla',): ('latent_norm_eps',),
+    ('moe',): ('router_bias', 'expert_bias', 'shared_gate'),
+    ('gdn', 'kda'): ('delta_key_heads',),
 }
 
 # The least and the largest value of each numeric field; further rules may narrow them.
@@ -395,20 +395,19 @@ def attention_errors(config: ConfigDict) -> Iterator[str]:
         )
     yield from linear_errors(config, kinds)
     present = {part for k in kinds for part in (k.attention or m.attention, k.feed_forward)}
-    for kind, fields in OF_KIND.items():
-        for field in fields if kind not in present else ():
+    for readers, fields in OF_KIND.items():
+        for field in fields if present.isdisjoint(readers) else ():
             off = DEFAULTS[f'model.{field}']
             if m[field] != off:
                 yield (
-                    f'model.{field}={m[field]!r} is for {kind!r}, which is not among the layers of '
-                    f'model.block={tuple(m.block)}; use {off!r}'
+                    f'model.{field}={m[field]!r} is for {" or ".join(map(repr, readers))}, which '
+                    f'no layer of model.block={tuple(m.block)} has; use {off!r}'
                 )
 
 
 def linear_errors(config: ConfigDict, kinds: list[LayerKind]) -> Iterator[str]:
     """Yields errors for what only attention that compares keys can have."""
-    m, cfg = config.model, model_config(config)
-    linear = {name for name in ATTENTION if attention_sizes(replace(cfg, attention=name)).state}
+    m, linear = config.model, linear_kinds(model_config(config))
     for kind in kinds:
         name = kind.attention or m.attention
         if name in linear and (kind.window or kind.nope):
@@ -425,6 +424,11 @@ def linear_errors(config: ConfigDict, kinds: list[LayerKind]) -> Iterator[str]:
                     f'model.{field}={m[field]!r} is for attention that compares keys, and none of '
                     f'model.block={tuple(m.block)} does; use {off!r}'
                 )
+        if m.attention_kernel not in (AUTO, portable(ATTENTION_KERNELS)):
+            yield (
+                f'model.attention_kernel={m.attention_kernel!r} compares keys, and none of '
+                f'model.block={tuple(m.block)} does; use {AUTO!r}'
+            )
 
 
 def remat_errors(config: ConfigDict) -> Iterator[str]:

@@ -15,7 +15,8 @@ from typing import Any
 from common import small_config
 from ml_collections import ConfigDict
 
-from config import ConfigError, flat
+from config import ConfigError, flat, layer_kind, model_config
+from layers.attention import ATTENTION, linear_kinds
 from optimizer import OPTIMIZERS
 from parallel import AXES
 from runtime.config_checks import CHOICES, DEFAULTS, validate
@@ -45,6 +46,8 @@ NUMBERS: dict[str, tuple] = {
     'model.router_z_loss': (0.0, 0.01),
     'model.capacity_factor': (0.0, 0.8, 1.5),
     'model.rotary_dim': (0, 4),
+    'model.delta_key_heads': (0, 1, 2, 4),
+    'model.delta_conv': (4, 1, 6),
     'model.window': (0, 3, 7),
     'model.q_rank': (0, 48),
     'model.latent_norm_eps': (0.0, 0.01),
@@ -74,21 +77,22 @@ LAYOUT: dict[str, tuple] = {
     'microbatches': (1, 2, 3, 4, 6, 8),  # but with dropout, which each microbatch draws anew
     'pipeline.chunks': (1, 2),
     'model.buffer_factor': (0.0, 8.0),  # less drops choices, by the mesh
-    'model.remat_keep': ((), ('attention',), ('qkv', 'hidden'), ('residual',)),
+    'model.remat_keep': ((), ('attention',), ('qkv', 'hidden'), ('residual', 'experts')),
     'model.attention_block': (4, 8, 16),
     'model.loss_chunk': (5, 16, 1024),
 }
 LAYOUT_NAMES = (
-    *LAYOUT, 'check_vma', 'cp_style', 'fsdp_gather', 'pipeline.schedule', 'pipeline.clock',
-    'model.remat', 'model.expert_kernel', 'optimizer.muon.replicas', 'mesh.',
+    *LAYOUT, 'check_vma', 'cp_style', 'fsdp_gather', 'fsdp_reduce', 'pipeline.schedule',
+    'pipeline.clock', 'model.remat', 'model.expert_kernel', 'optimizer.muon.replicas', 'mesh.',
 )  # fmt: skip
 
 # Fewer values than config_checks.CHOICES has.
 FEWER: dict[str, tuple] = {
     'compute_dtype': ('float32',),  # in bfloat16 nothing is equal
     'optimizer.muon.dtype': ('auto',),
-    'model.attention_kernel': ('blockwise',),  # splash takes 128 positions, and minutes
-    'model.expert_kernel': ('blocks', 'ragged_dot'),  # so does pallas
+    'model.matmul_type': ('compute',),  # a scale that moves by a rounding flips 8-bit numbers
+    'model.attention_kernel': ('blockwise',),  # the others take 128 positions, and minutes
+    'model.expert_kernel': ('blocks', 'ragged_dot'),  # so do pallas and megablox
     'model.rope_scaling': ('none', 'linear', 'llama3', 'yarn'),
 }
 
@@ -97,7 +101,8 @@ BESIDE = {
     'sizes, see `sized`': (
         'batch_size', 'seq_len', 'model.vocab_size', 'model.d_model', 'model.d_ff',
         'model.n_experts', 'model.d_expert', 'model.n_heads', 'model.head_dim', 'model.kv_rank',
-        'model.nope_dim', 'model.rope_dim', 'model.v_dim',
+        'model.nope_dim', 'model.rope_dim', 'model.v_dim', 'model.delta_heads',
+        'model.delta_key_dim', 'model.delta_value_dim',
     ),
     'drawn by `draw_model` or `draw_mesh`': (
         'model.block', 'model.n_layers', 'mesh.', 'optimizer.name', 'seed', 'model.document_end',
@@ -148,6 +153,12 @@ def is_layout(name: str) -> bool:
     return name.startswith('mesh.') or name in LAYOUT_NAMES
 
 
+def attentions(case: Case) -> set[str]:
+    """Returns the kinds of attention of a case's blocks."""
+    kinds = (layer_kind(kind).attention for kind in case.get('model.block', ()))
+    return {kind or case.get('model.attention', 'gqa') for kind in kinds}
+
+
 def is_read(name: str, case: Case) -> bool:
     """Returns whether a step reads a field, by block, optimizer and mesh."""
     if name.startswith('optimizer.muon.'):
@@ -156,6 +167,10 @@ def is_read(name: str, case: Case) -> bool:
         return case.get('mesh.pp', 1) > 1
     if name == 'cp_style':
         return case.get('mesh.cp', 1) > 1
+    if name.startswith('fsdp_'):
+        return case.get('mesh.fsdp', 1) > 1
+    if name.startswith('model.delta_'):
+        return bool(LINEAR & attentions(case))
     return name not in OF_EXPERTS or any(
         kind.endswith('moe') for kind in case.get('model.block', ())
     )
@@ -187,11 +202,13 @@ def sized(threes: bool) -> dict[str, int]:
             'batch_size': 36, 'seq_len': 24, 'model.vocab_size': 96, 'model.d_model': 48,
             'model.d_ff': 48, 'model.n_experts': 6, 'model.d_expert': 24, 'model.n_heads': 6,
             'model.n_kv_heads': 6, 'model.kv_rank': 24, 'model.attention_block': 24,
+            'model.delta_heads': 6, 'model.delta_key_dim': 16, 'model.delta_value_dim': 12,
         }  # fmt: skip
     return {
         'batch_size': 16, 'seq_len': 16, 'model.vocab_size': 64, 'model.d_model': 32,
         'model.d_ff': 32, 'model.n_experts': 8, 'model.d_expert': 16, 'model.n_heads': 8,
         'model.n_kv_heads': 8, 'model.kv_rank': 16, 'model.attention_block': 16,
+        'model.delta_heads': 8, 'model.delta_key_dim': 16, 'model.delta_value_dim': 8,
     }  # fmt: skip
 
 
@@ -236,10 +253,12 @@ def legal(case: Case, counts: collections.Counter) -> bool:
 
 
 def draw_kind(rng: random.Random, feed_forward: str) -> str:
-    """Draws a kind of layer: its attention may have a window, or no rotary part."""
-    attention = rng.choice(('', '', 'gqa', 'mla'))
+    """Draws a kind of layer: attention that compares keys may have a window, or no rotary part."""
+    attention = rng.choice(('', '', '', *ATTENTION))
     if not attention:
         return feed_forward
+    if attention in LINEAR:
+        return f'{attention}+{feed_forward}'
     window, nope = (rng.choice(('', '', suffix)) for suffix in ('_window', '_nope'))
     return f'{attention}{window}{nope}+{feed_forward}'
 
@@ -249,7 +268,9 @@ def draw_model(rng: random.Random, counts: collections.Counter) -> Case:
     while True:
         feed_forwards = rng.choice((('dense',), ('moe',), ('dense', 'moe'), ('moe', 'dense')))
         block = tuple(draw_kind(rng, name) for name in feed_forwards)
-        case: Case = {'model.block': block, 'model.attention': rng.choice(('mla', 'gqa'))}
+        case: Case = {'model.block': block, 'model.attention': rng.choice(tuple(ATTENTION))}
+        if LINEAR & attentions(case):  # a head's output may be next to nothing: see common.KINDS
+            case['model.norm_eps'] = 0.01
         case['optimizer.name'] = rng.choice(tuple(OPTIMIZERS))
         if rng.random() < 0.4:  # documents
             case['model.document_end'] = 3
@@ -324,6 +345,7 @@ def without_defaults(case: Case) -> Case:
     return {name: x for name, x in case.items() if x != USUAL[name]}
 
 
+LINEAR = linear_kinds(model_config(base()))
 USUAL = flat(base().to_dict()) | {'threes': False, 'blocks': 1}
 
 

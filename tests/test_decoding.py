@@ -60,6 +60,8 @@ def config_of(name: str) -> ModelConfig:
         config = kinds_config(name.split()[0], moe=moe)
         if not moe:
             config.model.n_layers = 2 * len(config.model.block)
+        if 'short' in name:
+            config.model.delta_conv = 1
     if 'documents' in name:
         config.model.document_end = 7  # occurs in the prompts
     return cpu_model(config)
@@ -136,6 +138,7 @@ def test_kernels_that_cannot_be_checked_are_for_training():
         ('mla kinds', {'tp': 4}),
         pytest.param('both kinds moe', {'pp': 2, 'tp': 2, 'ep': 2}, marks=pytest.mark.slow),
         ('delta kinds documents', {'fsdp': 2, 'tp': 2}),
+        pytest.param('delta kinds short', {'tp': 2}, marks=pytest.mark.slow),
         pytest.param('delta kinds moe', {'pp': 2, 'tp': 2, 'ep': 2}, marks=pytest.mark.slow),
         pytest.param('mla kinds moe documents', {'dp': 2, 'ep': 2}, marks=pytest.mark.slow),
     ],

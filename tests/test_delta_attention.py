@@ -16,9 +16,10 @@ from ml_collections import ConfigDict
 
 from config import ConfigError, ModelConfig, of_layer
 from layers.attention import ATTENTION, positions
+from layers.delta_attention import before_parts
 from layers.delta_rule import delta_rule, inverse
 from model import flops_per_token
-from parallel import Array, Param, Tree, map_params
+from parallel import CP, Array, P, Param, Tree, make_mesh, map_params, zigzag
 from runtime.config_checks import validate
 
 T = 32
@@ -338,6 +339,8 @@ def test_work_does_not_grow_with_the_sequence_and_memory_hardly(kind):
         ('kda_window', {'window': 4}, "has kda_window, and 'kda' compares no keys"),
         ('gdn', {'delta_key_heads': 3}, 'model.delta_heads=4 is not divisible by'),
         ('gdn', {'attention_sinks': True}, 'model.attention_sinks=True is for attention that'),
+        ('gdn', {'attention_kernel': 'latent'}, "model.attention_kernel='latent' compares keys"),
+        ('gqa', {}, "model.delta_key_heads=2 is for 'gdn' or 'kda', which no layer of"),
         ('kda', {'delta_conv': 0}, 'model.delta_conv=0 is out of range'),
     ],
     ids=str,
@@ -345,6 +348,24 @@ def test_work_does_not_grow_with_the_sequence_and_memory_hardly(kind):
 def test_rules(kind, model, message):
     with pytest.raises(ConfigError, match=message):
         validate(delta_config(kind, **model), 8)
+
+
+@pytest.mark.parametrize('n', [0, 3, 5])
+def test_parts_get_the_positions_before_them(n):
+    """No position, and those of up to three parts of two positions, over cp = 4."""
+    x = np.arange(1.0, 17, dtype=np.float32)
+
+    def before(x_S: Array) -> Array:
+        parts = zigzag(x_S, CP, 0).reshape(2, 1, 2, 1)
+        return before_parts(parts, n)[..., 0]
+
+    whole = jax.shard_map(
+        before, mesh=make_mesh({CP: 4}), in_specs=P(), out_specs=P(CP), check_vma=False
+    )
+    padded = np.concatenate((np.zeros(n, np.float32), x))
+    order = [part for i in range(4) for part in (i, 7 - i)]  # of devices
+    want = np.stack([padded[2 * part : 2 * part + n] for part in order])[:, None]
+    np.testing.assert_array_equal(jax.jit(whole)(x), want)
 
 
 def test_tp_cuts_heads_of_states():

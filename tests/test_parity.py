@@ -401,6 +401,7 @@ def test_complete_grid_of_kinds(k):
         ((1, 1, 2, 1, 2, 2), True, {'remat': 'full'}),
         ((1, 2, 2, 2), False, {'remat': 'full', 'remat_keep': ('attention',)}),
         ((2, 1, 1, 1, 1, 4), False, {'document_end': -1}),
+        ((1, 1, 2, 1, 1, 2), True, {'delta_conv': 1}),
     ],
     ids=str,
 )

@@ -184,6 +184,13 @@ def test_the_bound_of_zero_bubble_is_below_its_layouts(remat, clock):
 
 
 @pytest.mark.slow
+def test_a_chip_without_matmuls_in_8_bits_is_refused():
+    config = load('tpu_v4')
+    config.model.matmul_type = 'fp8'
+    with pytest.raises(ConfigError, match=r'which a TPU v4 does no faster .* or one of: .*H100'):
+        search(config, 32, CHIPS['v4'])
+
+
 def test_best_config_is_the_first_that_the_search_finds():
     """The TPU compiler has it so, too (docs/7_final_run.md). What attention computes may be kept or
     not: the difference is below 2 %."""
