@@ -10,8 +10,9 @@ of the largest: activations need no collective. Only a weight has one scale for 
 which the maximum over their devices gives; it travels over fsdp in e4m3, one byte a number.
 
 On chips without these types XLA converts the numbers and multiplies in a wider one: the same
-results, slower. Head, embedding, router and layers of linear attention stay in the compute type, as
-do sums over tp.
+results, slower. Head, embedding, router, layers of linear attention and what makes keys and values
+of `mla`'s latents stay in the compute type, as do sums over tp; so do queries where
+model.attention_kernel='latent' makes them.
 """
 
 import dataclasses

@@ -14,8 +14,9 @@ from ml_collections import ConfigDict
 
 from config import ConfigError, ModelConfig, model_config
 from layers import float8
+from layers.attention import mla_params
 from layers.dense import linear, weight, weights
-from layers.expert_kernels import BLOCK, grouped_swiglu
+from layers.expert_kernels import EXPERT_KERNELS, grouped_swiglu
 from machine.chips import CHIPS
 from parallel import FSDP, TP, P, Param, Tree, make_mesh, normal
 from planning.roofline import Estimate, estimate
@@ -148,6 +149,17 @@ def test_every_mesh_rounds_alike(declared, sizes):
         assert distance(a, b) < 2e-5
 
 
+def test_no_mesh_decides_what_is_multiplied_in_8_bits():
+    """A ring over cp uses what makes values of latents several times over."""
+    found = []
+    for cp, style in ((1, 'ring'), (2, 'ring'), (2, 'gather')):
+        cfg = dataclasses.replace(model_of('fp8'), cp=cp, cp_style=style)
+        found.append({name: p.multiplied for name, p in mla_params(cfg).items()})
+    assert found[1] == found[2] == found[0]
+    assert found[0]['w_kv_down']
+    assert found[0]['w_o']
+
+
 # ---------------------------------------------------------------------------------------------
 # Experts
 # ---------------------------------------------------------------------------------------------
@@ -165,7 +177,8 @@ def of_experts(kernel: str, matmul_type: str) -> tuple[jax.Array, Tree]:
     declared = {'w_gate': up, 'w_up': up, 'w_down': down}
     w = {name: draw(*p.shape, seed=i) for i, (name, p) in enumerate(declared.items())}
     rows = sum(SIZES)
-    x = jnp.pad(draw(rows, 8, seed=4), ((0, BLOCK), (0, 0)), constant_values=1e4)
+    behind = EXPERT_KERNELS[kernel].compute.behind(rows)
+    x = jnp.pad(draw(rows, 8, seed=4), ((0, behind), (0, 0)), constant_values=1e4)
     sizes = jnp.array(SIZES)
 
     def f(x, w):
@@ -183,7 +196,9 @@ def of_experts(kernel: str, matmul_type: str) -> tuple[jax.Array, Tree]:
     return y, {'x': dx[:rows]} | dw
 
 
-@pytest.mark.parametrize('kernel', ['blocks', 'ragged_dot', 'pallas_interpreted'])
+@pytest.mark.parametrize(
+    'kernel', ['blocks', 'ragged_dot', 'pallas_interpreted', 'megablox_interpreted']
+)
 def test_kernels_of_experts_round_alike(kernel):
     y, gradients = of_experts(kernel, 'fp8')
     exact_y, exact = of_experts('blocks', 'compute')
