@@ -122,6 +122,7 @@ class Param:
     trainable: False for what the optimizer leaves unchanged.
     use: the fraction of it that one token meets; experts per token / experts for routed experts.
     linear: True if its only use is one `linear` per layer, so that it may be `Deferred`.
+    wide: True if it is multiplied in the compute type, whatever model.matmul_type.
     kept_by: the name in config.REMAT_NAMES whose keeping spares the backward pass computing this
         weight's product again; '' if none does, dense.NEVER if no backward pass needs the product.
     work: numbers that the matmul multiplies per number of the weight; above 1 if it takes a larger
@@ -138,6 +139,7 @@ class Param:
     trainable: bool = True
     use: float = 1.0
     linear: bool = False
+    wide: bool = False
     kept_by: str = ''
     work: float = 1.0
     inputs: int = 0
@@ -146,7 +148,8 @@ class Param:
     @property
     def multiplied(self) -> bool:
         """True for what `linear` or the experts' kernels multiply, in model.matmul_type."""
-        return self.linear or (self.inputs > 0 and EP in spec_axes(self.spec))
+        of_experts = self.inputs > 0 and EP in spec_axes(self.spec)
+        return (self.linear or of_experts) and not self.wide
 
 
 @jax.tree_util.register_dataclass

@@ -147,7 +147,9 @@ def mla_params(cfg: ModelConfig) -> Tree:
         (R, N, Hn), P(FSDP, TP, None), normal(R**-0.5),
         kept_by=QKV, work=key_work, inputs=1, outputs=2,
     )  # fmt: skip
+    # As w_k_up in the compute type on every mesh: a ring over cp cannot take it in 8 bits.
     w_v_up = weight((R, N, Hv), P(FSDP, TP, None), R**-0.5, QKV)
+    w_v_up = dataclasses.replace(w_v_up, wide=True)
     if cfg.cp > 1 and cfg.cp_style == 'ring':
         # The ring uses it n times, which is more than a `Deferred` can say.
         w_v_up = dataclasses.replace(w_v_up, linear=False)

@@ -10,8 +10,9 @@ of the largest: activations need no collective. Only a weight has one scale for 
 which the maximum over their devices gives; it travels over fsdp in e4m3, one byte a number.
 
 On chips without these types XLA converts the numbers and multiplies in a wider one: the same
-results, slower. Head, embedding, router, layers of linear attention and what makes MLA's keys of
-latents (`Param.multiplied` says which weights) stay in the compute type, as do sums over tp.
+results, slower. Head, embedding, router, layers of linear attention and what makes keys and values
+of `mla`'s latents stay in the compute type, as do sums over tp; so do queries where
+model.attention_kernel='latent' makes them.
 """
 
 import dataclasses
@@ -26,8 +27,9 @@ from parallel import FSDP, REDUCES, Array, P, Param, all_gather, pmax, spec_axes
 
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
 # Exponent and mantissa (its 23 bits of a float32) of the largest number in use: 240 and 57,344.
-# e4m3 has numbers up to 448, but what jax.checkpoint saves passes through `reduce_precision`, which
-# takes the highest exponent for infinity, as in formats of IEEE's kind.
+# e4m3 has numbers up to 448, but floats that jax.checkpoint saves pass through `reduce_precision`,
+# which takes the highest exponent for infinity, as in formats of IEEE's kind, and makes zeros of
+# subnormal numbers, below 2^-6. So what is kept for the backward pass is bits (`as_bits`).
 TOP = {E4M3: (7, 0x700000), E5M2: (15, 0x600000)}
 
 
@@ -66,6 +68,16 @@ def round_all(x: Array, kind: jnp.dtype) -> Rounded:
     return rounded(x, kind, jnp.max(jnp.abs(x)))
 
 
+def as_bits(x: Array) -> Array:
+    """Returns the bits of numbers in 8 bits, uint8, which no `reduce_precision` changes."""
+    return lax.bitcast_convert_type(x, jnp.uint8)
+
+
+def of_bits(bits: Array, kind: jnp.dtype) -> Array:
+    """Returns the numbers whose bits these are."""
+    return lax.bitcast_convert_type(bits, kind)
+
+
 # ---------------------------------------------------------------------------------------------
 # Weights
 # ---------------------------------------------------------------------------------------------
@@ -76,21 +88,26 @@ def round_all(x: Array, kind: jnp.dtype) -> Rounded:
 class Quantized:
     """A weight in e4m3, gathered over fsdp, as `linear` and the experts' kernels take it.
 
-    array: the numbers, in e4m3; scale: a power of two, [..., 1, 1] with one for each expert.
+    bits: the numbers' (`as_bits`); scale: a power of two, [..., 1, 1] with one for each expert.
     shard: this device's shard in the compute type. It receives the gradient, since that of a number
         in 8 bits would have 8 bits.
     dim: the dimension that was gathered over fsdp; None for none. reduce: what sums its gradient.
     """
 
-    array: Array
+    bits: Array
     scale: Array
     shard: Array
     dim: int | None = dataclasses.field(metadata={'static': True})
     reduce: str = dataclasses.field(metadata={'static': True})
 
     @property
+    def array(self) -> Array:
+        """The numbers, in e4m3."""
+        return of_bits(self.bits, E4M3)
+
+    @property
     def shape(self) -> tuple[int, ...]:
-        return self.array.shape
+        return self.bits.shape
 
     def wide(self) -> Array:
         """Returns the numbers that it stands for, in the compute type."""
@@ -103,13 +120,13 @@ class Quantized:
         """
         dw = dw.reshape(self.shape).astype(self.shard.dtype)
         dw = dw if self.dim is None else REDUCES[self.reduce](dw, FSDP, self.dim)
-        return dataclasses.replace(self, array=None, scale=None, shard=dw)
+        return dataclasses.replace(self, bits=None, scale=None, shard=dw)
 
 
 def quantize(p: Param, shard: Array, dim: int | None, reduce: str) -> Quantized:
     """Rounds a weight's shard to e4m3 and gathers dimension `dim` over fsdp.
 
-    Layout: dim/n -> dim. Forward: all-gather in e4m3, size·(n-1)/n bytes, and the all-reduce of a
+    Layout: dim/n -> dim. Forward: all-gather of bytes, size·(n-1)/n bytes, and the all-reduce of a
     scale. Backward: see `Quantized.gradient`.
     """
     own = lax.stop_gradient(shard)
@@ -120,8 +137,9 @@ def quantize(p: Param, shard: Array, dim: int | None, reduce: str) -> Quantized:
         sharded = tuple(axis for axis in sharded if axis != FSDP)
     largest = jnp.max(jnp.abs(own), axis=axes, keepdims=True)
     found = rounded(own, E4M3, pmax(largest, sharded) if sharded else largest)
-    array = found.array if dim is None else all_gather(found.array, FSDP, dim)
-    return Quantized(array, found.scale, shard, dim, reduce)
+    bits = as_bits(found.array)
+    bits = bits if dim is None else all_gather(bits, FSDP, dim)
+    return Quantized(bits, found.scale, shard, dim, reduce)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -170,11 +188,12 @@ def _dot(
 
 def _forward(x_BTI: Array, w: Quantized):
     x = round_tokens(x_BTI, E4M3)
-    return product(x, w), (x, w)
+    return product(x, w), (as_bits(x.array), x.scale, w)
 
 
-def _backward(saved: tuple[Rounded, Quantized], d_BTO: Array):
-    x, w = saved
+def _backward(saved: tuple[Array, Array, Quantized], d_BTO: Array):
+    bits, scale, w = saved
+    x = Rounded(of_bits(bits, E4M3), scale)
     return input_gradient(d_BTO, w), w.gradient(weight_gradient(x, d_BTO))
 
 

@@ -354,11 +354,12 @@ def latent_rules(config: ConfigDict, head: int) -> Iterator[str]:
             f'{LANES} a sequence, and model.attention_block={m.attention_block} with seq_len={T} '
             f"makes {T / block:g} of {block}; use another block, or 'splash'"
         )
-    if config.data.isolate_documents or m.window or m.attention_sinks or config.mesh.cp > 1:
+    documents = config.data.isolate_documents or m.document_end >= 0
+    if documents or m.window or m.attention_sinks or config.mesh.cp > 1:
         yield (
             "model.attention_kernel='latent' knows the causal mask of whole sequences alone, and "
-            'a layer has documents (data.isolate_documents), a window, sinks, or a part of a '
-            "sequence (mesh.cp); use 'splash'"
+            'a layer has documents (data.isolate_documents, model.document_end), a window, sinks, '
+            "or a part of a sequence (mesh.cp); use 'splash'"
         )
     yield from own_mask_errors('latent', config)
     if m.attention == 'mla':

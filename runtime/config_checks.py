@@ -12,8 +12,10 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from config import (
+    EXPERTS,
     MATMUL_TYPES,
     NOPE,
+    QKV,
     REMAT_NAMES,
     WINDOW,
     ConfigError,
@@ -32,7 +34,7 @@ from config import (
 from configs import default
 from data import packing_errors, schedule_errors, source_errors
 from layers.attention import ATTENTION, attention_sizes, linear_kinds
-from layers.attention_kernels import ATTENTION_KERNELS
+from layers.attention_kernels import ATTENTION_KERNELS, LATENT_KERNELS
 from layers.context_parallel import STYLES
 from layers.expert_kernels import EXPERT_KERNELS
 from layers.kernels import AUTO, kernel_errors, names, portable
@@ -40,7 +42,7 @@ from layers.moe import GROUP_SCORES
 from layers.rope_scaling import REFUSED, SCALINGS
 from machine.chips import CHIPS
 from machine.config_flag import RECORDS
-from model import FEED_FORWARD, REMAT, kernel_layers
+from model import FEED_FORWARD, REMAT, is_linear, kernel_layers
 from optimizer import COEFFICIENTS, OPTIMIZERS, SCALES
 from parallel import AXES, CP, DP, EP, FSDP, PP, REDUCES, TP
 from pipeline.schedules import CLOCKS, NAMES, check_settings
@@ -432,7 +434,8 @@ def linear_errors(config: ConfigDict, kinds: list[LayerKind]) -> Iterator[str]:
 
 
 def remat_errors(config: ConfigDict) -> Iterator[str]:
-    """Yields errors for exceptions from rematerialization that would be ignored."""
+    """Yields errors for exceptions from rematerialization that contradict each other, or that would
+    be ignored."""
     m = config.model
     for field in ('remat_keep', 'remat_offload'):
         if m[field] and m.remat != 'full':
@@ -440,6 +443,27 @@ def remat_errors(config: ConfigDict) -> Iterator[str]:
                 f"model.{field}={tuple(m[field])} are exceptions from remat='full', and "
                 f"model.remat={m.remat!r}; use 'full', or none of them"
             )
+        for name in sorted({*m[field]} & without_arrays(config)):
+            yield (
+                f'model.{field}={tuple(m[field])} has {name!r}, and no layer of model.block='
+                f'{tuple(m.block)} has such arrays with model.attention_kernel='
+                f'{m.attention_kernel!r}; leave it out'
+            )
+    both = sorted({*m.remat_keep} & {*m.remat_offload})
+    if both:
+        yield (
+            f'model.remat_keep and model.remat_offload both have {", ".join(map(repr, both))}, and '
+            f'an array is kept in one place; leave it out of one of them'
+        )
+
+
+def without_arrays(config: ConfigDict) -> set[str]:
+    """Returns the REMAT_NAMES that name no array of any layer."""
+    m, cfg = config.model, model_config(config)
+    found = set() if is_routed(config) else {EXPERTS}
+    compared = not all(is_linear(cfg, kind) for kind in model_kinds(m))
+    makes_heads = m.attention_kernel not in LATENT_KERNELS or m.attention_gate
+    return found if compared and makes_heads else found | {QKV}
 
 
 def pipeline_errors(config: ConfigDict) -> Iterator[str]:

@@ -99,6 +99,7 @@ def kernel_config(**changes):
         ({'model': {'window': 5}}, 'a window'),
         ({'model': {'attention_sinks': True}}, 'sinks'),
         ({'data': {'isolate_documents': True}}, 'documents'),
+        ({'model': {'document_end': 3}}, 'documents'),
         ({'mesh': {'cp': 2}}, 'mesh.cp'),
         ({'model': {'kv_rank': 8192}}, 'MiB'),
     ],

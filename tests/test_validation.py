@@ -87,6 +87,22 @@ def test_tiny_divides_on_every_mesh(name, sizes):
             'heads of 52 for queries and keys; use a multiple of 8',
         ),
         ({'model__remat_keep': ('attention',)}, "exceptions from remat='full'"),
+        (
+            {
+                'model__remat': 'full',
+                'model__remat_keep': ('qkv', 'residual'),
+                'model__remat_offload': ('residual',),
+            },
+            "both have 'residual'",
+        ),
+        (
+            {'model__block': ('dense',), 'model__remat': 'full', 'model__remat_keep': ('experts',)},
+            "has 'experts', and no layer",
+        ),
+        (
+            {'model__attention': 'gdn', 'model__remat': 'full', 'model__remat_offload': ('qkv',)},
+            "has 'qkv', and no layer",
+        ),
         ({'model__expert_kernel': 'triton'}, 'auto, ragged_dot, megablox, pallas, blocks'),
         ({'compiler_options': 'xla_a'}, "'xla_a', which sets nothing"),
         ({'model__remat': 'full', 'model__remat_offload': ('heads',)}, "the unknown 'heads'"),
