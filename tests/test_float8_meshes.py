@@ -1,21 +1,20 @@
 """Matmuls in 8 bits on every mesh and through every schedule: the same numbers are rounded alike.
 
 Two orders of a sum differ in their last bit, and a number that lies at the bound of two numbers in
-8 bits then becomes the other, a sixteenth away; the next layers do the same with what follows from
-it. So a whole model compares to a few percent only, as much as one device differs from itself after
-a change of its weights by 1e-7. Here nothing of the kind can happen: sums are exact, or the
-rounding is replaced by a smooth function. What is left is whatever a mesh does wrong.
+8 bits then becomes the other, up to an eighth away; the next layers do the same with what follows.
+So a whole model compares to a few percent only, no better than one device with itself after a
+change of its weights by a rounding error. Here nothing of the kind can happen: sums are exact, or
+the rounding is replaced by a smooth function. What then differs is a fault.
 """
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common import TOLERANCE, on_mesh, small_config
-from common_parity import check, cut, distances, run
+from common import TOLERANCE
+from common_parity import check, cut, run
 from ml_collections import ConfigDict
 
 from layers import float8
@@ -93,7 +92,9 @@ def by_hand(values: Tree, microbatches: int) -> Tree:
         d = np.broadcast_to((m + 1) * values['head'], x.shape).astype(np.float64)
         for i in reversed(range(BLOCKS)):
             x, h = saved[i]
-            grads['blocks']['w_down'][i] += np.einsum('bti,bto->io', e4m3(np.maximum(h, 0)), e5m2(d))
+            grads['blocks']['w_down'][i] += np.einsum(
+                'bti,bto->io', e4m3(np.maximum(h, 0)), e5m2(d)
+            )
             dh = (e5m2(d) @ downs[i].T) * (h > 0)
             grads['blocks']['w_up'][i] += np.einsum('bti,bto->io', x, e5m2(dh))
             d = e5m2(dh) @ ups[i].T
@@ -219,3 +220,14 @@ def test_smooth_rounding_matches(smooth, config, sizes):
     smooth.clear()
     check(config, sizes, TOLERANCE, want)
     assert set(smooth) == set(BENDS)
+
+
+@pytest.mark.parametrize(
+    'sizes',
+    [(1, 1, 1, 1, 2, 2), pytest.param((1, 1, 1, 1, 1, 2), marks=pytest.mark.slow)],
+    ids=['pp2 cp2', 'cp2'],
+)
+def test_models_match_as_far_as_one_device_matches_itself(sizes):
+    """Where 24 draws move the weights by a relative 1e-7 to 1e-6, gradients of one device move by
+    1e-7 to 5e-2, in steps, each a number that is rounded to the other side."""
+    check(model(), sizes, 0.1)
