@@ -52,7 +52,7 @@ def test_mesh_matches_without_check_vma(attention):
 def test_matmuls_in_8_bits_match(moe, sizes, tolerance):
     """Where ep or tp adds in another order, the last bits of activations differ, and what lies at
     the bound of two numbers in 8 bits is rounded to the other: a sixteenth more or less.
-    tests/test_float8.py compares single layers on such meshes to the usual tolerance."""
+    tests/test_float8_meshes.py compares such meshes without that, to the usual tolerance."""
     config = small_config('gqa', moe=moe)
     config.model.matmul_type = 'fp8'
     check(config, sizes, tolerance)
