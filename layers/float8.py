@@ -5,9 +5,10 @@ Weights and activations are rounded to e4m3 (3 bits of mantissa), gradients of a
 from the numbers that they scale, so a step stays a function of its inputs: one scale a weight
 matrix, one a token for activations and their gradients, so that no token's numbers depend on
 another token. All scales are powers of two. So they change no mantissa, and numbers that several
-devices scale by scales of their own round alike, but for what is below 2^-17 (e4m3) or 2^-30 (e5m2)
-of the largest: activations need no collective. Only a weight has one scale for all its shards,
-which the maximum over their devices gives; it travels over fsdp in e4m3, one byte a number.
+devices scale by scales of their own round alike. Only below 2^-12 (e4m3) or 2^-28 (e5m2) of the
+largest, where numbers become subnormal, may they differ, by less than 2^-16 or 2^-31 of the
+largest: activations need no collective. Only a weight has one scale for all its shards, which the
+maximum over their devices gives; it travels over fsdp in e4m3, one byte a number.
 
 On chips without these types XLA converts the numbers and multiplies in a wider one: the same
 results, slower. Head, embedding, router, layers of linear attention and what makes keys and values

@@ -54,6 +54,21 @@ def test_scales_are_the_largest_powers_of_two_that_fit(kind, dtype):
         np.testing.assert_array_equal(np.asarray(found.wide(), np.float64), want)
 
 
+@pytest.mark.parametrize(('kind', 'alike', 'most'), [(float8.E4M3, 12, 16), (float8.E5M2, 28, 31)])
+def test_scales_of_their_own_round_alike(kind, alike, most):
+    """A larger number beside them changes numbers that it makes subnormal, and those little."""
+    x = 2.0 ** jnp.linspace(-40, 0, 9999)
+    for largest in (1.0, 1.75, 1.7578125, 1.875, 1.8828125):
+        own, shared = (
+            np.asarray(float8.rounded(x, kind, n * largest).wide())
+            for n in (jnp.float32(1), jnp.float32(8))
+        )
+        far, size = np.abs(own - shared) / (8 * largest), np.asarray(x) / (8 * largest)
+        assert 0 < far.max() < 2.0**-most
+        assert (far[size >= 2.0**-alike] == 0).all()
+        assert (far[size < 2.0 ** (-alike - 3)] > 0).any()
+
+
 def test_zeros_stay_zeros_and_what_is_not_finite_shows():
     np.testing.assert_array_equal(float8.as_e4m3(jnp.zeros((2, 3))), 0)
     for bad in (np.inf, -np.inf, np.nan):

@@ -40,22 +40,13 @@ def test_mesh_matches_without_check_vma(attention):
     check(config, (2, 2, 2))
 
 
-@pytest.mark.parametrize(
-    ('moe', 'sizes', 'tolerance'),
-    [
-        (False, (1, 2, 1), TOLERANCE),
-        pytest.param(True, (1, 2, 1, 2), 0.02, marks=pytest.mark.slow),
-        pytest.param(True, (1, 2, 2, 2), 0.2, marks=pytest.mark.slow),
-    ],
-    ids=str,
-)
-def test_matmuls_in_8_bits_match(moe, sizes, tolerance):
-    """Where ep or tp adds in another order, the last bits of activations differ, and what lies at
-    the bound of two numbers in 8 bits is rounded to the other: a sixteenth more or less.
-    tests/test_float8.py compares single layers on such meshes to the usual tolerance."""
+@pytest.mark.parametrize('moe', [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_matmuls_in_8_bits_match(moe):
+    """Over fsdp. Axes that add in another order may round to the other number what lies between
+    two in 8 bits; tests/test_float8_meshes.py has those."""
     config = small_config('gqa', moe=moe)
     config.model.matmul_type = 'fp8'
-    check(config, sizes, tolerance)
+    check(config, (1, 2, 1))
 
 
 EXPERT_MESHES = [
