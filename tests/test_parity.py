@@ -55,6 +55,7 @@ def test_matmuls_in_8_bits_match(moe, sizes, tolerance):
     tests/test_float8.py compares single layers on such meshes to the usual tolerance."""
     config = small_config('gqa', moe=moe)
     config.model.matmul_type = 'fp8'
+    config.model.bias_rate = 0.0  # moved by the sign of a load, which one other choice turns round
     check(config, sizes, tolerance)
 
 
