@@ -39,8 +39,8 @@ Result = TypeVar('Result')
 
 def run(measure: Callable[[], Figures | list[Figures]]) -> None:
     """Runs a benchmark as a command: prints the figures that `measure` returns as a table and, with
-    --json, as one JSON object on the last line. Ends with the message of a ConfigError, and with 1 if
-    a figure's name ends in 'failed'."""
+    --json, as one JSON object on the last line. Ends with the message of a ConfigError, and
+    with 1 if a figure's name ends in 'failed'."""
     flags.DEFINE_boolean('json', False, 'Print the figures as a JSON object on the last line, too.')
 
     @functools.wraps(measure)
