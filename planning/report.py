@@ -421,12 +421,14 @@ def compiled_text(e: Estimate, c: Compiled) -> str:
     m, tpu = e.memory, e.chip.platform == 'tpu'
     verdict = 'fits' if c.peak <= e.chip.memory else 'DOES NOT FIT'
     padding = '; small arrays are padded to tiles of 8 x 128 numbers' if tpu else ''
+    loose = [row('reserved, packed with all of the memory free', scaled(c.reserved, 'B'))]
     lines = [
         f'compiled for {c.topology} in {c.seconds:.0f} s',
         *([f'  by {compiler_text(c.compiler)}'] if c.compiler else []),
         f'  {"":<{WIDTH}}{"compiler":>12}{"estimate":>12}',
         row('parameters, moments, batch', scaled(c.arguments, 'B'), scaled(m.state, 'B')),
         row('peak', scaled(c.peak, 'B'), scaled(m.peak, 'B'), f'{m.peak / c.peak - 1:+.1%}'),
+        *(loose if tpu else []),
         f'  {c.peak / e.chip.memory:.0%} of {scaled(e.chip.memory, "B")}, {verdict}{padding}.',
     ]
     if c.cost is None:

@@ -66,35 +66,6 @@ TYPES: dict[type, tuple[tuple[type, ...], str]] = {
     tuple: ((tuple,), "a tuple, as in ('a', 'b')"),
 }
 
-# The values of the fields that name something.
-CHOICES: dict[str, Collection[str]] = {
-    'compute_dtype': ('float32', 'bfloat16'),
-    'data.packing': ('stream', 'best_fit'),
-    'model.attention': ATTENTION,
-    'model.attention_bias': ('none', 'qkv', 'qkvo'),
-    'model.norms': ('before', 'after'),
-    'model.qk_norm_over': ('head', 'heads'),
-    'model.attention_kernel': names(ATTENTION_KERNELS),
-    'model.expert_kernel': names(EXPERT_KERNELS),
-    'model.matmul_type': MATMUL_TYPES,
-    'model.remat': REMAT,
-    'model.router': ('sigmoid', 'softmax'),
-    'fsdp_gather': GATHERS,
-    'fsdp_reduce': tuple(REDUCES),
-    'cp_style': STYLES,
-    'pipeline.schedule': NAMES,
-    'pipeline.clock': CLOCKS,
-    'model.rope_scaling': SCALINGS,
-    'model.group_score': GROUP_SCORES,
-    'optimizer.name': OPTIMIZERS,
-    'optimizer.lr_schedule': ('cosine', 'wsd'),
-    'optimizer.muon.coefficients': COEFFICIENTS,
-    'optimizer.muon.scale': SCALES,
-    'optimizer.muon.replicas': ('repeat', 'split'),
-    'optimizer.muon.dtype': ('auto', 'float32', 'bfloat16'),
-    'chip': ('cpu', *CHIPS),
-}
-
 # Fields that are off by default, by the kinds of attention or feed-forward that read them.
 OF_KIND = {
     ('gqa',): ('rotary_dim', 'qk_norm_over'),
@@ -216,9 +187,40 @@ def type_errors(fields: dict[str, Any]) -> Iterator[str]:
                     yield f'{name}={value!r} holds {entry!r}; use texts, as in ({text!r},)'
 
 
+def choices() -> dict[str, Collection[str]]:
+    """Returns the values of the fields that name something, as the tables have them now."""
+    return {
+        'compute_dtype': ('float32', 'bfloat16'),
+        'data.packing': ('stream', 'best_fit'),
+        'model.attention': ATTENTION,
+        'model.attention_bias': ('none', 'qkv', 'qkvo'),
+        'model.norms': ('before', 'after'),
+        'model.qk_norm_over': ('head', 'heads'),
+        'model.attention_kernel': names(ATTENTION_KERNELS),
+        'model.expert_kernel': names(EXPERT_KERNELS),
+        'model.matmul_type': MATMUL_TYPES,
+        'model.remat': REMAT,
+        'model.router': ('sigmoid', 'softmax'),
+        'fsdp_gather': GATHERS,
+        'fsdp_reduce': tuple(REDUCES),
+        'cp_style': STYLES,
+        'pipeline.schedule': NAMES,
+        'pipeline.clock': CLOCKS,
+        'model.rope_scaling': SCALINGS,
+        'model.group_score': GROUP_SCORES,
+        'optimizer.name': OPTIMIZERS,
+        'optimizer.lr_schedule': ('cosine', 'wsd'),
+        'optimizer.muon.coefficients': COEFFICIENTS,
+        'optimizer.muon.scale': SCALES,
+        'optimizer.muon.replicas': ('repeat', 'split'),
+        'optimizer.muon.dtype': ('auto', 'float32', 'bfloat16'),
+        'chip': ('cpu', *CHIPS),
+    }
+
+
 def choice_errors(fields: dict[str, Any]) -> Iterator[str]:
     """Yields errors for names that do not exist."""
-    for name, allowed in CHOICES.items():
+    for name, allowed in choices().items():
         if name == 'model.rope_scaling' and fields[name] in REFUSED:
             yield f'{name}={fields[name]!r} {REFUSED[fields[name]]}; use yarn, linear or llama3'
         elif fields[name] not in allowed:

@@ -1,7 +1,7 @@
 """Draws the configs of fuzz_parity.py: legal ones, from a seed.
 
 A case is what differs from the base, a single dense layer on one device: {'mesh.tp': 2}. A field
-that comes later is drawn by itself if it is a bool or names something (config_checks.CHOICES), and
+that comes later is drawn by itself if it is a bool or names something (config_checks.choices), and
 needs a line in NUMBERS or BESIDE if not.
 """
 
@@ -19,7 +19,7 @@ from config import ConfigError, flat, layer_kind, model_config
 from layers.attention import ATTENTION, linear_kinds
 from optimizer import OPTIMIZERS
 from parallel import AXES
-from runtime.config_checks import CHOICES, DEFAULTS, validate
+from runtime.config_checks import DEFAULTS, choices, validate
 
 Case = dict[str, Any]  # full names of fields, or of DERIVED, and values
 
@@ -86,7 +86,7 @@ LAYOUT_NAMES = (
     'pipeline.clock', 'model.remat', 'model.expert_kernel', 'optimizer.muon.replicas', 'mesh.',
 )  # fmt: skip
 
-# Fewer values than config_checks.CHOICES has.
+# Fewer values than config_checks.choices has.
 FEWER: dict[str, tuple] = {
     'compute_dtype': ('float32',),  # in bfloat16 nothing is equal
     'optimizer.muon.dtype': ('auto',),
@@ -182,7 +182,7 @@ def values_of(name: str) -> tuple:
     for table in tables:
         if name in table:
             return table[name]
-    return (False, True) if isinstance(DEFAULTS[name], bool) else tuple(CHOICES[name])
+    return (False, True) if isinstance(DEFAULTS[name], bool) else tuple(choices()[name])
 
 
 def options(layout: bool) -> list[str]:
@@ -296,7 +296,7 @@ def draw_layout(rng: random.Random, model: Case, counts: collections.Counter) ->
         case = model | draw_mesh(rng, model.get('threes', False))
         case['microbatches'] = rng.choice((1, 2, 3, 6) if case.get('threes') else (1, 2, 4, 8))
         if case.get('mesh.pp', 1) > 1:
-            case['pipeline.schedule'] = rng.choice(tuple(CHOICES['pipeline.schedule']))
+            case['pipeline.schedule'] = rng.choice(tuple(choices()['pipeline.schedule']))
             if case['pipeline.schedule'] == 'interleaved':
                 case['pipeline.chunks'] = 2
         if rng.random() < 0.15:

@@ -133,8 +133,8 @@ FAULTS = [
         'ZeRO hands out expert gradients that are ep times too large',
         'ep × fsdp',
         'parallel.py',
-        'return x if whole else all_gather(x, FSDP, dim)',
-        'y = x if whole else all_gather(x, FSDP, dim)\n'
+        'return x if whole else gather(x, FSDP, dim)',
+        'y = x if whole else gather(x, FSDP, dim)\n'
         '        n = lax.axis_size(EP) if EP in p.spec else 1\n'
         '        return n * y - lax.stop_gradient((n - 1) * y)',
         EXPERTS,

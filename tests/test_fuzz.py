@@ -25,7 +25,7 @@ from fuzz_parity import ILL, Comparison, shrunk
 
 import train_step
 from config import flat
-from runtime.config_checks import CHOICES, DEFAULTS, validate
+from runtime.config_checks import DEFAULTS, choices, validate
 
 
 def drawn(seed: int, n: int) -> list[dict]:
@@ -75,7 +75,7 @@ def test_draws_reach_every_value():
         assert not missing, (name, missing)
     axes = {'mesh.pp', 'mesh.dp', 'mesh.fsdp', 'mesh.ep', 'mesh.cp', 'mesh.tp'}
     assert axes | {'threes'} <= seen['axes']
-    assert set(CHOICES['pipeline.schedule']) <= seen['pipeline.schedule']
+    assert set(choices()['pipeline.schedule']) <= seen['pipeline.schedule']
 
 
 def test_a_fault_is_found_and_shrunk(monkeypatch, tmp_path):

@@ -247,11 +247,11 @@ def test_a_run_whose_workdir_was_taken_over_commits_and_removes_nothing(
     """The other run, of another machine, has taken over what was silent for a minute."""
     original = Checkpointer.save
 
-    def save(self: Checkpointer, step: int, *args) -> None:
+    def save(self: Checkpointer, step: int, *args, **named) -> None:
         self.wait()
         if step == 8:
             leave(tmp_path, machine='another')
-        original(self, step, *args)
+        original(self, step, *args, **named)
 
     monkeypatch.setattr(Checkpointer, 'save', save)
     config = small_run(tokens, checkpoint__every=4, checkpoint__keep=1, steps=20)

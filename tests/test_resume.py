@@ -108,9 +108,9 @@ def test_states_move_between_numbers_of_pipeline_chunks(optimizer, source, targe
 def test_a_step_is_logged_before_the_checkpoint_that_includes_it(tokens, tmp_path, monkeypatch):
     logged, original = [], Checkpointer.save
 
-    def save(self: Checkpointer, step: int, *args) -> None:
+    def save(self: Checkpointer, step: int, *args, **named) -> None:
         logged.append((step, records(tmp_path)[-1]['step']))
-        original(self, step, *args)
+        original(self, step, *args, **named)
 
     monkeypatch.setattr(Checkpointer, 'save', save)
     train.train(small_run(tokens, steps=4), str(tmp_path))

@@ -138,7 +138,7 @@ def main(options: dict) -> None:
     saves = []
     original = Checkpointer.save
 
-    def save(self, *args):
+    def save(self, *args, **named):
         saves.append(args[0])
         if len(saves) == 2:
             self.wait()  # so that it is the second save that is hindered
@@ -147,7 +147,7 @@ def main(options: dict) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         if len(saves) == 2 and options.get('fail'):
             StepFiles.write = fail
-        original(self, *args)
+        original(self, *args, **named)
 
     def fail(self, *args):
         raise OSError('the disk of this process is gone')
